@@ -348,7 +348,7 @@ def choose_precision(precision, device):
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # torch>=2.11
             native = features.get("avx512_bf16") or features.get("amx_bf16")
         precision = "bfloat16" if native else "float32"
     if precision not in PRECISIONS:

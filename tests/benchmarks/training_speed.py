@@ -1,0 +1,189 @@
+"""How fast the kit trains, beside the loop that the assignment's solutions use, in one run and one table.
+
+    python tests/benchmarks/training_speed.py [--device cpu] [--norm batch group layer] [--json FILE]
+
+Each contender lives in a process of its own, so that none profits from another's settings. They train in
+turn, several rounds of one pass over the same images; the table shows medians, and the spread between rounds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import model  # noqa: E402
+import utils  # noqa: E402
+
+FULL_EPOCH = 50_000  # images
+
+
+class Pictures(Dataset):
+    """PIL images out of an array in memory, as torchvision's CIFAR10 gives them."""
+
+    def __init__(self, images, labels):
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = labels.tolist()
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(utils.MEAN, utils.STD)])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def usual_loop(norm, data, batch_size, device, workers):
+    """A pass of the plain loop: PIL images, DataLoader, float32, figures read at each step."""
+    net = model.Net(norm).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    loader = DataLoader(Pictures(data.train_images, data.train_labels), batch_size, shuffle=True, num_workers=workers)
+
+    def one_pass():
+        net.train()
+        loss_sum = correct = 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            output = net(images)
+            loss = F.cross_entropy(output, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+            correct += (output.argmax(dim=1) == labels).sum().item()
+
+    return one_pass
+
+
+def kit(norm, data, batch_size, device, precision="auto", augment=False, resident=False):
+    """A pass of utils.train as utils.run sets it up; resident=True feeds it one ready batch again and again."""
+    dtype = utils.choose_precision(precision, device)
+    net = model.Net(norm)
+    net = net.to(device, memory_format=utils.choose_memory_format(net, device, dtype))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
+    loader, _ = utils.get_loaders(data, batch_size, augment, device)
+    utils.keep_freed_memory()
+    if not resident:
+        return lambda: utils.train(net, loader, optimizer, precision=precision, progress=False)
+
+    images, labels = next(iter(loader))
+
+    def floor():
+        net.train()
+        for _ in range(len(loader)):
+            with utils.autocast(device, dtype):
+                logits = net(images)
+            optimizer.zero_grad()
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+
+    return floor
+
+
+CONTENDERS = {
+    "usual loop, 0 workers": lambda *args: usual_loop(*args, workers=0),
+    "usual loop, 2 workers": lambda *args: usual_loop(*args, workers=2),
+    "kit": kit,
+    "kit, float32": lambda *args: kit(*args, precision="float32"),
+    "kit, augmentation": lambda *args: kit(*args, augment=True),
+    "floor: one resident batch": lambda *args: kit(*args, resident=True),
+}
+
+
+def serve(pipe, contender, norm, images, batch_size, device):
+    """Answers each message with the seconds that one pass took."""
+    device = torch.device(device)
+    one_pass = CONTENDERS[contender](norm, utils.make_synthetic(images, 10), batch_size, device)
+    for _ in iter(pipe.recv, None):
+        start = time.perf_counter()
+        one_pass()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+
+
+def race(norm, images, batch_size, device, rounds):
+    """Seconds of each round's pass, by contender; a first pass of each is not counted."""
+    context = multiprocessing.get_context("spawn")
+    pipes, seconds = {}, {contender: [] for contender in CONTENDERS}
+    for contender in CONTENDERS:
+        pipes[contender], theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, contender, norm, images, batch_size, str(device)))
+        process.start()
+        theirs.close()
+    for counted in [False] + [True] * rounds:
+        for contender, pipe in pipes.items():
+            pipe.send("go")
+            answer = pipe.recv()
+            if counted:
+                seconds[contender].append(answer)
+    for pipe in pipes.values():
+        pipe.send(None)
+    return seconds
+
+
+def rows_of(norm, seconds, images):
+    epoch = {contender: statistics.median(times) * FULL_EPOCH / images for contender, times in seconds.items()}
+    usual = min(epoch[contender] for contender in CONTENDERS if contender.startswith("usual"))
+    floor = epoch["floor: one resident batch"]
+    for contender, times in seconds.items():
+        yield {
+            "norm": norm,
+            "contender": contender,
+            "images a second": round(FULL_EPOCH / epoch[contender]),
+            "seconds an epoch": round(epoch[contender], 2),
+            "spread %": round(100 * (max(times) - min(times)) / statistics.median(times)),
+            "times the usual loop": round(usual / epoch[contender], 2),
+            "floor's share %": round(100 * floor / epoch[contender], 1),
+        }
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=utils.get_device, default=utils.get_device())
+    parser.add_argument("--norm", nargs="+", choices=model.NORMS, default=list(model.NORMS))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=6400, help="images in a pass (default 6400)")
+    parser.add_argument("--rounds", type=int, default=3, help="counted passes of each contender (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    args = parser.parse_args()
+
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else processor()
+    about = {
+        "device": f"{args.device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "data": f"synthetic, {args.images} images, seconds scaled to {FULL_EPOCH}",
+        "batch size": args.batch_size,
+        "rounds": args.rounds,
+    }
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    rows = []
+    for norm in args.norm:
+        rows += rows_of(norm, race(norm, args.images, args.batch_size, args.device, args.rounds), args.images)
+        print("\n" + utils.pd.DataFrame(rows[-len(CONTENDERS) :]).to_string(index=False), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

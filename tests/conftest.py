@@ -1,0 +1,69 @@
+import hashlib
+import pickle
+import tarfile
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+import utils
+
+matplotlib.use("agg")
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture(scope="session")
+def data():
+    """A small stand-in whose sizes no batch size of the tests divides."""
+    return utils.make_synthetic(train_size=330, test_size=101)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    """The user's own data and mirrors are not the tests'."""
+    for name in ("CIFAR10_ROOT", "CIFAR10_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def official(tmp_path_factory, monkeypatch):
+    """An archive in the official layout with ten images a file, whose checksums stand in for CIFAR-10's."""
+    folder = tmp_path_factory.mktemp("official")
+    batches = folder / datasets.CIFAR10.base_folder
+    batches.mkdir()
+    rng = np.random.default_rng(0)
+    pixels, labels = {"train": [], "test": []}, {"train": [], "test": []}
+
+    def write(name, content):
+        (batches / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((batches / name).read_bytes()).hexdigest()]
+
+    def write_batch(name, split):
+        pixels[split].append(rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8))
+        labels[split] += rng.permutation(10).tolist()
+        return write(
+            name, {"data": pixels[split][-1].transpose(0, 3, 1, 2).reshape(10, -1), "labels": labels[split][-10:]}
+        )
+
+    train = [write_batch(name, "train") for name, _ in datasets.CIFAR10.train_list]
+    test = [write_batch(name, "test") for name, _ in datasets.CIFAR10.test_list]
+    _, meta = write("batches.meta", {"label_names": list(utils.CLASSES)})
+    archive = folder / utils.ARCHIVE
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(batches, datasets.CIFAR10.base_folder)
+
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": meta})
+    monkeypatch.setattr(utils, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    pixels = {split: np.concatenate(parts) for split, parts in pixels.items()}
+    return SimpleNamespace(archive=archive, pixels=pixels, labels=labels)

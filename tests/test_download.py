@@ -1,0 +1,111 @@
+"""The download against a server on the loopback address."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from torchvision import datasets
+
+import utils
+
+
+@pytest.fixture
+def server(official, monkeypatch):
+    """Serves the archive in good and bad ways; counts what was asked for."""
+    archive, asked, over = official.archive.read_bytes(), [], threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            bodies = {
+                "/good": archive,
+                "/truncated": archive[: len(archive) // 2],
+                "/stalled": archive[:1000],
+                "/wrong": archive[:-1] + b"?",
+                "/html": b"<html>please log in</html>",
+            }
+            body = bodies.get(self.path)
+            self.send_response(200 if body else 404)
+            self.send_header(
+                "Content-Length", str(len(archive) if self.path in ("/truncated", "/stalled") else len(body or b""))
+            )
+            self.end_headers()
+            self.wfile.write(body or b"")
+            self.wfile.flush()
+            if self.path == "/stalled":
+                over.wait(10)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
+    monkeypatch.setattr(utils, "TIMEOUT", (1, 0.3))
+    yield server
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def mirrors(monkeypatch, server, *paths):
+    monkeypatch.setattr(utils, "MIRRORS", tuple(server.url + path for path in paths))
+
+
+def leftovers(root):
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_good(server, official, tmp_path, monkeypatch):
+    mirrors(monkeypatch, server, "/good", "/404")
+    data = utils.load_data("auto", tmp_path / "new" / "folder")
+    assert data.name == "CIFAR-10" and data.train_labels.tolist() == official.labels["train"]
+    assert server.asked == ["/good"]
+    assert leftovers(tmp_path / "new" / "folder") == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
+    utils.load_data("auto", tmp_path / "new" / "folder")
+    assert server.asked == ["/good"]  # from then on it is on disk
+
+
+@pytest.mark.parametrize("bad", ["/truncated", "/wrong", "/404", "/html", "/stalled"])
+def test_a_bad_mirror_leaves_nothing_behind(server, tmp_path, monkeypatch, bad):
+    mirrors(monkeypatch, server, bad)
+    with pytest.raises(utils.DataUnavailable, match="By hand: put"):
+        utils.load_data("cifar10", tmp_path)
+    assert leftovers(tmp_path) == [] and server.asked == [bad]
+
+
+@pytest.mark.parametrize("bad", ["/truncated", "/wrong", "/404", "/html", "/stalled"])
+def test_the_next_mirror_takes_over(server, tmp_path, monkeypatch, bad):
+    mirrors(monkeypatch, server, bad, "/good")
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
+    assert server.asked == [bad, "/good"]
+
+
+def test_a_dead_host_is_passed_over(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "MIRRORS", ("http://127.0.0.1:9/nobody", f"{server.url}/good"))
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
+
+
+def test_the_users_mirror_comes_first(server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, server, "/404")
+    monkeypatch.setenv("CIFAR10_URL", f"{server.url}/good")
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
+    assert server.asked == ["/good"]
+
+
+def test_auto_says_why_it_goes_on_without(server, tmp_path, monkeypatch, capsys):
+    mirrors(monkeypatch, server, "/404", "/wrong")
+    assert utils.load_data("auto", tmp_path).synthetic
+    notice = capsys.readouterr().out
+    assert "THIS IS NOT CIFAR-10" in notice
+    assert f"{server.url}/404" in notice and f"{server.url}/wrong" in notice and "CIFAR10_URL" in notice
+
+
+def test_an_interrupted_unpacking_is_not_taken_for_good(official, tmp_path, monkeypatch):
+    (tmp_path / utils.ARCHIVE).write_bytes(official.archive.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            utils.load_data("auto", tmp_path)
+    assert leftovers(tmp_path) == [utils.ARCHIVE]
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10"

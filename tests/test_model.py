@@ -1,0 +1,166 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model
+import utils
+
+NORM_LAYERS = {"batch": "BatchNorm2d", "group": "GroupNorm", "layer": "GroupNorm"}
+
+# Layer, output shape and parameters of each row that torchsummary prints.
+ROWS = """
+Conv2d-1 16,32,32 448 | NORM-2 16,32,32 32 | Dropout2d-3 16,32,32 0 | Conv2d-4 16,32,32 2320
+NORM-5 16,32,32 32 | Dropout2d-6 16,32,32 0 | Conv2d-7 8,32,32 136 | MaxPool2d-8 8,16,16 0
+Conv2d-9 32,16,16 2336 | NORM-10 32,16,16 64 | Dropout2d-11 32,16,16 0 | Conv2d-12 32,16,16 9248
+NORM-13 32,16,16 64 | Dropout2d-14 32,16,16 0 | Conv2d-15 32,16,16 9248 | NORM-16 32,16,16 64
+Dropout2d-17 32,16,16 0 | Conv2d-18 16,16,16 528 | MaxPool2d-19 16,8,8 0 | Conv2d-20 32,8,8 4640
+NORM-21 32,8,8 64 | Dropout2d-22 32,8,8 0 | Conv2d-23 32,8,8 9248 | NORM-24 32,8,8 64
+Dropout2d-25 32,8,8 0 | Conv2d-26 32,8,8 9248 | NORM-27 32,8,8 64 | Dropout2d-28 32,8,8 0
+AvgPool2d-29 32,1,1 0 | Conv2d-30 10,1,1 330
+"""
+
+
+@pytest.fixture(params=model.NORMS)
+def norm(request):
+    return request.param
+
+
+def images(n=4, size=32):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_norms_in_order():
+    assert list(model.NORMS) == ["batch", "group", "layer"]
+
+
+def test_parameter_count(norm):
+    count = sum(p.numel() for p in model.Net(norm).parameters())
+    assert count == 48_178
+    assert count < 50_000
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("skip", [True, False])
+def test_parameter_count_whatever_the_options(num_groups, skip):
+    assert sum(p.numel() for p in model.Net("group", num_groups, 0.1, skip).parameters()) == 48_178
+
+
+def test_summary_rows(norm, capsys):
+    utils.summarize(model.Net(norm))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if "[-1" in line]
+    printed = [(row[0], "".join(row[2:-1]).rstrip("]"), row[-1].replace(",", "")) for row in rows]
+    expected = [
+        tuple(row.split())
+        for row in ROWS.replace("NORM", NORM_LAYERS[norm]).replace("\n", "|").split("|")
+        if row.strip()
+    ]
+    assert printed == expected
+    totals = [
+        line.split(": ")[1] for line in lines if line.startswith(("Total p", "Train", "Input", "Forw", "Params", "Est"))
+    ]
+    assert totals == ["48,178", "48,178", "0.01", "1.57", "0.18", "1.77"]
+
+
+def test_every_registered_module_runs(norm):
+    net, ran = model.Net(norm), set()
+    leaves = {name: module for name, module in net.named_modules() if not list(module.children())}
+    for name, module in leaves.items():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    net(images())
+    assert ran == set(leaves)
+
+
+def test_gradient_reaches_every_parameter(norm):
+    net = model.Net(norm, dropout=0)
+    F.cross_entropy(net(images(8)), torch.arange(8)).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if not (norm == "batch" and name.endswith("conv.bias")):  # batch norm takes a channel's bias away again
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_layer_norm_is_layer_norm_over_channels_and_pixels():
+    layer, x = model.NORMS["layer"](16, 4), torch.randn(3, 16, 5, 6)
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    weight, bias = (p[:, None, None].expand(16, 5, 6) for p in (layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), F.layer_norm(x, (16, 5, 6), weight, bias))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 8, 16])
+def test_group_norm_by_hand(num_groups):
+    layer, x = model.NORMS["group"](16, num_groups), torch.randn(3, 16, 5, 6)
+    nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    sets = x.view(3, num_groups, -1)
+    normal = (sets - sets.mean(2, keepdim=True)) / (sets.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = normal.view_as(x) * layer.weight[:, None, None] + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_batch_norm_by_hand():
+    layer, x = model.NORMS["batch"](16, 4), torch.randn(3, 16, 5, 6)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    expected = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.running_mean, 0.1 * mean)
+
+
+def test_one_group_equals_layer_norm():
+    torch.manual_seed(0)
+    group = model.Net("group", num_groups=1, dropout=0)
+    torch.manual_seed(0)
+    layer = model.Net("layer", dropout=0)
+    assert torch.equal(group(images()), layer(images()))
+
+
+def test_an_image_does_not_depend_on_its_batch_but_under_batch_norm(norm):
+    net, batch = model.Net(norm, dropout=0), images()
+    other = torch.cat([batch[:1], 2 * images(7)[4:]])
+    with torch.no_grad():
+        for mode, depends in ((net.train, norm == "batch"), (net.eval, False)):
+            mode()
+            assert torch.allclose(net(batch)[0], net(other)[0], atol=1e-4) != depends
+
+
+def test_the_seed_alone_sets_the_convolutions():
+    weights = []
+    for norm in model.NORMS:
+        torch.manual_seed(5)
+        weights.append(model.Net(norm).C9.conv.weight)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+
+
+def test_skip_adds_c3_and_c7(norm):
+    net, plain = model.Net(norm).eval(), model.Net(norm, skip=False).eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(net(images()), plain(images()))
+        for block in (net.C3, net.C7):  # dead, they add nothing
+            block.norm.weight.zero_(), block.norm.bias.zero_()
+        plain.load_state_dict(net.state_dict())
+        torch.testing.assert_close(net(images()), plain(images()))
+
+
+@pytest.mark.parametrize("size", [8, 12, 32, 64])
+@pytest.mark.parametrize("n", [1, 3])
+def test_any_multiple_of_four(norm, size, n, device):
+    assert model.Net(norm).to(device)(images(n, size).to(device)).shape == (n, 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 4, 4), (1, 1, 32, 32), (3, 32, 32), (1, 32, 32, 3)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
+        model.Net()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["instance", "BATCH", None, ""])
+def test_unknown_norm(name):
+    with pytest.raises(ValueError, match="batch, group, layer"):
+        model.Net(name)
+
+
+@pytest.mark.parametrize("num_groups", [0, -1, 3, 32, 2.0, None])
+def test_groups_that_do_not_divide(num_groups):
+    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16"):
+        model.Net("group", num_groups)

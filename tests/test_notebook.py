@@ -1,0 +1,69 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+import utils
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(ROOT / "S8.ipynb", as_version=4)
+
+
+def outputs(notebook, kind):
+    return [output for cell in notebook.cells for output in cell.get("outputs", []) if kind in output.get("data", {})]
+
+
+def test_runs_from_start_to_end(tmp_path):
+    parameters = {"EPOCHS": 1, "DATA": "synthetic", "SAVE_TO": str(tmp_path / "saved")}
+    done = papermill.execute_notebook(
+        ROOT / "S8.ipynb", tmp_path / "run.ipynb", parameters, cwd=ROOT, progress_bar=False
+    )
+    assert len(outputs(done, "image/png")) == 6 and len(outputs(done, "text/html")) == 2
+    text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
+    assert text.count("Epoch 1") == text.count("Test set: Average loss") == 3
+    assert (tmp_path / "saved" / "synthetic-histories.csv").exists()
+
+
+def test_more_epochs_than_the_limit_stop_it_at_once(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="EPOCHS|assignment allows 20"):
+        papermill.execute_notebook(
+            ROOT / "S8.ipynb", tmp_path / "run.ipynb", {"EPOCHS": 21, "DATA": "nothing"}, cwd=ROOT, progress_bar=False
+        )
+
+
+def test_one_parameters_cell(notebook):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = set(re.findall(r"^([A-Z_]+) =", tagged[0].source, re.M))
+    assert names >= set("EPOCHS BATCH_SIZE LR MOMENTUM STEP_SIZE GAMMA DROPOUT NUM_GROUPS SEED DATA DATA_ROOT".split())
+
+
+def test_committed_with_the_outputs_of_a_whole_real_run(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert "widgets" not in notebook.metadata
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    text = "".join(output.text for cell in code for output in cell.outputs if "text" in output)
+    assert len(re.findall(r"^Epoch 20$", text, re.M)) == 3 and "synthetic" not in text and "\r" not in text
+    assert (ROOT / "S8.ipynb").stat().st_size < 3_000_000
+
+
+def test_the_readmes_example(tmp_path, monkeypatch):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+    assert len(example.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "MIRRORS", ("http://127.0.0.1:9/none",))
+    exec(example, {})
+
+
+def test_importing_prints_nothing():
+    done = subprocess.run([sys.executable, "-c", "import model, utils"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,284 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import model
+import utils
+
+NORMS = list(model.NORMS)
+QUIET = {"progress": False}
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+
+def whole(loader):
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    return images, labels
+
+
+def by_hand(net, loader):
+    """Mean loss of an image and accuracy in percent, one image at a time."""
+    images, labels = whole(loader)
+    losses, hits = [], 0
+    for image, label in zip(images, labels, strict=True):
+        p = net(image[None]).softmax(1)[0].double()
+        losses.append(-p[label].log().item())
+        hits += int(p.argmax() == label)
+    return sum(losses) / len(losses), 100 * hits / len(losses)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 101, 1000])
+def test_figures_equal_those_by_hand_with_a_ragged_last_batch(data, batch_size):
+    train_loader, test_loader = utils.get_loaders(data, batch_size, device="cpu")
+    net = linear()
+    trained = utils.train(net, train_loader, torch.optim.SGD(net.parameters(), 0.0), precision="float32", **QUIET)
+    tested = utils.test(net, test_loader, precision="float32")
+    for figures, loader in ((trained, train_loader), (tested, test_loader)):
+        loss, accuracy = by_hand(net, loader)
+        assert figures.loss == pytest.approx(loss, rel=1e-5)
+        assert figures.accuracy == pytest.approx(accuracy)
+        assert figures.total == len(loader.labels) and figures.correct == round(accuracy * figures.total / 100)
+        assert [type(figure) for figure in figures] == [float, float, int, int]
+
+
+def test_an_epoch_equals_plain_sgd(data):
+    loader = utils.get_loaders(data, 64, device="cpu")[0]
+    net, plain = linear(), linear()
+    utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.01, 0.9), precision="float32", **QUIET)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.01, 0.9)
+    loader.epoch = 0
+    for images, labels in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), plain.state_dict())
+
+
+def test_a_plain_dataloader_will_do(data, device):
+    images, labels = whole(utils.get_loaders(data, 64, device="cpu")[1])
+    loader = DataLoader(TensorDataset(images, labels), 30)
+    net = linear().to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    history = utils.fit(net, loader, loader, optimizer, StepLR(optimizer, 1), epochs=2, **QUIET)
+    assert len(history) == 2
+    own = utils.get_loaders(data, 30, device=device)[1]
+    assert utils.test(net, loader) == pytest.approx(utils.test(net, own), rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("batch_size", [1, 100])  # 101 test images: a last batch of one
+def test_every_norm_at_batch_size_one_and_with_a_last_image_alone(data, norm, batch_size, device):
+    few = utils.Data(
+        "few",
+        data.classes,
+        *(part[:11] for part in (data.train_images, data.train_labels)),
+        data.test_images,
+        data.test_labels,
+    )
+    result = utils.run(norm, few, 1, batch_size, device=device, augment=True, **QUIET)
+    assert result.history[0]["train_loss"] > 0 and 0 <= result.history[0]["test_acc"] <= 100
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_each_norm_learns_the_stand_in(norm):
+    result = utils.run(norm, utils.load_data("synthetic"), epochs=3, step_size=2, **QUIET)
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert result.history[-1]["test_acc"] > 35  # chance is 10
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] - 0.2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_same_seed_gives_the_same_run(data, norm):
+    first, again, other = (
+        utils.run(norm, data, 2, seed=seed, device="cpu", augment=True, dropout=0.1, **QUIET) for seed in (1, 1, 2)
+    )
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    drop_time = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in result.history] for result in (first, again, other)
+    ]
+    assert drop_time[0] == drop_time[1] != drop_time[2]
+
+
+def test_looking_changes_nothing(data, capsys):
+    """Evaluation, summary, batches and pictures move neither weights, running statistics, modes nor seeds."""
+    net = model.Net("batch", dropout=0.5).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    random_state = torch.get_rng_state()
+    train_loader, test_loader = utils.get_loaders(data, device="cpu")
+    next(iter(train_loader))
+    utils.test(net, test_loader)
+    logits, _ = utils.predict(net, test_loader)
+    utils.summarize(net)
+    utils.plot_samples(data)
+    utils.plot_mistakes(data, logits)
+    assert net.training and torch.equal(random_state, torch.get_rng_state())
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_evaluation_is_without_dropout_and_restores_the_mode(data):
+    net, loader = model.Net("group", dropout=0.9).eval(), utils.get_loaders(data, device="cpu")[1]
+    assert utils.test(net, loader) == utils.test(net.train(), loader)
+    assert net.training and not (utils.test(net.eval(), loader) and net.training)
+
+
+# ----------------------------------------------------------------------- schedule and log
+
+
+def test_the_printed_lines_and_steplrs_sequence(data, capsys):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    history = utils.fit(net, *utils.get_loaders(data, 64, device="cpu"), optimizer, StepLR(optimizer, 2, 0.1), epochs=5)
+    assert [row["lr"] for row in history] == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001])
+    lines = [line.split("\r")[-1] for line in capsys.readouterr().out.split("\n") if line]
+    assert len(lines) == 20
+    blocks = [lines[i : i + 4] for i in range(0, 20, 4)]
+    for (rate, name, bar, test), row in zip(blocks, history, strict=True):
+        assert rate == f"Adjusting learning rate of group 0 to {row['lr']:.4e}."
+        assert name == f"Epoch {row['epoch']}"
+        figures, progress = bar.split(": 100%", 1)
+        assert re.fullmatch(r"Train: Loss=\d+\.\d{4} Batch_id=5 Accuracy=\d+\.\d\d", figures)
+        assert re.fullmatch(r"\|█+\| 6/6 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+(it/s|s/it)\] *", progress)
+        assert f"Accuracy={row['train_acc']:.2f}:" in bar
+        hits = round(row["test_acc"] * 101 / 100)
+        assert test == f"Test set: Average loss: {row['test_loss']:.4f}, Accuracy: {hits}/101 ({row['test_acc']:.2f}%)"
+
+
+def test_silence(data, capsys):
+    utils.run("group", data, 1, **QUIET)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_loss_in_the_bar_is_the_last_batchs(data, capsys):
+    net, loader = linear(), utils.get_loaders(data, 64, device="cpu")[0]
+    utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.0), precision="float32")
+    loader.epoch = 0
+    *_, (images, labels) = loader
+    loss = F.cross_entropy(net(images), labels).item()
+    assert f"Loss={loss:.4f}" in capsys.readouterr().out.split("\r")[-1]
+
+
+def test_the_classic_schedule_is_the_default(data):
+    rates = [row["lr"] for row in utils.run("batch", utils.make_synthetic(20, 10), epochs=16, **QUIET).history]
+    assert rates == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 2)
+
+
+def test_other_schedulers_per_epoch_and_per_batch(data):
+    def history(make, **options):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        scheduler = make(optimizer)
+        return utils.fit(
+            net, *utils.get_loaders(data, 64, device="cpu"), optimizer, scheduler, 3, **options, **QUIET
+        ), scheduler
+
+    rows, _ = history(lambda optimizer: ExponentialLR(optimizer, 0.5))
+    assert [row["lr"] for row in rows] == pytest.approx([0.01, 0.005, 0.0025])
+    rows, scheduler = history(lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=18), scheduler_step="batch")
+    assert scheduler.last_epoch == 18 and rows[1]["lr"] > rows[0]["lr"] > rows[2]["lr"] / 100
+    rows, scheduler = history(lambda optimizer: ReduceLROnPlateau(optimizer, threshold=1e9, patience=0))
+    assert rows[2]["lr"] < rows[0]["lr"]
+    rows, _ = history(lambda optimizer: None)
+    assert [row["lr"] for row in rows] == [0.01] * 3
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "instance"}, "batch, group, layer"),
+        ({"epochs": 0}, "epochs=0: expected"),
+        ({"epochs": -3}, "epochs=-3: expected"),
+        ({"epochs": 1.5}, "epochs=1.5: expected"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"device": "abacus"}, "abacus.*choose"),
+        ({"precision": "int4"}, "int4.*float32"),
+        ({"num_groups": 5}, "1, 2, 4, 8 or 16"),
+        ({"dropout": 2}, "between 0 and 1"),
+    ],
+)
+def test_bad_options_stop_a_run_before_it_prints(data, options, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        utils.run(**({"norm": "group", "data": data} | options))
+    assert capsys.readouterr().out == ""
+
+
+def test_more_than_twenty_epochs_says_how_to_lift_the_limit():
+    utils.check_epochs(20, 20)
+    with pytest.raises(ValueError, match="EPOCH_LIMIT"):
+        utils.check_epochs(21, 20)
+
+
+def test_a_loader_that_yields_nothing():
+    net, empty = linear(), DataLoader(TensorDataset(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64)))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for call in (
+        lambda: utils.train(net, empty, optimizer, **QUIET),
+        lambda: utils.test(net, empty),
+        lambda: utils.fit(net, empty, empty, optimizer, **QUIET),
+    ):
+        with pytest.raises(ValueError, match="yields no"):
+            call()
+    with pytest.raises(ValueError, match="empty"):
+        utils.Loader(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+
+
+def test_unknown_scheduler_step(data):
+    net = linear()
+    with pytest.raises(ValueError, match="'step'.*epoch or batch"):
+        utils.fit(net, *utils.get_loaders(data), torch.optim.SGD(net.parameters(), 0.01), scheduler_step="step")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data):
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        utils.run("group", data, 2, lr=1e30, **QUIET)
+
+
+# -------------------------------------------------------------------------- fast and right
+
+
+def test_bfloat16_where_the_hardware_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for features, dtype in (
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
+        assert utils.choose_precision("auto", cpu) == dtype
+        assert utils.choose_precision("float32", cpu) == torch.float32
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_memory_format_does_not_change_the_figures(data, norm, precision):
+    figures = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = model.Net(norm, dropout=0).to(memory_format=memory_format)
+        loader = utils.get_loaders(data, 64, device="cpu")[0]
+        figures.append(
+            utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.01, 0.9), precision=precision, **QUIET).loss
+        )
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4 if precision == "float32" else 0.02)
+
+
+def test_results_table_reports_the_last_epoch(data):
+    results = [utils.run(norm, data, 2, **QUIET) for norm in NORMS]
+    results[0].history[0]["test_acc"] = 99.0  # a better epoch that was not the last
+    table = utils.results_table(results)
+    assert list(table.index) == NORMS
+    assert table.loc["batch", "test accuracy %"] == round(results[0].history[-1]["test_acc"], 2)
+    assert table.loc["batch", "best test % (epoch)"] == "99.00 (1)"
+    assert (table["total parameters"] == 48_178).all() and table["data"].str.contains("synthetic").all()
