@@ -121,18 +121,18 @@ def label_ends(ax, ends, colors, number):
 
 
 @styled
-def plot_norm_sets(layers, images=6, channels=8, size=4):
+def plot_norm_sets(layers, images=8, channels=16, size=4):
     """What shares a mean with one value: found by asking each layer which inputs move one of its outputs.
 
     layers: a dict from a name to a norm layer of that many channels.
     """
-    figure, axes = subplots(1, len(layers), figsize=(3.4 * len(layers), 3.3), squeeze=False)
-    image, channel = images // 2, channels // 2 + 1
+    figure, axes = subplots(1, len(layers), figsize=(3.7 * len(layers), 2.9), squeeze=False)
+    image, channel = images // 2, channels // 2 + 2
     for ax, (name, layer) in zip(axes[0], layers.items()):
         x = torch.randn(images, channels, size, size, generator=torch.Generator().manual_seed(0), requires_grad=True)
         layer.train()(x)[image, channel, 0, 0].backward()
         share = (x.grad != 0).float().mean((2, 3))
-        ax.imshow(np.ones((images, channels)), cmap="Greys", vmin=0, vmax=12)
+        ax.imshow(np.ones((images, channels)), cmap="Greys", vmin=0, vmax=12, aspect="auto")
         color = COLORS.get(name, FURTHER_COLORS[0])
         for i, c in share.nonzero().tolist():
             ax.add_patch(plt.Rectangle((c - 0.5, i - 0.5), 1, 1, color=color, alpha=0.85, linewidth=0))
@@ -142,7 +142,7 @@ def plot_norm_sets(layers, images=6, channels=8, size=4):
         ax.grid(False, which="major")
         ax.grid(True, which="minor", color="white", linewidth=2)
         ax.tick_params(which="both", length=0)
-        ax.set_xticks(range(channels), range(1, channels + 1))
+        ax.set_xticks(range(0, channels, 3), range(1, channels + 1, 3))
         ax.set_yticks(range(images), range(1, images + 1))
         ax.spines[:].set_visible(False)
         count = int((x.grad != 0).sum())

@@ -22,14 +22,13 @@ def outputs(notebook, kind):
 
 
 def test_runs_from_start_to_end(tmp_path):
-    parameters = {"EPOCHS": 1, "DATA": "synthetic", "SAVE_TO": str(tmp_path / "saved")}
+    parameters = {"EPOCHS": 1, "DATA": "synthetic"}
     done = papermill.execute_notebook(
         ROOT / "S8.ipynb", tmp_path / "run.ipynb", parameters, cwd=ROOT, progress_bar=False
     )
     assert len(outputs(done, "image/png")) == 6 and len(outputs(done, "text/html")) == 2
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
     assert text.count("Epoch 1") == text.count("Test set: Average loss") == 3
-    assert (tmp_path / "saved" / "synthetic-histories.csv").exists()
 
 
 def test_more_epochs_than_the_limit_stop_it_at_once(tmp_path):
