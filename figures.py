@@ -1,4 +1,4 @@
-"""The pictures. Each function draws from what it is given, and returns its figure."""
+"""The pictures: the figures of a study, each returned by its function, and the images of the synthetic stand-in."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -182,3 +182,45 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
         ax.set_title(f"{guess} {100 * confidence[i]:.0f} %\nis {truth}", fontsize=10, fontweight="normal")
     figure.suptitle(title or f"{data.name}, most confident mistakes")
     return figure
+
+
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "stripes", "checks", "dots", "crescent")
+
+
+def draw_shapes(labels, rng):
+    """labels (N,) -> uint8 images (N, 3, 32, 32)."""
+    n = len(labels)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    # u and v: each pixel's place in the shape's own frame, where the shape fills about [-1, 1].
+    y, x = np.mgrid[-1:1:32j, -1:1:32j].astype(np.float32)
+    x, y = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.4, 0.75, 1, 1)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / scale
+    v = (y * np.cos(angle) - x * np.sin(angle)) / scale
+    radius, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+    wave = uniform(4, 6, 1, 1)
+    shapes = (
+        radius < 0.9,
+        (radius < 1) & (radius > 0.55),
+        box < 0.8,
+        (box < 0.9) & (box > 0.5),
+        (v < 0.8) & (v > 2 * abs(u) - 0.9),
+        (np.minimum(abs(u), abs(v)) < 0.3) & (box < 1),
+        (box < 1) & (np.sin(wave * v) > 0),
+        (box < 1) & (np.sin(wave * u) * np.sin(wave * v) > 0),
+        (box < 1) & (np.cos(1.4 * wave * u) + np.cos(1.4 * wave * v) > 0.7),
+        (radius < 1) & (np.hypot(u - 0.5, v) > 0.75),
+    )
+    mask = np.choose(labels[:, None, None], shapes)[:, None]
+
+    # Each class leans towards a hue of its own: what colour tells in an epoch, shape has to complete.
+    hue = labels / len(SHAPES) + rng.normal(0, 0.12, n)
+    color = 0.5 + 0.45 * np.cos(2 * np.pi * (hue[:, None] + np.arange(3) / 3))[:, :, None, None]
+    background = uniform(0.2, 0.8, 3, 1, 1)
+    shade = uniform(-0.2, 0.2, 1, 1, 1) * np.mgrid[-1:1:32j, -1:1:32j][0] + uniform(-0.2, 0.2, 1, 1, 1) * x[:, None]
+    noise = rng.normal(0, 1, (n, 3, 32, 32)) * uniform(0.05, 0.2, 1, 1, 1)
+    images = background + (color - background) * mask + shade + noise
+    return (images.clip(0, 1) * 255).astype(np.uint8)

@@ -31,6 +31,8 @@ class Net(nn.Module):
             raise ValueError(
                 f"num_groups={num_groups!r} does not divide the normalised widths 16 and 32: choose 1, 2, 4, 8 or 16"
             )
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout={dropout!r}: expected a probability, 0 to 1")
 
         def block(in_channels, out_channels):
             return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
@@ -51,6 +53,15 @@ class Net(nn.Module):
         self.C9 = block(32, 32)  # 32, 8, 8
         self.GAP = AvgPool2d()  # 32, 1, 1
         self.C10 = nn.Conv2d(32, 10, 1)  # 10, 1, 1
+
+        # Filters that start at right angles, as long as PyTorch's default makes them. On 5,000 held-out training
+        # images, layer norm then had 66.3 % after seven epochs, against 64.8 %: one seed each, so no more than a hint.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module is not self.C10:
+                nn.init.orthogonal_(module.weight, gain=3**-0.5)
+
+    def extra_repr(self):
+        return f"norm={self.norm}, skip={self.skip}"
 
     def forward(self, images):
         """(N, 3, H, W) normalised images -> (N, 10) logits; H and W are multiples of 4, at least 8."""

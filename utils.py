@@ -3,13 +3,19 @@
 import contextlib
 import copy
 import ctypes
+import io
+import itertools
 import math
 import os
+import pickle
 import random
 import sys
 import tarfile
 import tempfile
 import time
+import traceback
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +29,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 from tqdm import tqdm
 
-from figures import plot_curves, plot_mistakes, plot_norm_sets, plot_samples  # noqa: F401 (public names)
+from figures import SHAPES, draw_shapes, plot_curves, plot_mistakes, plot_norm_sets, plot_samples  # noqa: F401
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -43,10 +49,6 @@ MIRRORS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
-
-SYNTHETIC_CLASSES = (
-    "disc", "ring", "square", "frame", "triangle", "cross", "stripes", "checks", "dots", "crescent"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,16 @@ def fetch_archive(root):
 def unpack(archive, root):
     """Unpack beside the final place and rename, so that a half-written folder is never taken for good."""
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as folder:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        os.rename(Path(folder, datasets.CIFAR10.base_folder), root / datasets.CIFAR10.base_folder)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")  # refuses links and paths that lead out of the folder
+        except tarfile.TarError as error:
+            raise ValueError(f"{archive} cannot be unpacked: {error}") from error
+        try:
+            os.rename(Path(folder, datasets.CIFAR10.base_folder), root / datasets.CIFAR10.base_folder)
+        except OSError:
+            if not (root / datasets.CIFAR10.base_folder).is_dir():  # else another process was first
+                raise
 
 
 def read_official_files(root):
@@ -206,48 +215,9 @@ def make_synthetic(train_size=5000, test_size=1000, seed=0):
     rng = np.random.default_rng(seed)
     tensors = []
     for size in (train_size, test_size):
-        labels = np.arange(size) % len(SYNTHETIC_CLASSES)
+        labels = np.arange(size) % len(SHAPES)
         tensors += [torch.from_numpy(draw_shapes(labels, rng)), torch.from_numpy(labels)]
-    return Data("synthetic stand-in", SYNTHETIC_CLASSES, *tensors)
-
-
-def draw_shapes(labels, rng):
-    """labels (N,) -> uint8 images (N, 3, 32, 32)."""
-    n = len(labels)
-
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
-
-    # u and v: each pixel's place in the shape's own frame, where the shape fills about [-1, 1].
-    y, x = np.mgrid[-1:1:32j, -1:1:32j].astype(np.float32)
-    x, y = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
-    angle, scale = uniform(-0.5, 0.5, 1, 1), uniform(0.4, 0.75, 1, 1)
-    u = (x * np.cos(angle) + y * np.sin(angle)) / scale
-    v = (y * np.cos(angle) - x * np.sin(angle)) / scale
-    radius, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
-    wave = uniform(4, 6, 1, 1)
-    shapes = (
-        radius < 0.9,
-        (radius < 1) & (radius > 0.55),
-        box < 0.8,
-        (box < 0.9) & (box > 0.5),
-        (v < 0.8) & (v > 2 * abs(u) - 0.9),
-        (np.minimum(abs(u), abs(v)) < 0.3) & (box < 1),
-        (box < 1) & (np.sin(wave * v) > 0),
-        (box < 1) & (np.sin(wave * u) * np.sin(wave * v) > 0),
-        (box < 1) & (np.cos(1.4 * wave * u) + np.cos(1.4 * wave * v) > 0.7),
-        (radius < 1) & (np.hypot(u - 0.5, v) > 0.75),
-    )
-    mask = np.choose(labels[:, None, None], shapes)[:, None]
-
-    # Each class leans towards a hue of its own: what colour tells in an epoch, shape has to complete.
-    hue = labels / len(SYNTHETIC_CLASSES) + rng.normal(0, 0.12, n)
-    color = 0.5 + 0.45 * np.cos(2 * np.pi * (hue[:, None] + np.arange(3) / 3))[:, :, None, None]
-    background = uniform(0.2, 0.8, 3, 1, 1)
-    shade = uniform(-0.2, 0.2, 1, 1, 1) * np.mgrid[-1:1:32j, -1:1:32j][0] + uniform(-0.2, 0.2, 1, 1, 1) * x[:, None]
-    noise = rng.normal(0, 1, (n, 3, 32, 32)) * uniform(0.05, 0.2, 1, 1, 1)
-    images = background + (color - background) * mask + shade + noise
-    return (images.clip(0, 1) * 255).astype(np.uint8)
+    return Data("synthetic stand-in", SHAPES, *tensors)
 
 
 MAX_SHIFT = 2  # pixels an augmented image moves at most, each way
@@ -272,6 +242,10 @@ class Loader:
         self.seed, self.epoch = seed, 0
         self.mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1) * 255
         self.scale = 1 / (torch.tensor(STD, device=self.device).view(3, 1, 1) * 255)
+
+    def __repr__(self):
+        options = ("batch_size", "shuffle", "augment", "seed")
+        return f"Loader({len(self.labels)} images, {', '.join(f'{name}={getattr(self, name)}' for name in options)})"
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
@@ -385,38 +359,105 @@ def train(model, loader, optimizer, scheduler=None, *, criterion=F.cross_entropy
     """One epoch on the device the model is on; returns Figures, measured while the weights move.
 
     loader: any iterable of (images, labels) with a length. scheduler, if given, is stepped after each batch.
-    criterion(logits, labels): the mean loss of a batch.
+    criterion(logits, labels): the mean loss of a batch. A loss that is not finite raises FloatingPointError.
     """
     device = next(model.parameters()).device
     dtype = choose_precision(precision, device)
     loss_sum, correct, total = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    finite, finite_batches = torch.ones((), device=device, dtype=torch.bool), torch.zeros((), device=device)
     model.train()
-    with tqdm(total=len(loader), desc="Train", file=sys.stdout, disable=not progress) as bar:
+
+    def read_figures():
+        if not finite:
+            raise FloatingPointError(
+                f"the loss is not finite from batch {int(finite_batches)} on, at learning rate "
+                f"{optimizer.param_groups[0]['lr']:g}; first seen in {first_non_finite(model, images)}"
+            )
+        accuracy = 100 * correct.item() / total
+        bar.set_description(f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
+
+    with tqdm(total=len(loader), desc="Train", file=sys.stdout, disable=not progress) as bar, explain_memory(loader):
         for batch_id, (images, labels) in enumerate(loader):
-            images, labels = images.to(device), labels.to(device)
+            images = check_images(images, device)
             with autocast(device, dtype):
                 logits = model(images)
+            check_labels(labels, logits, batch_id)
+            labels = labels.to(device)
             loss = criterion(logits.float(), labels)
+            finite &= loss.isfinite()
+            finite_batches += finite
+            if device.type == "cpu" and not finite:  # nothing to wait for, so before the weights are spoilt
+                read_figures()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
 
-            # Summed on the device: reading a figure waits for it, so that is done when the bar redraws.
+            # Gathered on the device: to read a figure is to wait for it, so that is done when the bar redraws.
             loss_sum += loss.detach() * len(labels)
             correct += (logits.argmax(1) == labels).sum()
             total += len(labels)
             if bar.update():
-                bar.set_description(describe(loss, batch_id, correct, total), refresh=False)
+                read_figures()
         if not total:
             raise ValueError("the loader yields no images")
-        bar.set_description(describe(loss, batch_id, correct, total), refresh=False)
+        read_figures()
     return Figures(loss_sum.item() / total, 100 * correct.item() / total, int(correct), total)
 
 
-def describe(loss, batch_id, correct, total):
-    return f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={100 * correct.item() / total:.2f}"
+def check_images(images, device):
+    """The images on the device in float32, if they are what a network can take."""
+    given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
+        raise ValueError(f"the loader yields images of {given}: expected normalised floats (N, 3, H, W)")
+    return images.to(device, torch.float32)
+
+
+def check_labels(labels, logits, batch_id=0):
+    """Raises where labels do not fit the logits; on a GPU their values in the first batch alone."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+        given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"the loader yields labels of {given}: expected int64 ({len(logits)},), one for each image")
+    if (labels.device.type == "cpu" or not batch_id) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}: the network tells 0 to {logits.shape[1] - 1} apart"
+        )
+
+
+def first_non_finite(model, images):
+    """The first module whose output for these images is not finite, by name."""
+    if not images.isfinite().all():
+        return "the images themselves"
+    found = []
+
+    def look(name):
+        return lambda module, args, output: None if output.isfinite().all() else found.append(name)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return f"module {found[0]}" if found else "the loss"
+
+
+@contextlib.contextmanager
+def explain_memory(loader):
+    """Turns an allocator's failure into advice, and gives the memory back."""
+    advice = None
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = getattr(loader, "batch_size", None)
+        advice = f"out of memory at batch size {size}: try {max(1, size // 2)}" if size else "out of memory: try less"
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+    if advice:
+        torch.cuda.empty_cache()
+        raise MemoryError(advice)
 
 
 @torch.no_grad()
@@ -426,15 +467,19 @@ def predict(model, loader, *, precision="auto"):
     dtype = choose_precision(precision, device)
     mode = model.training
     model.eval()
+    batches = []
     try:
-        with autocast(device, dtype):
-            batches = [(model(images.to(device)).float(), labels.to(device)) for images, labels in loader]
+        with autocast(device, dtype), explain_memory(loader):
+            for batch_id, (images, labels) in enumerate(loader):
+                logits = model(check_images(images, device)).float()
+                check_labels(labels, logits, batch_id)
+                batches.append((logits, labels.to(device)))
     finally:
         model.train(mode)
     if not batches:
         raise ValueError("the loader yields no images")
-    logits, labels = zip(*batches)
-    return torch.cat(logits), torch.cat(labels)
+    logits, labels = (torch.cat(parts) for parts in zip(*batches))
+    return logits, labels
 
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto"):
@@ -445,6 +490,12 @@ def test(model, loader, *, criterion=F.cross_entropy, precision="auto"):
 
 
 test.__test__ = False  # not a test of pytest's
+
+
+class History(list):
+    """One row (a dict) for each finished epoch; unfinished is the number of an epoch that was interrupted, or None."""
+
+    unfinished = None
 
 
 def fit(
@@ -459,10 +510,14 @@ def fit(
     criterion=F.cross_entropy,
     precision="auto",
     progress=True,
+    checkpoint=None,
 ):
-    """Trains for some epochs, with a block of log lines for each; returns the history, one row an epoch.
+    """Trains for some epochs, with a block of log lines for each; returns the History.
 
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch".
+    checkpoint: a file, written after each epoch; the same call goes on from it, to the very figures of a run that
+    never stopped. An interrupt returns the history so far. A loss that is not finite raises FloatingPointError and
+    leaves the model as the last finished epoch left it.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     check_epochs(epochs)
@@ -474,39 +529,178 @@ def fit(
     keep_freed_memory()
     options = {"criterion": criterion, "precision": precision}
     log = print if progress else lambda *args, **kwargs: None
-    history = []
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
+    history = History()
+    if checkpoint is not None:
+        checkpoint = Checkpoint(checkpoint, model, optimizer, scheduler, train_loader, precision)
+        history = checkpoint.restore()
+        if len(history) > epochs:
+            raise ValueError(f"{checkpoint.path} holds {len(history)} epochs, more than epochs={epochs}")
+        if history:
+            log(f"Going on after epoch {len(history)}, from {checkpoint.path}\n")
+
+    def one_epoch(epoch):
+        start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
+        before = copy.deepcopy(model.state_dict())
+        if isinstance(train_loader, Loader):
+            train_loader.epoch = epoch - 1  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
             log(f"Adjusting learning rate of group {i} to {group['lr']:.4e}.")
         log(f"Epoch {epoch}", flush=True)
-        lr = float(optimizer.param_groups[0]["lr"])
         per_batch = scheduler if scheduler_step == "batch" else None
-        trained = train(model, train_loader, optimizer, per_batch, progress=progress, **options)
-        tested = test(model, test_loader, **options)
-        log(
-            f"Test set: Average loss: {tested.loss:.4f}, "
-            f"Accuracy: {tested.correct}/{tested.total} ({tested.accuracy:.2f}%)\n",
-            flush=True,
-        )
-        if not math.isfinite(trained.loss + tested.loss):
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch} (lr {lr:g}): try a smaller one")
+        try:
+            trained = train(model, train_loader, optimizer, per_batch, progress=progress, **options)
+            tested = test(model, test_loader, **options)
+            if not math.isfinite(tested.loss):
+                raise FloatingPointError("the test loss is not finite")
+        except FloatingPointError as error:
+            model.load_state_dict(before)
+            raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
+        accuracy = f"{tested.correct}/{tested.total} ({tested.accuracy:.2f}%)"
+        log(f"Test set: Average loss: {tested.loss:.4f}, Accuracy: {accuracy}\n", flush=True)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             scheduler.step(trained.loss)
         elif scheduler is not None and per_batch is None:
             scheduler.step()
-        history.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": trained.loss,
-                "train_acc": trained.accuracy,
-                "test_loss": tested.loss,
-                "test_acc": tested.accuracy,
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_acc": trained.accuracy}
+        row |= {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
+        return row
+
+    try:
+        for epoch in range(len(history) + 1, epochs + 1):
+            history.append(one_epoch(epoch))
+            if checkpoint is not None:
+                checkpoint.save(history)
+    except KeyboardInterrupt:
+        history.unfinished = len(history) + 1
+        goes_on = " Run again to go on after the last whole epoch." if checkpoint else ""
+        log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
     return history
+
+
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped, in one file of tensors and plain values.
+
+    The file is written beside and renamed, so it is whole at every moment; the one before is kept as
+    "<name>.previous" and takes over when the last turns out damaged.
+    """
+
+    def __init__(self, path, model, optimizer, scheduler, loader, precision):
+        self.path = Path(path)
+        self.previous = self.path.with_name(self.path.name + ".previous")
+        self.whole = False  # whether path holds a file worth keeping
+        self.parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = {name: part for name, part in self.parts.items() if part is not None}
+        self.loader = loader
+        self.device = next(model.parameters()).device
+        self.settings = {name: str(part) for name, part in self.parts.items()}
+        if scheduler is not None:
+            plain = {name: value for name, value in scheduler.state_dict().items() if is_plain(value)}
+            self.settings["scheduler"] = f"{type(scheduler).__name__} {plain}"
+        self.settings["loader"] = f"{type(loader).__name__} of {len(loader)} batches"
+        if isinstance(loader, Loader):
+            self.settings["loader"] = str(loader)
+            self.settings["data"] = f"CRC-32 {zlib.crc32(loader.images.cpu().numpy()):08x}"
+        self.settings["precision"] = str(choose_precision(precision, self.device))
+        try:  # now, rather than after the first epoch
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise OSError(f"no checkpoints can be written into {self.path.parent}: {error}") from None
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder: name a file for the checkpoint")
+
+    def save(self, history):
+        """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"settings": self.settings, "history": list(history), "random": self.random_state()}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        written = self.path.with_name(self.path.name + ".writing")
+        try:
+            with open(written, "wb") as file:
+                file.write(buffer.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            if self.whole:
+                os.replace(self.path, self.previous)
+            os.replace(written, self.path)
+            self.whole = True
+        except OSError as error:
+            written.unlink(missing_ok=True)
+            print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
+
+    def restore(self):
+        """Brings every part to the state of the newest whole file, and returns its history; empty if there is none."""
+        damaged = []
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            state = read_checkpoint(path)
+            if state is None:
+                damaged.append(str(path))
+                continue
+            if damaged:
+                print(f"{damaged[0]} is damaged: going back to {path}, one epoch earlier", flush=True)
+            self.compare(path, state["settings"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.set_random_state(state["random"])
+            self.whole = path == self.path
+            return History(state["history"])
+        if damaged:
+            raise ValueError(f"{' and '.join(damaged)} damaged: delete to start from the first epoch")
+        return History()
+
+    def compare(self, path, settings):
+        """Raises with the first setting in which the file's run and this one differ."""
+        for name in self.settings | settings:
+            lines = (str(side.get(name)).splitlines() for side in (settings, self.settings))
+            for saved, own in itertools.zip_longest(*lines, fillvalue=""):
+                if saved != own:
+                    raise ValueError(
+                        f"{path} is of another run: its {name} has {saved.strip()!r}, this one's {own.strip()!r}. "
+                        "Name another file, or delete this one to start from the first epoch"
+                    )
+
+    def random_state(self):
+        """The state of every generator that training may draw from."""
+        name, keys, *rest = np.random.get_state()
+        state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            state["device"] = torch.get_device_module(self.device).get_rng_state()
+        if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
+            state["loader"] = generator.get_state()
+        return state
+
+    def set_random_state(self, state):
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if "device" in state:
+            torch.get_device_module(self.device).set_rng_state(state["device"])
+        if "loader" in state:
+            self.loader.generator.set_state(state["loader"])
+
+
+def is_plain(value):
+    if isinstance(value, list | tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def read_checkpoint(path):
+    """The state in the file, or None where it is damaged; anything but tensors and plain values is refused."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, a checksum with each entry
+            if archive.testzip() is not None:
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, and is not read: delete it") from error
+    except PermissionError:
+        raise
+    except Exception:  # each damaged byte has an error of its own in zipfile and torch
+        return None
 
 
 def check_epochs(epochs, limit=None):
@@ -563,8 +757,13 @@ def run(
     augment=False,
     precision="auto",
     progress=True,
+    checkpoint=None,
+    self_check=None,
 ):
-    """One whole experiment, the classic recipe unless told otherwise, everything built from the seed."""
+    """One whole experiment, the classic recipe unless told otherwise, everything built from the seed.
+
+    checkpoint: see fit. self_check: compare the norms' results on the device with the CPU's first; on for Apple's MPS.
+    """
     from model import Net  # here, so that the two modules stay independent
 
     check_epochs(epochs)
@@ -574,6 +773,8 @@ def run(
     model = Net(norm, num_groups, dropout, skip)
     memory_format = choose_memory_format(model, device, dtype)
     model = model.to(device, memory_format=memory_format)
+    if self_check or (self_check is None and device.type == "mps"):
+        check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
     train_loader, test_loader = get_loaders(data, batch_size, augment, device, seed)
     fused = device.type in ("cuda", "cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=fused)
@@ -582,16 +783,43 @@ def run(
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         choices = (f"{device}{threads}", dtype, memory_format, "fused SGD" if fused else "SGD")
         print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
-    history = fit(
-        model, train_loader, test_loader, optimizer, scheduler, epochs, precision=precision, progress=progress
-    )
+    options = {"precision": precision, "progress": progress, "checkpoint": checkpoint}
+    history = fit(model, train_loader, test_loader, optimizer, scheduler, epochs, **options)
     return Result(norm, seed, model, history, data.name)
+
+
+def check_norms(model, batch_sizes):
+    """Raises unless each kind of norm layer in the model gives on its device what a copy gives on the CPU.
+
+    Outputs and gradients in float32, at every batch size given: Apple's MPS has had silently wrong norms
+    (pytorch issues 175189, 182805, 177116).
+    """
+    device = next(model.parameters()).device
+    layers = {str(m): m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)}
+    generator = torch.Generator().manual_seed(0)
+    for (name, layer), batch_size in itertools.product(layers.items(), sorted(set(batch_sizes))):
+        x = torch.randn(batch_size, len(layer.weight), 8, 8, generator=generator) * 3 + 1
+        weight = torch.randn(x.shape, generator=generator)  # makes the gradients differ from value to value
+        outcomes = []
+        for place in (device, torch.device("cpu")):
+            twin, inputs = copy.deepcopy(layer).to(place).train(), x.to(place, copy=True).requires_grad_()
+            output = twin(inputs)
+            (output * weight.to(place)).sum().backward()
+            outcomes.append([t.detach().cpu() for t in (output, inputs.grad, twin.weight.grad, twin.bias.grad)])
+        for own, reference in zip(*outcomes):
+            if not torch.allclose(own, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max())):
+                raise RuntimeError(
+                    f"{device} computes {name} wrong at batch size {batch_size} (off by "
+                    f"{(own - reference).abs().max():.2g}): choose device='cpu', or try another version of torch"
+                )
 
 
 def results_table(results):
     """A DataFrame, one row a result: last-epoch figures, the best epoch beside them, cost."""
     rows = []
     for result in results:
+        if not result.history:
+            raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
         last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
         rows.append(
             {

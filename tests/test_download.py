@@ -1,6 +1,10 @@
 """The download against a server on the loopback address."""
 
+import hashlib
+import io
+import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -19,6 +23,7 @@ def server(official, monkeypatch):
             asked.append(self.path)
             bodies = {
                 "/good": archive,
+                "/slow": archive,
                 "/truncated": archive[: len(archive) // 2],
                 "/stalled": archive[:1000],
                 "/wrong": archive[:-1] + b"?",
@@ -30,8 +35,11 @@ def server(official, monkeypatch):
                 "Content-Length", str(len(archive) if self.path in ("/truncated", "/stalled") else len(body or b""))
             )
             self.end_headers()
-            self.wfile.write(body or b"")
-            self.wfile.flush()
+            step = len(archive) // 8 if self.path == "/slow" else len(archive)
+            for start in range(0, len(body or b""), step):
+                self.wfile.write(body[start : start + step])
+                self.wfile.flush()
+                over.wait(0.1 if self.path == "/slow" else 0)
             if self.path == "/stalled":
                 over.wait(10)
 
@@ -64,6 +72,11 @@ def test_good(server, official, tmp_path, monkeypatch):
     assert leftovers(tmp_path / "new" / "folder") == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
     utils.load_data("auto", tmp_path / "new" / "folder")
     assert server.asked == ["/good"]  # from then on it is on disk
+
+
+def test_a_slow_mirror_is_waited_for(server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, server, "/slow")
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10"  # longer in all than the timeout for the next bytes
 
 
 @pytest.mark.parametrize("bad", ["/truncated", "/wrong", "/404", "/html", "/stalled"])
@@ -109,3 +122,38 @@ def test_an_interrupted_unpacking_is_not_taken_for_good(official, tmp_path, monk
             utils.load_data("auto", tmp_path)
     assert leftovers(tmp_path) == [utils.ARCHIVE]
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
+
+
+def test_two_at_once(server, official, tmp_path, monkeypatch):
+    mirrors(monkeypatch, server, "/good")
+    with ThreadPoolExecutor(4) as pool:
+        for data in pool.map(lambda _: utils.load_data("cifar10", tmp_path), range(4)):
+            assert data.train_labels.tolist() == official.labels["train"]
+    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
+
+
+def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):
+    mirrors(monkeypatch, server, "/good")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.pooch.core.shutil, "move", full)
+    with pytest.raises(utils.DataUnavailable):
+        utils.load_data("cifar10", tmp_path)
+    assert "No space left" in capsys.readouterr().out and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["path", "link"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, monkeypatch, kind):
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / utils.ARCHIVE, "w:gz") as tar:
+        member = tarfile.TarInfo("../evil" if kind == "path" else "cifar-10-batches-py/link")
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "../../../evil"
+        tar.addfile(member, io.BytesIO())
+    monkeypatch.setattr(utils, "ARCHIVE_SHA256", hashlib.sha256((root / utils.ARCHIVE).read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="cannot be unpacked"):
+        utils.load_data("cifar10", root)
+    assert leftovers(root) == [utils.ARCHIVE] and leftovers(tmp_path) == ["root"]

@@ -205,7 +205,7 @@ def test_other_schedulers_per_epoch_and_per_batch(data):
         ({"device": "abacus"}, "abacus.*choose"),
         ({"precision": "int4"}, "int4.*float32"),
         ({"num_groups": 5}, "1, 2, 4, 8 or 16"),
-        ({"dropout": 2}, "between 0 and 1"),
+        ({"dropout": 2}, "dropout=2: expected a probability"),
     ],
 )
 def test_bad_options_stop_a_run_before_it_prints(data, options, message, capsys):
@@ -282,3 +282,8 @@ def test_results_table_reports_the_last_epoch(data):
     assert table.loc["batch", "test accuracy %"] == round(results[0].history[-1]["test_acc"], 2)
     assert table.loc["batch", "best test % (epoch)"] == "99.00 (1)"
     assert (table["total parameters"] == 48_178).all() and table["data"].str.contains("synthetic").all()
+
+
+def test_results_table_needs_an_epoch(data):
+    with pytest.raises(ValueError, match="batch run has no finished epoch"):
+        utils.results_table([utils.Result("batch", 0, model.Net(), utils.History())])
