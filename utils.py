@@ -334,7 +334,7 @@ def choose_memory_format(model, device, dtype):
     """The faster memory format for the model's weights, and with them for its activations.
 
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
-    layer 20 / 27, group 34 / 25 (its kernel is not vectorised there); float32 31 / 45, 31 / 42, 31 / 42.
+    group 34 / 25 (its kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group 32 / 42.
     """
     if device.type != "cpu":
         return torch.contiguous_format  # nothing else was measured
