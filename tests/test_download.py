@@ -39,7 +39,7 @@ def server(official, monkeypatch):
             for start in range(0, len(body or b""), step):
                 self.wfile.write(body[start : start + step])
                 self.wfile.flush()
-                over.wait(0.1 if self.path == "/slow" else 0)
+                over.wait(0.2 if self.path == "/slow" else 0)
             if self.path == "/stalled":
                 over.wait(10)
 
@@ -49,7 +49,7 @@ def server(official, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
-    monkeypatch.setattr(utils, "TIMEOUT", (1, 0.3))
+    monkeypatch.setattr(utils, "TIMEOUT", (1, 1))
     yield server
     over.set()
     server.shutdown()
