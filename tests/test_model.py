@@ -131,15 +131,17 @@ def test_the_seed_alone_sets_the_convolutions():
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
-def test_skip_adds_c3_and_c7(norm):
-    net, plain = model.Net(norm).eval(), model.Net(norm, skip=False).eval()
-    plain.load_state_dict(net.state_dict())
+@pytest.mark.parametrize("skip", [True, False])
+def test_skip_adds_c3_to_c5_and_c7_to_c9_before_the_norm(norm, skip):
+    net, seen = model.Net(norm, skip=skip).eval(), {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _, args, output, name=name: seen.update({name: (args[0], output)}))
     with torch.no_grad():
-        assert not torch.allclose(net(images()), plain(images()))
-        for block in (net.C3, net.C7):  # dead, they add nothing
-            block.norm.weight.zero_(), block.norm.bias.zero_()
-        plain.load_state_dict(net.state_dict())
-        torch.testing.assert_close(net(images()), plain(images()))
+        net(images())
+    for block, source in (("C5", "C3"), ("C9", "C7")):
+        convolved = seen[f"{block}.conv"][1]
+        added = seen[source][1] if skip else 0
+        assert torch.equal(seen[f"{block}.norm"][0], convolved + added)
 
 
 @pytest.mark.parametrize("size", [8, 12, 32, 64])
