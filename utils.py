@@ -478,8 +478,7 @@ def predict(model, loader, *, precision="auto"):
         model.train(mode)
     if not batches:
         raise ValueError("the loader yields no images")
-    logits, labels = (torch.cat(parts) for parts in zip(*batches))
-    return logits, labels
+    return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto"):

@@ -2,10 +2,14 @@
 
 import hashlib
 import io
+import json
+import subprocess
+import sys
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from torchvision import datasets
@@ -130,6 +134,39 @@ def test_two_at_once(server, official, tmp_path, monkeypatch):
         for data in pool.map(lambda _: utils.load_data("cifar10", tmp_path), range(4)):
             assert data.train_labels.tolist() == official.labels["train"]
     assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
+
+
+TWO_PROCESSES = """
+import json, sys
+sys.path.insert(0, {code!r})
+import utils
+from torchvision import datasets
+sha256, train, test, meta, url = json.loads({settings!r})
+utils.ARCHIVE_SHA256, utils.MIRRORS = sha256, (url,)
+datasets.CIFAR10.train_list, datasets.CIFAR10.test_list, datasets.CIFAR10.meta = train, test, meta
+print("ready", flush=True)
+sys.stdin.readline()
+print("labels", utils.load_data("cifar10", {root!r}).train_labels.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_at_once(server, official, tmp_path):
+    cifar10, root = datasets.CIFAR10, tmp_path / "root"
+    settings = [utils.ARCHIVE_SHA256, cifar10.train_list, cifar10.test_list, cifar10.meta, f"{server.url}/slow"]
+    code = str(Path(utils.__file__).parent)
+    script = TWO_PROCESSES.format(code=code, settings=json.dumps(settings), root=str(root))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        output, errors = process.communicate(timeout=60)
+        assert f"labels {official.labels['train']}" in output, errors
+    assert leftovers(root) == sorted([cifar10.base_folder, utils.ARCHIVE])
 
 
 def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):

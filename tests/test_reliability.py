@@ -51,17 +51,25 @@ def state(path):
 # ---------------------------------------------------------------------------- exact resume
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_resumed_run_equals_one_never_stopped(data, tmp_path, norm):
-    whole = run(data, tmp_path / "whole", norm=norm)
+def test_a_resumed_run_equals_one_never_stopped(data, tmp_path, norm, device, deterministic):
+    options = {"norm": norm, "device": device}
+    whole = run(data, tmp_path / "whole", **options)
     for epochs in (1, 3):
         scramble()
-        run(data, tmp_path / "parts", epochs, norm)
+        run(data, tmp_path / "parts", epochs, **options)
     scramble()
-    parts = run(data, tmp_path / "parts", norm=norm)
+    parts = run(data, tmp_path / "parts", **options)
     assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
     assert same(whole.model.state_dict(), parts.model.state_dict()) and same(whole.history, parts.history)
-    assert len(parts.history) == 4 and same(run(data, norm=norm).history, whole.history)
+    assert len(parts.history) == 4 and same(run(data, **options).history, whole.history)
 
 
 @pytest.mark.parametrize("forgotten", ["random", "optimizer", "scheduler", "model"])
