@@ -10,7 +10,7 @@ from torch import nn
 # name -> builder(channels, num_groups). A further norm is one further line.
 NORMS = {
     "batch": lambda channels, num_groups: nn.BatchNorm2d(channels),
-    "group": lambda channels, num_groups: nn.GroupNorm(num_groups, channels),
+    "group": lambda channels, num_groups: nn.GroupNorm(channels if num_groups == "channels" else num_groups, channels),
     "layer": lambda channels, num_groups: nn.GroupNorm(1, channels),
 }
 
@@ -18,7 +18,8 @@ NORMS = {
 class Net(nn.Module):
     """Classifies RGB images into ten classes.
 
-    norm: a name in NORMS. num_groups: groups of "group"; must divide 16 and 32.
+    norm: a name in NORMS. num_groups: groups of "group", which must divide 16 and 32; "channels" gives each channel a
+    group of its own, which is instance norm.
     dropout: probability that a block's output channel is zeroed in training.
     skip: add C3's activation to C5's convolution output, and C7's to C9's.
     """
@@ -27,9 +28,10 @@ class Net(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-        if not isinstance(num_groups, int) or num_groups < 1 or 16 % num_groups:
+        if num_groups != "channels" and (not isinstance(num_groups, int) or num_groups < 1 or 16 % num_groups):
             raise ValueError(
-                f"num_groups={num_groups!r} does not divide the normalised widths 16 and 32: choose 1, 2, 4, 8 or 16"
+                f"num_groups={num_groups!r} does not divide the normalised widths 16 and 32: "
+                "choose 1, 2, 4, 8, 16 or 'channels'"
             )
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout!r}: expected a probability, 0 to 1")

@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import ctypes
+import hashlib
 import io
 import itertools
 import math
 import os
 import pickle
+import platform
 import random
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -17,6 +20,7 @@ import traceback
 import zipfile
 import zlib
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +29,32 @@ import pandas as pd
 import pooch
 import torch
 import torch.nn.functional as F
+from joblib import Parallel, delayed, parallel_config
+from pytorch_optimizer import Muon
 from torch import Tensor, nn
 from torchvision import datasets
 from tqdm import tqdm
 
-from figures import SHAPES, draw_shapes, plot_curves, plot_mistakes, plot_norm_sets, plot_samples  # noqa: F401
+from figures import (  # noqa: F401
+    SHAPES,
+    LiveCurves,
+    compare_norms,
+    draw_shapes,
+    norm_table,
+    plot_activations,
+    plot_batch_sizes,
+    plot_confusions,
+    plot_curves,
+    plot_disagreements,
+    plot_groups,
+    plot_mistakes,
+    plot_network,
+    plot_norm_sets,
+    plot_running_statistics,
+    plot_samples,
+    plot_seeds,
+    seeds_table,
+)
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -99,7 +124,7 @@ def load_data(name="auto", root="data"):
     if name == "synthetic":
         return make_synthetic()
     try:
-        return load_cifar10(Path(os.environ.get("CIFAR10_ROOT") or root).expanduser())
+        return load_cifar10(data_root(root))
     except DataUnavailable as error:
         if name == "cifar10":
             raise
@@ -112,20 +137,34 @@ def load_data(name="auto", root="data"):
         return make_synthetic()
 
 
-def load_cifar10(root):
-    """CIFAR-10 from root: an image folder, the official files, the official archive, or a download."""
+def data_root(root):
+    return Path(os.environ.get("CIFAR10_ROOT") or root).expanduser()
+
+
+def find_cifar10(root):
+    """The form that CIFAR-10 has in root: "a folder of images", "the official files", "the archive", or None."""
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"{root} is a file: name the folder that holds CIFAR-10, or where to put it")
     if (root / "train").is_dir() or (root / "test").is_dir():
-        return read_image_folder(root)
-    if not (root / datasets.CIFAR10.base_folder).is_dir():
+        return "a folder of images"
+    if (root / datasets.CIFAR10.base_folder).is_dir():
+        return "the official files"
+    return "the archive" if (root / ARCHIVE).exists() else None
+
+
+def load_cifar10(root):
+    """CIFAR-10 from root: an image folder, the official files, the official archive, or a download."""
+    form = find_cifar10(root)
+    if form == "a folder of images":
+        return read_through_cache(root, ("train", "test"), read_image_folder)
+    if form != "the official files":
         archive = root / ARCHIVE
-        if not archive.exists():
+        if form is None:
             fetch_archive(root)
         if pooch.file_hash(str(archive)) != ARCHIVE_SHA256:
             raise ValueError(f"{archive} is damaged (its SHA-256 is not CIFAR-10's): delete it and run again")
         unpack(archive, root)
-    return read_official_files(root)
+    return read_through_cache(root, (datasets.CIFAR10.base_folder,), read_official_files)
 
 
 def fetch_archive(root):
@@ -208,6 +247,66 @@ def read_image_folder(root):
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
     kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
     return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
+
+
+def read_through_cache(root, folders, read):
+    """What read(root) gives, from a file of tensors in root where one was made of the folders as they are now.
+
+    A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
+    """
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*"))
+    lines = (f"{path.relative_to(root)} {(found := path.stat()).st_size} {found.st_mtime_ns}" for path in files)
+    source = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    cache = root / "tensors.pt"
+    with contextlib.suppress(OSError, ValueError):
+        state = read_state(cache)
+        if isinstance(state, dict) and state.get("source") == source:
+            return Data(state["name"], CLASSES, *state["tensors"])
+    data = read(root)
+    tensors = [data.train_images, data.train_labels, data.test_images, data.test_labels]
+    try:
+        write_state(cache, {"source": source, "name": data.name, "tensors": tensors})
+    except FileNotFoundError:
+        pass  # another process wrote the same, and was first
+    except OSError as error:
+        print(f"No cache of the data is kept: {error}", flush=True)
+    return data
+
+
+def write_state(path, state, previous=None):
+    """Writes tensors and plain values to a file that is whole at every moment; what was there is moved to previous.
+
+    Raises OSError, and leaves the file as it is, where the disk refuses.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    written = path.with_name(f"{path.name}.writing")
+    try:
+        with open(written, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None:
+            os.replace(path, previous)
+        os.replace(written, path)
+    except OSError:
+        written.unlink(missing_ok=True)
+        raise
+
+
+def read_state(path):
+    """What write_state wrote, or None where it is damaged; anything but tensors and plain values is refused."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, a checksum with each entry
+            if archive.testzip() is not None:
+                return None
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, and is not read: delete it") from error
+    except PermissionError:
+        raise
+    except Exception:  # each damaged byte has an error of its own in zipfile and torch
+        return None
 
 
 def make_synthetic(train_size=5000, test_size=1000, seed=0):
@@ -510,13 +609,15 @@ def fit(
     precision="auto",
     progress=True,
     checkpoint=None,
+    on_epoch=None,
 ):
     """Trains for some epochs, with a block of log lines for each; returns the History.
 
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch".
     checkpoint: a file, written after each epoch; the same call goes on from it, to the very figures of a run that
     never stopped. An interrupt returns the history so far. A loss that is not finite raises FloatingPointError and
-    leaves the model as the last finished epoch left it.
+    leaves the model as the last finished epoch left it. on_epoch(history) is called after each finished
+    epoch, and with those that a checkpoint held.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     check_epochs(epochs)
@@ -536,6 +637,8 @@ def fit(
             raise ValueError(f"{checkpoint.path} holds {len(history)} epochs, more than epochs={epochs}")
         if history:
             log(f"Going on after epoch {len(history)}, from {checkpoint.path}\n")
+            if on_epoch is not None:
+                on_epoch(history)
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
@@ -569,6 +672,8 @@ def fit(
             history.append(one_epoch(epoch))
             if checkpoint is not None:
                 checkpoint.save(history)
+            if on_epoch is not None:
+                on_epoch(history)
     except KeyboardInterrupt:
         history.unfinished = len(history) + 1
         goes_on = " Run again to go on after the last whole epoch." if checkpoint else ""
@@ -591,10 +696,9 @@ class Checkpoint:
         self.parts = {name: part for name, part in self.parts.items() if part is not None}
         self.loader = loader
         self.device = next(model.parameters()).device
-        self.settings = {name: str(part) for name, part in self.parts.items()}
+        self.settings = {"model": str(model), "optimizer": plain_lines(optimizer, *optimizer.param_groups)}
         if scheduler is not None:
-            plain = {name: value for name, value in scheduler.state_dict().items() if is_plain(value)}
-            self.settings["scheduler"] = f"{type(scheduler).__name__} {plain}"
+            self.settings["scheduler"] = plain_lines(scheduler, scheduler.state_dict())
         self.settings["loader"] = f"{type(loader).__name__} of {len(loader)} batches"
         if isinstance(loader, Loader):
             self.settings["loader"] = str(loader)
@@ -612,20 +716,10 @@ class Checkpoint:
         """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"settings": self.settings, "history": list(history), "random": self.random_state()}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        written = self.path.with_name(self.path.name + ".writing")
         try:
-            with open(written, "wb") as file:
-                file.write(buffer.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-            if self.whole:
-                os.replace(self.path, self.previous)
-            os.replace(written, self.path)
+            write_state(self.path, state, self.previous if self.whole else None)
             self.whole = True
         except OSError as error:
-            written.unlink(missing_ok=True)
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
     def restore(self):
@@ -634,7 +728,7 @@ class Checkpoint:
         for path in (self.path, self.previous):
             if not path.exists():
                 continue
-            state = read_checkpoint(path)
+            state = read_state(path)
             if state is None:
                 damaged.append(str(path))
                 continue
@@ -681,25 +775,16 @@ class Checkpoint:
             self.loader.generator.set_state(state["loader"])
 
 
+def plain_lines(part, *states):
+    """The part's type and the plain values of its states, a line each."""
+    lines = [f"{key}: {value}" for state in states for key, value in state.items() if is_plain(value)]
+    return "\n".join([type(part).__name__, *lines])
+
+
 def is_plain(value):
     if isinstance(value, list | tuple):
         return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def read_checkpoint(path):
-    """The state in the file, or None where it is damaged; anything but tensors and plain values is refused."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, a checksum with each entry
-            if archive.testzip() is not None:
-                return None
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, and is not read: delete it") from error
-    except PermissionError:
-        raise
-    except Exception:  # each damaged byte has an error of its own in zipfile and torch
-        return None
 
 
 def check_epochs(epochs, limit=None):
@@ -727,6 +812,33 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 # ---------------------------------------------------------------------------------- experiment
 
 
+def check_setup(root="data"):
+    """Prints what the kit runs on and whether it has its data; for what is amiss, what to do about it."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "matplotlib", "pandas")}
+    device = get_device()
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"Python {platform.python_version()}, " + ", ".join(" ".join(pair) for pair in versions.items()))
+    print(f"Device: {device}{threads}, computing in {precision}")
+    if tuple(map(int, versions["torch"].split(".")[:2])) < (2, 10):
+        command = f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision'
+        print(f"TO MEND: torch 2.10 or newer is needed. Run: {command}")
+
+    root = data_root(root)
+    form = find_cifar10(root)
+    if form:
+        print(f"CIFAR-10: {form}, in {root}")
+        return
+    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    print(
+        f"CIFAR-10: not in {root} yet. To be fetched: 170 MB, from a minute to an hour by the mirror that answers; "
+        "without a network a synthetic stand-in takes its place."
+    )
+    if free < 0.5:
+        print(f"TO MEND: {free:.1f} GB are free at {existing}, 0.5 needed. Make room, or point CIFAR10_ROOT elsewhere.")
+
+
 @dataclass
 class Result:
     """One finished run: what was run, on what, the trained model and its history."""
@@ -738,6 +850,45 @@ class Result:
     data: str = ""
 
 
+# Keywords of run, the same for every norm. "best" was chosen on 5,000 training images held out: "trials" in
+# results/make.py lists what was tried.
+RECIPES = {
+    "classic": {
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "step",
+        "step_size": 7,
+        "gamma": 0.1,
+        "dropout": 0.01,
+        "augment": False,
+    },
+    "best": {
+        "batch_size": 128,
+        "optimizer": "muon",
+        "lr": 0.02,
+        "momentum": 0.95,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "adamw_lr": 0.003,
+        "schedule": "onecycle",
+        "warmup": 0.2,
+        "dropout": 0.0,
+        "augment": True,
+    },
+}
+
+
+def recipe(name, /, **changes):
+    """The keywords for run that a recipe stands for; changes replace its values, except where they are None."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}: choose {' or '.join(RECIPES)}")
+    return RECIPES[name] | {key: value for key, value in changes.items() if value is not None}
+
+
 def run(
     norm,
     data,
@@ -746,10 +897,16 @@ def run(
     seed=0,
     device=None,
     *,
+    optimizer="sgd",
     lr=0.01,
     momentum=0.9,
+    nesterov=False,
+    weight_decay=0.0,
+    adamw_lr=0.003,
+    schedule="step",
     step_size=7,
     gamma=0.1,
+    warmup=0.2,
     dropout=0.01,
     num_groups=4,
     skip=True,
@@ -757,11 +914,18 @@ def run(
     precision="auto",
     progress=True,
     checkpoint=None,
+    on_epoch=None,
     self_check=None,
 ):
     """One whole experiment, the classic recipe unless told otherwise, everything built from the seed.
 
-    checkpoint: see fit. self_check: compare the norms' results on the device with the CPU's first; on for Apple's MPS.
+    optimizer: "sgd", or "muon", which steps along the nearest orthogonal matrix to each weight's momentum (Jordan et
+    al. 2024) and leaves biases and the norms' scales and shifts to AdamW at adamw_lr.
+    weight_decay: of the weights; biases, scales and shifts have none.
+    schedule: "step" multiplies lr by gamma every step_size epochs; "onecycle" raises it to lr over the warmup's share
+    of the training, then lowers it to zero, both in a straight line.
+    checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
+    Apple's MPS.
     """
     from model import Net  # here, so that the two modules stay independent
 
@@ -775,16 +939,57 @@ def run(
     if self_check or (self_check is None and device.type == "mps"):
         check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
     train_loader, test_loader = get_loaders(data, batch_size, augment, device, seed)
-    fused = device.type in ("cuda", "cpu")
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=fused)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
+    test_loader.batch_size = max(batch_size, 64)  # evaluation does not depend on it, and small batches take long
+    optimizer = build_optimizer(model, optimizer, lr, momentum, nesterov, weight_decay, adamw_lr)
+    if schedule == "step":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
+    elif schedule == "onecycle":
+        scheduler = one_cycle(optimizer, epochs * len(train_loader), warmup)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: choose step or onecycle")
     if progress:
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-        choices = (f"{device}{threads}", dtype, memory_format, "fused SGD" if fused else "SGD")
+        fused = "fused " if optimizer.defaults.get("fused") else ""
+        choices = (f"{device}{threads}", dtype, memory_format, fused + type(optimizer).__name__)
         print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
-    options = {"precision": precision, "progress": progress, "checkpoint": checkpoint}
-    history = fit(model, train_loader, test_loader, optimizer, scheduler, epochs, **options)
+    history = fit(
+        model,
+        train_loader,
+        test_loader,
+        optimizer,
+        scheduler,
+        epochs,
+        scheduler_step="epoch" if schedule == "step" else "batch",
+        precision=precision,
+        progress=progress,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
     return Result(norm, seed, model, history, data.name)
+
+
+def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr):
+    """The optimizer called name, "sgd" or "muon"; see run."""
+    weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay}
+    others = {"params": [p for p in model.parameters() if p.dim() <= 1]}
+    if name == "sgd":
+        groups = [weights, others] if weight_decay else model.parameters()
+        fused = next(model.parameters()).device.type in ("cuda", "cpu")
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    if name == "muon":
+        weights |= {"use_muon": True, "lr": lr, "momentum": momentum, "nesterov": nesterov}
+        return Muon([weights, others | {"use_muon": False, "lr": adamw_lr}])
+    raise ValueError(f"unknown optimizer {name!r}: choose sgd or muon")
+
+
+def one_cycle(optimizer, steps, warmup):
+    """Raises each group's learning rate to the one it has, then lowers it to zero; to be stepped after each batch."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    total = steps + 1  # the last rate is zero: it falls after the last step, which would otherwise be lost
+    # The first phase has to end after a step, or OneCycleLR divides by zero.
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total, pct_start=max(warmup, 2 / total), anneal_strategy="linear", cycle_momentum=False
+    )
 
 
 def check_norms(model, batch_sizes):
@@ -811,6 +1016,87 @@ def check_norms(model, batch_sizes):
                     f"{device} computes {name} wrong at batch size {batch_size} (off by "
                     f"{(own - reference).abs().max():.2g}): choose device='cpu', or try another version of torch"
                 )
+
+
+def grid(**choices):
+    """Every combination of the choices, as keywords: grid(norm=NORMS, seed=range(5)) has 15 dicts."""
+    return [dict(zip(choices, values)) for values in itertools.product(*choices.values())]
+
+
+def hold_out(data, size=5000):
+    """The training images alone, the last of them in place of the test images: to choose settings by."""
+    if not 0 < size < len(data.train_labels):
+        raise ValueError(f"size={size}: expected 1 to {len(data.train_labels) - 1}, some of the training images")
+    images, labels = data.train_images, data.train_labels
+    name = f"{data.name}, {size} training images held out"
+    return Data(name, data.classes, images[:-size], labels[:-size], images[-size:], labels[-size:])
+
+
+def run_many(runs, data, file, processes=1):
+    """Does all the runs that the file does not hold yet; returns the rows of all as a DataFrame, one row an epoch.
+
+    runs: dicts of keywords for run, and "recipe", the classic one unless told otherwise; see grid. file: a CSV file,
+    to which each finished run is added. Stopped at any moment, the same call goes on after the last whole epoch.
+    processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = pd.read_csv(file).to_dict("records") if file.exists() else []
+    done = {row["settings"] for row in rows}
+    planned = {describe(keywords, data): keywords for keywords in runs}
+    todo = {settings: keywords for settings, keywords in planned.items() if settings not in done}
+    checkpoints = file.with_name(file.name + ".unfinished")
+    jobs = (delayed(one_of_many)(settings, keywords, data, checkpoints) for settings, keywords in todo.items())
+    threads = {"inner_max_num_threads": 1} if processes > 1 else {}
+    failures = []
+    with (
+        parallel_config("loky", n_jobs=processes, **threads),
+        tqdm(total=len(planned), initial=len(planned) - len(todo), desc=file.stem, unit="run", file=sys.stdout) as bar,
+    ):
+        for settings, outcome in Parallel(return_as="generator_unordered")(jobs):
+            if isinstance(outcome, Exception):
+                failures.append(f"{settings}: {outcome}")
+                continue
+            rows += outcome
+            written = file.with_name(file.name + ".writing")
+            pd.DataFrame(rows).to_csv(written, index=False, float_format="%.6g")
+            os.replace(written, file)
+            bar.update()
+    if failures:
+        raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    order = {settings: place for place, settings in enumerate(planned)}
+    chosen = [row for row in rows if row["settings"] in order]
+    return pd.DataFrame(sorted(chosen, key=lambda row: order[row["settings"]]))  # as asked, epochs in their order
+
+
+def describe(keywords, data):
+    """The settings of a run in one line: two runs with the same line are the same run."""
+    how = ("device", "precision", "progress", "checkpoint", "on_epoch", "self_check")  # not what is computed
+    settings = {"norm": keywords["norm"], "epochs": 20, "seed": 0} | expand(keywords)
+    shown = " ".join(f"{name}={value}" for name, value in settings.items() if name not in how)
+    return f"{data.name}, {len(data.train_labels)} images: {shown}"
+
+
+def expand(keywords):
+    """Keywords for run, those of the recipe that they name included."""
+    changes = {name: value for name, value in keywords.items() if name != "recipe"}
+    return recipe(keywords.get("recipe", "classic"), **changes)
+
+
+def one_of_many(settings, keywords, data, checkpoints):
+    """The settings, and the rows of that run or the error that ended it."""
+    checkpoint = checkpoints / f"{zlib.crc32(settings.encode()):08x}"
+    try:
+        result = run(data=data, **expand(keywords), progress=False, checkpoint=checkpoint)
+    except FloatingPointError as error:
+        return settings, error
+    if result.history.unfinished:
+        raise KeyboardInterrupt
+    device = next(result.model.parameters()).device
+    precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
+    where = {"where": f"{device}, {precision}, torch {torch.__version__}", "settings": settings}
+    return settings, [{"data": data.name} | keywords | row | where for row in result.history]
 
 
 def results_table(results):

@@ -1,17 +1,85 @@
-"""Runs S8.ipynb from start to end, in place, and saves its histories and curves beside this script.
+"""Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py
+CIFAR10_ROOT=folder python results/make.py [trials] [seeds] [batch_sizes] [groups] [notebook] [--processes 2]
+
+Each name but "notebook" is a study of many runs. It goes on where it was stopped; once complete it takes no time.
+"notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures. Without a name, all of it.
 """
 
+import argparse
+import dataclasses
+import os
+import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for worker processes
+
+import model  # noqa: E402
+import utils  # noqa: E402
+
+NORMS = list(model.NORMS)
 
 
-def main():
+def first(data, size):
+    """The data with the first training images alone."""
+    name = f"{data.name}, first {size} training images"
+    return dataclasses.replace(
+        data, name=name, train_images=data.train_images[:size], train_labels=data.train_labels[:size]
+    )
+
+
+def trials(data):
+    """What was tried for the best recipe: ten epochs, one seed, on training images held out."""
+    sgd = utils.recipe("best", optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=5e-4)
+    small_batches = sgd | {"batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
+    muon = utils.recipe("best")
+    tried = [
+        ("batch", sgd),
+        ("batch", sgd | {"weight_decay": 1e-4}),
+        ("batch", muon),
+        ("batch", muon | {"lr": 0.05}),
+        ("group", sgd | {"lr": 0.1}),
+        ("layer", sgd),
+        ("layer", sgd | {"lr": 0.1}),
+        ("layer", sgd | {"lr": 0.05, "weight_decay": 1e-4}),
+        ("layer", small_batches),
+        ("layer", small_batches | {"lr": 0.2}),
+        ("layer", muon),
+        ("layer", muon | {"lr": 0.05}),
+    ]
+    return [{"norm": norm, "epochs": 10} | settings for norm, settings in tried], utils.hold_out(data)
+
+
+def seeds(data):
+    """The headline: both recipes, five seeds."""
+    return utils.grid(recipe=["best", "classic"], seed=range(5), norm=NORMS), data
+
+
+def batch_sizes(data):
+    """Wu and He's question, with the classic recipe: its learning rate in proportion to the batch size."""
+    runs = [
+        run | {"lr": 0.04 * run["batch_size"] / 64, "schedule": "onecycle", "epochs": 8}
+        for run in utils.grid(seed=range(3), batch_size=[2, 4, 8, 16, 32, 64, 128], norm=NORMS)
+    ]
+    return runs, first(data, 5000)
+
+
+def groups(data):
+    """Group norm from one group (layer norm) to one channel a group (instance norm)."""
+    runs = utils.grid(seed=range(3), num_groups=[1, 2, 4, 8, 16, "channels"])
+    return [run | {"norm": "group", "recipe": "best", "epochs": 8} for run in runs], first(data, 5000)
+
+
+STUDIES = {study.__name__: study for study in (trials, seeds, batch_sizes, groups)}
+PICTURES = {"seeds": utils.plot_seeds, "batch_sizes": utils.plot_batch_sizes, "groups": utils.plot_groups}
+
+
+def run_notebook():
     path = ROOT / "S8.ipynb"
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -27,8 +95,26 @@ def main():
             client.execute_cell(cell, index)
         nbformat.write(notebook, path)
         # One more cell, of the same kernel and not of the notebook.
-        notebook.cells.append(nbformat.v4.new_code_cell('utils.save_results(results, "results")'))
+        last = 'utils.save_results(results, "results")\nutils.plot_norm_sets(layers).savefig("results/norms.png")'
+        notebook.cells.append(nbformat.v4.new_code_cell(last))
         client.execute_cell(notebook.cells[-1], index + 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*STUDIES, "notebook"], default=[*STUDIES, "notebook"])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, on a CPU one for each core")
+    arguments = parser.parse_args()
+    folder = ROOT / "results"
+    studies = [name for name in arguments.what if name in STUDIES]
+    data = utils.load_data("cifar10", ROOT / "data") if studies else None
+    for name in studies:
+        runs, images = STUDIES[name](data)
+        rows = utils.run_many(runs, images, folder / f"{name}.csv", arguments.processes)
+        if name in PICTURES:
+            PICTURES[name](rows).savefig(folder / f"{name}.png", dpi=110)
+    if "notebook" in arguments.what:
+        run_notebook()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 import pickle
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,3 +240,107 @@ def test_unknown_device(data):
     for device in ("tpu", "cuda:99" if not torch.cuda.is_available() else "mps"):
         with pytest.raises(ValueError, match=f"{device}.*choose .*cpu"):
             utils.get_loaders(data, device=device)
+
+
+# ----------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The list of readings of an image folder."""
+    read, done = utils.read_image_folder, []
+    monkeypatch.setattr(utils, "read_image_folder", lambda root: done.append(root) or read(root))
+    return done
+
+
+def same_data(a, b):
+    tensors = ("train_images", "train_labels", "test_images", "test_labels")
+    return a.name == b.name and a.classes == b.classes and all(getattr(a, n).equal(getattr(b, n)) for n in tensors)
+
+
+def test_the_second_reading_comes_from_the_cache(tmp_path, monkeypatch, reads):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert same_data(utils.load_data("cifar10", "."), first) and len(reads) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tensors.pt", "test", "train"]
+
+
+def test_official_files_are_cached_too(official, monkeypatch):
+    first = utils.load_data("cifar10", official.archive.parent)
+    monkeypatch.setattr(utils, "read_official_files", None)
+    assert same_data(utils.load_data("cifar10", official.archive.parent), first)
+
+
+@pytest.mark.parametrize("change", ["another image", "one image less", "one image more"])
+def test_a_changed_source_is_read_anew(tmp_path, reads, change):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    image = tmp_path / "train" / "ship" / "00018.png"
+    if change == "another image":
+        Image.new("RGB", (32, 32), "red").save(image)
+    elif change == "one image less":
+        image.unlink()
+    else:
+        shutil.copy(image, image.with_name("00099.png"))
+    assert not same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "a hostile pickle", "another's tensors"])
+def test_a_damaged_or_foreign_cache_is_made_anew(tmp_path, reads, damage, capfd):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    cache = tmp_path / "tensors.pt"
+    content = bytearray(cache.read_bytes())
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    if damage in ("cut off", "empty"):
+        content = content[: len(content) // 2 if damage == "cut off" else 0]
+    cache.write_bytes(content)
+    if damage == "a hostile pickle":
+        torch.save(Hostile(), cache)
+    if damage == "another's tensors":
+        torch.save([torch.zeros(3)], cache)
+    assert same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2
+    assert same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2  # whole again
+    assert "pwned" not in capfd.readouterr().out
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_a_full_disk_costs_the_cache_not_the_data(tmp_path, monkeypatch, capsys):
+    write_image_folder(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+    assert len(utils.load_data("cifar10", tmp_path).train_labels) == 20
+    assert "No cache of the data is kept" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
+
+
+# --------------------------------------------------------------------------------- the set-up
+
+
+def test_check_setup_says_where_the_data_is_or_what_its_download_takes(official, tmp_path, capsys):
+    utils.check_setup(official.archive.parent)
+    assert f"CIFAR-10: the official files, in {official.archive.parent}" in capsys.readouterr().out
+    utils.check_setup(tmp_path / "not" / "there")
+    said = capsys.readouterr().out
+    assert f"not in {tmp_path / 'not' / 'there'} yet" in said and "170 MB" in said and "TO MEND" not in said
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "Device: " in said
+
+
+def test_check_setup_names_what_to_mend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils.shutil, "disk_usage", lambda path: SimpleNamespace(free=2e8))
+    monkeypatch.setattr(utils.metadata, "version", lambda name: "2.9.1")
+    utils.check_setup(tmp_path / "data")
+    said = capsys.readouterr().out
+    assert f"TO MEND: 0.2 GB are free at {tmp_path}" in said
+    assert (
+        "TO MEND: torch 2.10" in said and f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision' in said
+    )

@@ -73,7 +73,7 @@ def test_good(server, official, tmp_path, monkeypatch):
     data = utils.load_data("auto", tmp_path / "new" / "folder")
     assert data.name == "CIFAR-10" and data.train_labels.tolist() == official.labels["train"]
     assert server.asked == ["/good"]
-    assert leftovers(tmp_path / "new" / "folder") == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
+    assert leftovers(tmp_path / "new" / "folder") == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE, "tensors.pt"])
     utils.load_data("auto", tmp_path / "new" / "folder")
     assert server.asked == ["/good"]  # from then on it is on disk
 
@@ -133,7 +133,7 @@ def test_two_at_once(server, official, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         for data in pool.map(lambda _: utils.load_data("cifar10", tmp_path), range(4)):
             assert data.train_labels.tolist() == official.labels["train"]
-    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE])
+    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE, "tensors.pt"])
 
 
 TWO_PROCESSES = """
@@ -166,7 +166,7 @@ def test_two_processes_at_once(server, official, tmp_path):
     for process in both:
         output, errors = process.communicate(timeout=60)
         assert f"labels {official.labels['train']}" in output, errors
-    assert leftovers(root) == sorted([cifar10.base_folder, utils.ARCHIVE])
+    assert leftovers(root) == sorted([cifar10.base_folder, utils.ARCHIVE, "tensors.pt"])
 
 
 def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):

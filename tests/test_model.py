@@ -164,5 +164,5 @@ def test_unknown_norm(name):
 
 @pytest.mark.parametrize("num_groups", [0, -1, 3, 32, 2.0, None])
 def test_groups_that_do_not_divide(num_groups):
-    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16"):
+    with pytest.raises(ValueError, match="1, 2, 4, 8, 16 or 'channels'"):
         model.Net("group", num_groups)

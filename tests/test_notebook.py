@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def test_runs_from_start_to_end(tmp_path):
     done = papermill.execute_notebook(
         ROOT / "S8.ipynb", tmp_path / "run.ipynb", parameters, cwd=ROOT, progress_bar=False
     )
-    assert len(outputs(done, "image/png")) == 6 and len(outputs(done, "text/html")) == 2
+    assert len(outputs(done, "image/png")) == 15 and len(outputs(done, "text/html")) == 6
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
-    assert text.count("Epoch 1") == text.count("Test set: Average loss") == 3
+    assert text.count("Epoch 1") == text.count("Test set: Average loss") == 5  # three norms, and two of one's own
 
 
 def test_more_epochs_than_the_limit_stop_it_at_once(tmp_path):
@@ -52,7 +53,34 @@ def test_committed_with_the_outputs_of_a_whole_real_run(notebook):
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
     text = "".join(output.text for cell in code for output in cell.outputs if "text" in output)
     assert len(re.findall(r"^Epoch 20$", text, re.M)) == 3 and "synthetic" not in text and "\r" not in text
+    assert "/tmp" not in text and "/home" not in text and "/root" not in text
     assert (ROOT / "S8.ipynb").stat().st_size < 3_000_000
+
+
+def test_cells_and_text_are_short(notebook):
+    for cell in notebook.cells:
+        assert len(cell.source.splitlines()) <= 30
+        assert cell.cell_type == "markdown" or all(len(line) <= 115 for line in cell.source.splitlines())
+    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    assert words <= 1100
+
+
+def test_the_first_cell_fetches_what_is_missing(notebook, tmp_path):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    environment = os.environ | {"KIT_URL": ROOT.as_uri()}
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, '')\n" + first.source]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("model.py", "figures.py", "utils.py", "results/seeds.csv"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    assert "CIFAR-10: not in data yet" in done.stdout
+
+
+def test_the_first_cell_names_what_is_not_installed(notebook, tmp_path):
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    blocked = "import sys; sys.path.insert(0, ''); sys.modules['pytorch_optimizer'] = None\n" + first.source
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert "pytorch_optimizer is missing" in done.stderr and "%pip install" in done.stderr
 
 
 def test_the_readmes_example(tmp_path, monkeypatch):

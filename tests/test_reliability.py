@@ -45,7 +45,7 @@ def same(a, b):
 
 
 def state(path):
-    return utils.read_checkpoint(path)
+    return utils.read_state(path)
 
 
 # ---------------------------------------------------------------------------- exact resume
@@ -70,6 +70,21 @@ def test_a_resumed_run_equals_one_never_stopped(data, tmp_path, norm, device, de
     assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
     assert same(whole.model.state_dict(), parts.model.state_dict()) and same(whole.history, parts.history)
     assert len(parts.history) == 4 and same(run(data, **options).history, whole.history)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_best_recipe_resumes_as_exactly(data, tmp_path, norm, device, deterministic):
+    settings = utils.recipe("best", batch_size=64, dropout=0.3) | {"progress": False, "device": device}
+
+    def stop(history):
+        raise KeyboardInterrupt
+
+    whole = utils.run(norm, data, 3, **settings)
+    stopped = utils.run(norm, data, 3, checkpoint=tmp_path / "c", on_epoch=stop, **settings)
+    assert len(stopped.history) == 1
+    scramble()
+    parts = utils.run(norm, data, 3, checkpoint=tmp_path / "c", **settings)
+    assert same(whole.model.state_dict(), parts.model.state_dict()) and same(whole.history, parts.history)
 
 
 @pytest.mark.parametrize("forgotten", ["random", "optimizer", "scheduler", "model"])
@@ -277,8 +292,8 @@ def test_both_damaged_is_an_error_and_deletes_nothing(data, file):
         ({"augment": False}, "augment=True", "augment=False"),
         ({"lr": 0.02}, "0.01", "0.02"),
         ({"momentum": 0.5}, "momentum: 0.9", "momentum: 0.5"),
-        ({"step_size": 3}, "'step_size': 2", "'step_size': 3"),
-        ({"gamma": 0.5}, "'gamma': 0.1", "'gamma': 0.5"),
+        ({"step_size": 3}, "step_size: 2", "step_size: 3"),
+        ({"gamma": 0.5}, "gamma: 0.1", "gamma: 0.5"),
         ({"data": utils.make_synthetic(330, 101, seed=1)}, "CRC-32", "CRC-32"),
     ],
 )

@@ -204,7 +204,7 @@ def test_other_schedulers_per_epoch_and_per_batch(data):
         ({"batch_size": 0}, "batch_size=0"),
         ({"device": "abacus"}, "abacus.*choose"),
         ({"precision": "int4"}, "int4.*float32"),
-        ({"num_groups": 5}, "1, 2, 4, 8 or 16"),
+        ({"num_groups": 5}, "1, 2, 4, 8, 16 or 'channels'"),
         ({"dropout": 2}, "dropout=2: expected a probability"),
     ],
 )
@@ -287,3 +287,11 @@ def test_results_table_reports_the_last_epoch(data):
 def test_results_table_needs_an_epoch(data):
     with pytest.raises(ValueError, match="batch run has no finished epoch"):
         utils.results_table([utils.Result("batch", 0, model.Net(), utils.History())])
+
+
+def test_on_epoch_sees_the_history_grow_and_what_a_checkpoint_held(data, tmp_path):
+    seen = []
+    options = QUIET | {"on_epoch": lambda history: seen.append([row["epoch"] for row in history])}
+    utils.run("layer", data, 2, checkpoint=tmp_path / "c", **options)
+    utils.run("layer", data, 3, checkpoint=tmp_path / "c", **options)
+    assert seen == [[1], [1, 2], [1, 2], [1, 2, 3]]
