@@ -380,17 +380,20 @@ def plot_disagreements(data, logits, columns=5, rows=2):
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
-    figure, axes = subplots(rows, columns, figsize=(columns * 2.1, rows * (1.9 + 0.22 * len(logits))), squeeze=False)
+    line_height = 4  # of text below an image, in its pixels
+    bottom = 32 + line_height * len(logits)
+    size = (columns * 2.2, rows * (2.1 * bottom / 32 + 0.3) + 0.3)
+    figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, i in zip(axes.flat, chosen.tolist()):
         ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
+        ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
         ax.set_title(f"is {data.classes[data.test_labels[i]]}", fontsize=10)
         for line, name in enumerate(logits):
             guess = f"{name}: {data.classes[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
-            color = COLORS.get(name, "black")
-            place = {"xycoords": "axes fraction", "xytext": (0, -10 - 13 * line), "textcoords": "offset points"}
-            ax.annotate(guess, (0.5, 0), ha="center", va="center", fontsize=9.5, color=color, **place)
+            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": COLORS.get(name, "black")}
+            ax.text(15.5, 32 + line_height * (line + 0.5), guess, **text)
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
     return figure

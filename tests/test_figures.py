@@ -181,6 +181,10 @@ def test_disagreements_are_images_on_which_someone_is_right(data, logits):
     share = 100 * len({*range(10), *(data.test_labels == 5).nonzero().flatten().tolist()}) / len(data.test_labels)
     assert f"disagree on {share:.0f} %" in text
     assert "is cross" in text and "group: ring 100 %" in text
+    figure = utils.plot_disagreements(data, logits)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for ax in figure.axes for text in (ax.title, *ax.texts) if text.get_text()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert "disagree on 0 %" in drawn(utils.plot_disagreements(data, {name: logits["batch"] for name in logits}))
 
 
