@@ -20,6 +20,12 @@ from torch import nn
 # Okabe and Ito's palette, told apart by colour-blind readers too: one colour a norm, everywhere.
 COLORS = {"batch": "#0072B2", "group": "#D55E00", "layer": "#009E73", "instance": "#CC79A7"}
 FURTHER_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#000000")
+
+
+def color_of(norm):
+    return COLORS.get(norm, FURTHER_COLORS[0])
+
+
 STYLE = {
     "figure.facecolor": "white",  # a card of its own on a dark page
     "figure.dpi": 110,
@@ -199,8 +205,8 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     x = torch.randn(images, channels, size, size, generator=torch.Generator().manual_seed(0))
     for ax, (name, layer) in zip(axes[0], layers.items()):
-        shared = moved_by(layer.train(), x, 0, channels - 1).flatten(2)  # N, C, H·W
-        draw_block(ax, shared, COLORS[name])
+        shared = moved_by(copy.deepcopy(layer).train(), x, 0, channels - 1).flatten(2)  # N, C, H·W
+        draw_block(ax, shared, color_of(name))
         ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
     return figure
 
@@ -392,7 +398,7 @@ def plot_disagreements(data, logits, columns=5, rows=2):
         ax.set_title(f"is {data.classes[data.test_labels[i]]}", fontsize=10)
         for line, name in enumerate(logits):
             guess = f"{name}: {data.classes[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
-            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": COLORS.get(name, "black")}
+            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": color_of(name)}
             ax.text(15.5, 32 + line_height * (line + 0.5), guess, **text)
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
@@ -414,7 +420,7 @@ def plot_confusions(data, logits):
         counts = torch.zeros(len(classes), len(classes))
         counts.index_put_((data.test_labels, predicted), torch.ones(len(predicted)), accumulate=True)
         percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-        color = COLORS.get(name, "black")
+        color = color_of(name)
         ax = axes[name]
         shades = LinearSegmentedColormap.from_list(name, ["white", color])
         mistakes = percent * (1 - np.eye(len(classes)))
@@ -459,7 +465,7 @@ def plot_activations(stages, images, title=None):
         for row, (name, model) in enumerate(models.items()):
             ax = axes[row, column]
             depths = norm_quantiles(model, images)
-            for side, color, shift in ((0, "#9A9A9A", -0.16), (1, COLORS.get(name, "black"), 0.16)):
+            for side, color, shift in ((0, "#9A9A9A", -0.16), (1, color_of(name), 0.16)):
                 for place, quantiles in enumerate(depths.values()):
                     least, low, middle, high, most = quantiles[side]
                     ax.plot([place + shift] * 2, [least, most], color=color, linewidth=1.2)
@@ -472,7 +478,7 @@ def plot_activations(stages, images, title=None):
         ax.set_ylabel("activation")
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(max(low, -10), min(high, 10))
-    handles = [Line2D([], [], color=color, linewidth=7) for color in ("#9A9A9A", *(COLORS.get(n) for n in variants))]
+    handles = [Line2D([], [], color=color, linewidth=7) for color in ("#9A9A9A", *map(color_of, variants))]
     names = ["before the norm", *(f"after {name} norm" for name in variants)]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(title)
@@ -587,7 +593,7 @@ def plot_seeds(rows, ax=None):
         place += 0.8 * recipes.index(recipe)
         values = last.query("recipe == @recipe and norm == @norm")["test_acc"]
         if len(values):
-            color = COLORS.get(norm, "black")
+            color = color_of(norm)
             dots = place + np.linspace(-0.15, 0.15, len(values))
             ax.plot(dots, values, "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
             mean, deviation = values.mean(), values.std() if len(values) > 1 else 0.0
@@ -612,11 +618,11 @@ def plot_batch_sizes(rows, ax=None):
     for norm, each in last_epochs(rows).groupby("norm", sort=False):
         by_size = each.groupby("batch_size")["test_acc"]
         mean, deviation = by_size.mean(), by_size.std().fillna(0)
-        ax.errorbar(mean.index, mean, deviation, color=COLORS.get(norm, "black"), marker="o", capsize=3)
+        ax.errorbar(mean.index, mean, deviation, color=color_of(norm), marker="o", capsize=3)
         ends[norm] = (mean.index[-1], mean.iloc[-1])
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(rows["batch_size"].unique()), sorted(rows["batch_size"].unique()))
-    label_ends(ax, ends, COLORS, "{:.1f} %")
+    label_ends(ax, ends, {norm: color_of(norm) for norm in ends}, "{:.1f} %")
     ax.set(xlabel="batch size", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
     return ax.figure
 

@@ -75,6 +75,15 @@ def test_norm_sets_are_drawn_as_they_are(layers):
         assert name in ax.get_title()
 
 
+def test_a_further_norm_is_drawn_too_and_drawing_leaves_it_alone():
+    further = torch.nn.BatchNorm2d(16)
+    assert "mine norm" in drawn(utils.plot_norm_sets({"mine": further}))
+    assert further.running_mean.eq(0).all() and further.num_batches_tracked == 0
+    rows = study(norm=["mine"], batch_size=[2, 8], seed=range(2))
+    assert "mine" in drawn(utils.plot_batch_sizes(rows))
+    assert "mine" in drawn(utils.plot_seeds(rows.assign(recipe="best")))
+
+
 def test_norm_table_counts_sets_statistics_and_trained_numbers(layers):
     weight = {name: layer.weight.clone() for name, layer in layers.items() if name != "instance"}
     table = utils.norm_table(layers, torch.randn(6, 8, 5, 5) * 3 + 2)
