@@ -1,9 +1,9 @@
 """Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py [trials] [seeds] [batch_sizes] [groups] [notebook] [--processes 2]
+CIFAR10_ROOT=folder python results/make.py trials seeds batch_sizes groups notebook --processes 2
 
 Each name but "notebook" is a study of many runs. It goes on where it was stopped; once complete it takes no time.
-"notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures. Without a name, all of it.
+"notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def run_notebook():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*STUDIES, "notebook"], default=[*STUDIES, "notebook"])
+    parser.add_argument("what", nargs="+", choices=[*STUDIES, "notebook"])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, on a CPU one for each core")
     arguments = parser.parse_args()
     folder = ROOT / "results"
