@@ -144,6 +144,18 @@ def test_skip_adds_c3_to_c5_and_c7_to_c9_before_the_norm(norm, skip):
         assert torch.equal(seen[f"{block}.norm"][0], convolved + added)
 
 
+def test_a_block_is_convolution_norm_relu_dropout_in_this_order(norm, device):
+    block = model.ConvBlock(3, 16, model.NORMS[norm](16, 4), dropout=0.3).to(device)
+    nn.init.normal_(block.norm.bias)
+    x, seen = images().to(device), []
+    for forward in (block, lambda x: nn.Dropout2d(0.3)(F.relu(block.norm(block.conv(x))))):
+        torch.manual_seed(0)  # the same channels are dropped
+        output = forward(x)
+        seen.append([output, *torch.autograd.grad(output.square().sum(), list(block.parameters()))])
+    assert 0 < (seen[0][0].flatten(2).amax(2) == 0).float().mean() < 1
+    assert all(torch.equal(own, plain) for own, plain in zip(*seen))
+
+
 @pytest.mark.parametrize("size", [8, 12, 32, 64])
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_multiple_of_four(norm, size, n, device):
