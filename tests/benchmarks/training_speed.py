@@ -148,12 +148,16 @@ def rows_of(norm, seconds, images):
         }
 
 
-def processor():
+def name_of(device):
+    """The device in words: its kind, and the name of the processor or GPU."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name()}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return f"{device.type}: {name}"
 
 
 def main():
@@ -166,9 +170,8 @@ def main():
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
 
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else processor()
     about = {
-        "device": f"{args.device.type}: {name}",
+        "device": name_of(args.device),
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
         "data": f"synthetic, {args.images} images, seconds scaled to {FULL_EPOCH}",
