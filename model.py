@@ -4,6 +4,7 @@ C is a 3×3 convolution block, c a 1×1 convolution, P a pooling:
 C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,9 +23,10 @@ class Net(nn.Module):
     group of its own, which is instance norm.
     dropout: probability that a block's output channel is zeroed in training.
     skip: add C3's activation to C5's convolution output, and C7's to C9's.
+    head_gain: how many times PyTorch's default C10's weights start out as.
     """
 
-    def __init__(self, norm="batch", num_groups=4, dropout=0.01, skip=True):
+    def __init__(self, norm="batch", num_groups=4, dropout=0.01, skip=True, head_gain=3.0):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
@@ -35,6 +37,8 @@ class Net(nn.Module):
             )
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout={dropout!r}: expected a probability, 0 to 1")
+        if not head_gain > 0:
+            raise ValueError(f"head_gain={head_gain!r}: expected a positive number")
 
         def block(in_channels, out_channels):
             return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
@@ -61,6 +65,11 @@ class Net(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.C10:
                 nn.init.orthogonal_(module.weight, gain=3**-0.5)
+        # C10 sees averages over whole maps, which differ little from image to image; at PyTorch's size its weights
+        # would spend the first epoch growing. Held out as above, five epochs, head_gain 1 / 3: batch norm 71.6 / 71.5,
+        # group norm 64.1 / 65.9, layer norm 62.4 / 63.7 %, with another seed 62.1 / 62.8; with 8 both had 56.6.
+        with torch.no_grad():
+            self.C10.weight *= head_gain
 
     def extra_repr(self):
         return f"norm={self.norm}, skip={self.skip}"

@@ -865,6 +865,7 @@ RECIPES = {
         "gamma": 0.1,
         "dropout": 0.01,
         "augment": False,
+        "head_gain": 3.0,
     },
     "best": {
         "batch_size": 128,
@@ -878,6 +879,7 @@ RECIPES = {
         "warmup": 0.2,
         "dropout": 0.0,
         "augment": True,
+        "head_gain": 1.0,
     },
 }
 
@@ -911,6 +913,7 @@ def run(
     num_groups=4,
     skip=True,
     augment=False,
+    head_gain=3.0,
     precision="auto",
     progress=True,
     checkpoint=None,
@@ -924,6 +927,7 @@ def run(
     weight_decay: of the weights; biases, scales and shifts have none.
     schedule: "step" multiplies lr by gamma every step_size epochs; "onecycle" raises it to lr over the warmup's share
     of the training, then lowers it to zero, both in a straight line.
+    num_groups, dropout, skip, head_gain: see model.Net.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.
     """
@@ -933,7 +937,7 @@ def run(
     device = get_device(device)
     dtype = choose_precision(precision, device)
     seed_everything(seed)
-    model = Net(norm, num_groups, dropout, skip)
+    model = Net(norm, num_groups, dropout, skip, head_gain)
     memory_format = choose_memory_format(model, device, dtype)
     model = model.to(device, memory_format=memory_format)
     if self_check or (self_check is None and device.type == "mps"):

@@ -131,6 +131,15 @@ def test_the_seed_alone_sets_the_convolutions():
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+def test_head_gain_scales_the_start_of_c10_and_nothing_else():
+    states = []
+    for head_gain in (1, 2.5):
+        torch.manual_seed(0)
+        states.append(model.Net(head_gain=head_gain).state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor * (2.5 if name == "C10.weight" else 1)), name
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_skip_adds_c3_to_c5_and_c7_to_c9_before_the_norm(norm, skip):
     net, seen = model.Net(norm, skip=skip).eval(), {}

@@ -206,6 +206,7 @@ def test_other_schedulers_per_epoch_and_per_batch(data):
         ({"precision": "int4"}, "int4.*float32"),
         ({"num_groups": 5}, "1, 2, 4, 8, 16 or 'channels'"),
         ({"dropout": 2}, "dropout=2: expected a probability"),
+        ({"head_gain": 0}, "head_gain=0: expected a positive number"),
     ],
 )
 def test_bad_options_stop_a_run_before_it_prints(data, options, message, capsys):
