@@ -429,16 +429,23 @@ def choose_precision(precision, device):
     return PRECISIONS[precision]
 
 
-def choose_memory_format(model, device, dtype):
-    """The faster memory format for the model's weights, and with them for its activations.
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def choose_memory_format(memory_format, model, device, dtype):
+    """A memory format by name; "auto" is the faster one for the model's weights, and with them for its activations.
 
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
     group 34 / 25 (its kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group 32 / 42.
+    On Zen 3, which has no bfloat16, float32 batch 76 / 78, group 65 / 72, layer 62 / 64.
     """
-    if device.type != "cpu":
-        return torch.contiguous_format  # nothing else was measured
-    grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
-    return torch.contiguous_format if grouped and dtype == torch.bfloat16 else torch.channels_last
+    if memory_format == "auto":
+        grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
+        slow = device.type != "cpu" or (grouped and dtype == torch.bfloat16)  # elsewhere nothing was measured
+        memory_format = "contiguous" if slow else "channels_last"
+    if memory_format not in MEMORY_FORMATS:
+        raise ValueError(f"unknown memory_format {memory_format!r}: choose auto, {' or '.join(MEMORY_FORMATS)}")
+    return MEMORY_FORMATS[memory_format]
 
 
 class Figures(NamedTuple):
@@ -915,6 +922,8 @@ def run(
     augment=False,
     head_gain=3.0,
     precision="auto",
+    memory_format="auto",
+    fused=True,
     progress=True,
     checkpoint=None,
     on_epoch=None,
@@ -928,6 +937,8 @@ def run(
     schedule: "step" multiplies lr by gamma every step_size epochs; "onecycle" raises it to lr over the warmup's share
     of the training, then lowers it to zero, both in a straight line.
     num_groups, dropout, skip, head_gain: see model.Net.
+    precision: "float32" or "bfloat16"; memory_format: "contiguous" or "channels_last", each chosen for the machine
+    unless named. fused: step SGD in one kernel where the device has one.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.
     """
@@ -938,13 +949,13 @@ def run(
     dtype = choose_precision(precision, device)
     seed_everything(seed)
     model = Net(norm, num_groups, dropout, skip, head_gain)
-    memory_format = choose_memory_format(model, device, dtype)
+    memory_format = choose_memory_format(memory_format, model, device, dtype)
     model = model.to(device, memory_format=memory_format)
     if self_check or (self_check is None and device.type == "mps"):
         check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
     train_loader, test_loader = get_loaders(data, batch_size, augment, device, seed)
     test_loader.batch_size = max(batch_size, 64)  # evaluation does not depend on it, and small batches take long
-    optimizer = build_optimizer(model, optimizer, lr, momentum, nesterov, weight_decay, adamw_lr)
+    optimizer = build_optimizer(model, optimizer, lr, momentum, nesterov, weight_decay, adamw_lr, fused)
     if schedule == "step":
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
     elif schedule == "onecycle":
@@ -972,13 +983,13 @@ def run(
     return Result(norm, seed, model, history, data.name)
 
 
-def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr):
+def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr, fused):
     """The optimizer called name, "sgd" or "muon"; see run."""
     weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay}
     others = {"params": [p for p in model.parameters() if p.dim() <= 1]}
     if name == "sgd":
         groups = [weights, others] if weight_decay else model.parameters()
-        fused = next(model.parameters()).device.type in ("cuda", "cpu")
+        fused = fused and next(model.parameters()).device.type in ("cuda", "cpu")
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
     if name == "muon":
         weights |= {"use_muon": True, "lr": lr, "momentum": momentum, "nesterov": nesterov}
@@ -1075,8 +1086,8 @@ def run_many(runs, data, file, processes=1):
 
 
 def describe(keywords, data):
-    """The settings of a run in one line: two runs with the same line are the same run."""
-    how = ("device", "precision", "progress", "checkpoint", "on_epoch", "self_check")  # not what is computed
+    """The settings of a run in one line, of what is computed and not how: two runs with the same line are the same."""
+    how = ("device", "precision", "memory_format", "fused", "progress", "checkpoint", "on_epoch", "self_check")
     settings = {"norm": keywords["norm"], "epochs": 20, "seed": 0} | expand(keywords)
     shown = " ".join(f"{name}={value}" for name, value in settings.items() if name not in how)
     return f"{data.name}, {len(data.train_labels)} images: {shown}"

@@ -40,9 +40,7 @@ def test_changes_replace_what_a_recipe_says_unless_none():
 @pytest.mark.parametrize("norm", model.NORMS)
 def test_the_best_recipe_at_any_batch_size(norm, batch_size, small, device):
     tiny = utils.Data("tiny", small.classes, *(part[:9] for part in vars(small).values() if torch.is_tensor(part)))
-    result = utils.run(
-        norm, tiny, 2, device=device, **utils.recipe("best", batch_size=batch_size), progress=False
-    )
+    result = utils.run(norm, tiny, 2, device=device, **utils.recipe("best", batch_size=batch_size), progress=False)
     assert len(result.history) == 2 and all(math.isfinite(row["train_loss"]) for row in result.history)
 
 

@@ -204,6 +204,7 @@ def test_other_schedulers_per_epoch_and_per_batch(data):
         ({"batch_size": 0}, "batch_size=0"),
         ({"device": "abacus"}, "abacus.*choose"),
         ({"precision": "int4"}, "int4.*float32"),
+        ({"memory_format": "blocked"}, "blocked.*choose auto, contiguous or channels_last"),
         ({"num_groups": 5}, "1, 2, 4, 8, 16 or 'channels'"),
         ({"dropout": 2}, "dropout=2: expected a probability"),
         ({"head_gain": 0}, "head_gain=0: expected a positive number"),
@@ -263,16 +264,14 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_memory_format_does_not_change_the_figures(data, norm, precision):
-    figures = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(0)
-        net = model.Net(norm, dropout=0).to(memory_format=memory_format)
-        loader = utils.get_loaders(data, 64, device="cpu")[0]
-        figures.append(
-            utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.01, 0.9), precision=precision, **QUIET).loss
-        )
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4 if precision == "float32" else 0.02)
+def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_figures(data, norm, precision, capsys):
+    losses = []
+    ways = (("contiguous", False, "contiguous_format, SGD"), ("channels_last", True, "channels_last, fused SGD"))
+    for memory_format, fused, shown in ways:
+        how = {"precision": precision, "memory_format": memory_format, "fused": fused, "device": "cpu"}
+        losses.append(utils.run(norm, data, 1, dropout=0, **how).history[0]["train_loss"])
+        assert f"{precision}, {shown}" in capsys.readouterr().out.splitlines()[0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if precision == "float32" else 0.02)
 
 
 def test_results_table_reports_the_last_epoch(data):

@@ -69,7 +69,7 @@ def kit(norm, data, batch_size, device, precision="auto", augment=False, residen
     """A pass of utils.train as utils.run sets it up; resident=True feeds it one ready batch again and again."""
     dtype = utils.choose_precision(precision, device)
     net = model.Net(norm)
-    net = net.to(device, memory_format=utils.choose_memory_format(net, device, dtype))
+    net = net.to(device, memory_format=utils.choose_memory_format("auto", net, device, dtype))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
     loader, _ = utils.get_loaders(data, batch_size, augment, device)
     utils.keep_freed_memory()
