@@ -983,7 +983,7 @@ def run(
     return Result(norm, seed, model, history, data.name)
 
 
-def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr, fused):
+def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr, fused=True):
     """The optimizer called name, "sgd" or "muon"; see run."""
     weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay}
     others = {"params": [p for p in model.parameters() if p.dim() <= 1]}

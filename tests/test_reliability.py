@@ -165,6 +165,14 @@ def test_killed_again_and_again_it_ends_as_if_never_killed(data, tmp_path):
 # ------------------------------------------------------------------------------- interrupt
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own answer to Ctrl-C, also where the tests run in the background and inherit that it be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupting(utils.Loader):
     """Sends this process the signal of Ctrl-C, and of the notebook's stop button, in its second epoch."""
 
@@ -175,7 +183,7 @@ class Interrupting(utils.Loader):
             yield batch
 
 
-def test_an_interrupt_keeps_the_history_and_the_same_call_goes_on(data, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_keeps_the_history_and_the_same_call_goes_on(interruptible, data, tmp_path, monkeypatch, capsys):
     whole = run(data)
     with monkeypatch.context() as patch:
         patch.setattr(utils, "Loader", Interrupting)
@@ -188,7 +196,7 @@ def test_an_interrupt_keeps_the_history_and_the_same_call_goes_on(data, tmp_path
     assert same(resumed.model.state_dict(), whole.model.state_dict())
 
 
-def test_an_interrupt_without_a_checkpoint_returns_too(data, monkeypatch):
+def test_an_interrupt_without_a_checkpoint_returns_too(interruptible, data, monkeypatch):
     monkeypatch.setattr(utils, "Loader", Interrupting)
     history = run(data).history
     assert len(history) == 1 and history.unfinished == 2
@@ -378,7 +386,8 @@ def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_weights(data):
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
         with pytest.raises(FloatingPointError, match=r"epoch 2.*batch 3 on.*rate 0.01;.*module C4.conv.*epoch 1 left"):
             utils.fit(net, train_loader, test_loader, optimizer, epochs=3, progress=False)
-        assert same(net.state_dict(), run(data, epochs=1, dropout=0.01, augment=False, momentum=0).model.state_dict())
+        plain = {"dropout": 0.01, "augment": False, "momentum": 0, "memory_format": "contiguous", "fused": False}
+        assert same(net.state_dict(), run(data, epochs=1, **plain).model.state_dict())
 
 
 def test_a_test_loss_that_is_not_finite_is_no_figure(data):
