@@ -402,6 +402,7 @@ def plot_disagreements(data, logits, columns=5, rows=2):
             ax.text(15.5, 32 + line_height * (line + 0.5), guess, **text)
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
+    figure.get_layout_engine().set(h_pad=0.1)  # inches, that the heading keeps clear of the first row's titles
     return figure
 
 
