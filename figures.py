@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -539,6 +540,47 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title)
     return figure
+
+
+def results_table(results):
+    """A DataFrame, one row a result: last-epoch figures, the best epoch beside them, cost."""
+    rows = []
+    for result in results:
+        if not result.history:
+            raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
+        last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
+        rows.append(
+            {
+                "variant": result.norm,
+                "training accuracy %": round(last["train_acc"], 2),
+                "test accuracy %": round(last["test_acc"], 2),
+                "total parameters": sum(p.numel() for p in result.model.parameters()),
+                "epochs": last["epoch"],
+                "best test % (epoch)": f"{best['test_acc']:.2f} ({best['epoch']})",
+                "seconds an epoch": round(float(np.median([row["seconds"] for row in result.history])), 1),
+                "seed": result.seed,
+                "data": result.data,
+            }
+        )
+    return pd.DataFrame(rows).set_index("variant")
+
+
+def save_results(results, folder):
+    """Writes every epoch of every run to folder/histories.csv, and the curves to folder/curves.png.
+
+    Results on the stand-in get names that say so.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "synthetic-" if any(result.data.startswith("synthetic") for result in results) else ""
+    rows = [
+        {"norm": result.norm, "seed": result.seed, "data": result.data} | row
+        for result in results
+        for row in result.history
+    ]
+    pd.DataFrame(rows).to_csv(folder / f"{prefix}histories.csv", index=False, float_format="%.6g")
+    plot_curves(results).savefig(folder / f"{prefix}curves.png", dpi=110)
+    print(f"Saved {prefix}histories.csv and {prefix}curves.png in {folder}/")
 
 
 def last_epochs(rows):

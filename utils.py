@@ -53,8 +53,17 @@ from figures import (  # noqa: F401
     plot_running_statistics,
     plot_samples,
     plot_seeds,
+    results_table,
+    save_results,
     seeds_table,
 )
+
+
+def check_choice(name, value, choices):
+    """Raises unless the value of the setting called name is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
 
 # ---------------------------------------------------------------------------------------- data
 
@@ -119,8 +128,7 @@ def load_data(name="auto", root="data"):
     "synthetic": the built-in stand-in. "auto": CIFAR-10 if it can be had, else, loudly, the stand-in.
     The environment variable CIFAR10_ROOT overrides root; CIFAR10_URL names a mirror to try first.
     """
-    if name not in ("auto", "cifar10", "synthetic"):
-        raise ValueError(f"unknown data set {name!r}: choose auto, cifar10 or synthetic")
+    check_choice("data set", name, ["auto", "cifar10", "synthetic"])
     if name == "synthetic":
         return make_synthetic()
     try:
@@ -417,6 +425,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def choose_precision(precision, device):
     """The dtype of a precision by name; "auto" is bfloat16 where the hardware computes in it, else float32."""
+    check_choice("precision", precision, ["auto", *PRECISIONS])
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -424,8 +433,6 @@ def choose_precision(precision, device):
             features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # torch>=2.11
             native = features.get("avx512_bf16") or features.get("amx_bf16")
         precision = "bfloat16" if native else "float32"
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose auto, {' or '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
@@ -438,12 +445,11 @@ def choose_memory_format(memory_format, model, device, dtype):
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
     group 34 / 25 (its kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group 32 / 42.
     """
+    check_choice("memory_format", memory_format, ["auto", *MEMORY_FORMATS])
     if memory_format == "auto":
         grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
         faster = device.type == "cpu" and not (grouped and dtype == torch.bfloat16)  # only the CPU was measured
         memory_format = "channels_last" if faster else "contiguous"
-    if memory_format not in MEMORY_FORMATS:
-        raise ValueError(f"unknown memory_format {memory_format!r}: choose auto, {' or '.join(MEMORY_FORMATS)}")
     return MEMORY_FORMATS[memory_format]
 
 
@@ -541,7 +547,7 @@ def first_non_finite(model, images):
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled, each hook would be translated too
         model(images)
     for hook in hooks:
         hook.remove()
@@ -576,7 +582,7 @@ def predict(model, loader, *, precision="auto"):
     try:
         with autocast(device, dtype), explain_memory(loader):
             for batch_id, (images, labels) in enumerate(loader):
-                logits = model(check_images(images, device)).float()
+                logits = model(check_images(images, device)).to(torch.float32, copy=True)  # a CUDA graph reuses its own
                 check_labels(labels, logits, batch_id)
                 batches.append((logits, labels.to(device)))
     finally:
@@ -627,8 +633,7 @@ def fit(
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     check_epochs(epochs)
-    if scheduler_step not in ("epoch", "batch"):
-        raise ValueError(f"unknown scheduler_step {scheduler_step!r}: choose epoch or batch")
+    check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
     for loader in (train_loader, test_loader):
         if not len(loader):
             raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
@@ -892,8 +897,7 @@ RECIPES = {
 
 def recipe(name, /, **changes):
     """The keywords for run that a recipe stands for; changes replace its values, except where they are None."""
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}: choose {' or '.join(RECIPES)}")
+    check_choice("recipe", name, list(RECIPES))
     return RECIPES[name] | {key: value for key, value in changes.items() if value is not None}
 
 
@@ -923,6 +927,7 @@ def run(
     precision="auto",
     memory_format="auto",
     fused=True,
+    compile=False,
     progress=True,
     checkpoint=None,
     on_epoch=None,
@@ -937,13 +942,15 @@ def run(
     of the training, then lowers it to zero, both in a straight line.
     num_groups, dropout, skip, head_gain: see model.Net.
     precision: "float32" or "bfloat16"; memory_format: "contiguous" or "channels_last", each chosen for the machine
-    unless named. fused: step SGD in one kernel where the device has one.
+    unless named. fused: step SGD in one kernel where the device has one. compile: see compile_network.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.
     """
     from model import Net  # here, so that the two modules stay independent
 
     check_epochs(epochs)
+    check_choice("optimizer", optimizer, ["sgd", "muon"])
+    check_choice("schedule", schedule, ["step", "onecycle"])
     device = get_device(device)
     dtype = choose_precision(precision, device)
     seed_everything(seed)
@@ -954,17 +961,19 @@ def run(
         check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
     train_loader, test_loader = get_loaders(data, batch_size, augment, device, seed)
     test_loader.batch_size = max(batch_size, 64)  # evaluation does not depend on it, and small batches take long
+    if compile:
+        written, model = model, compile_network(model, train_loader, dtype)
+        compile = model is not written
     optimizer = build_optimizer(model, optimizer, lr, momentum, nesterov, weight_decay, adamw_lr, fused)
     if schedule == "step":
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size, gamma)
-    elif schedule == "onecycle":
-        scheduler = one_cycle(optimizer, epochs * len(train_loader), warmup)
     else:
-        raise ValueError(f"unknown schedule {schedule!r}: choose step or onecycle")
+        scheduler = one_cycle(optimizer, epochs * len(train_loader), warmup)
     if progress:
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         fused = "fused " if optimizer.defaults.get("fused") else ""
-        choices = (f"{device}{threads}", dtype, memory_format, fused + type(optimizer).__name__)
+        choices = [f"{device}{threads}", dtype, memory_format, fused + type(optimizer).__name__]
+        choices += ["compiled"] if compile else []
         print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
     history = fit(
         model,
@@ -990,10 +999,8 @@ def build_optimizer(model, name, lr, momentum, nesterov, weight_decay, adamw_lr,
         groups = [weights, others] if weight_decay else model.parameters()
         fused = fused and next(model.parameters()).device.type in ("cuda", "cpu")
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
-    if name == "muon":
-        weights |= {"use_muon": True, "lr": lr, "momentum": momentum, "nesterov": nesterov}
-        return Muon([weights, others | {"use_muon": False, "lr": adamw_lr}])
-    raise ValueError(f"unknown optimizer {name!r}: choose sgd or muon")
+    weights |= {"use_muon": True, "lr": lr, "momentum": momentum, "nesterov": nesterov}
+    return Muon([weights, others | {"use_muon": False, "lr": adamw_lr}])
 
 
 def one_cycle(optimizer, steps, warmup):
@@ -1004,6 +1011,32 @@ def one_cycle(optimizer, steps, warmup):
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total, pct_start=max(warmup, 2 / total), anneal_strategy="linear", cycle_momentum=False
     )
+
+
+def compile_network(model, loader, dtype):
+    """A copy of the model that torch.compile translates; on CUDA into graphs that are launched whole.
+
+    The copy is trained on images of zeros, in the loader's whole and ragged batches, so that what can fail fails here,
+    and then set back. Where anything does, says so and returns the model itself, to run as it is written.
+    """
+    device, count = loader.device, len(loader.labels)
+    torch.compiler.reset()  # what it keeps of earlier models would soon fill its limit, and then it stops translating
+    compiled = copy.deepcopy(model).train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            compiled.compile(mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+            for size in {min(loader.batch_size, count), count % loader.batch_size} - {0}:
+                images = torch.zeros(size, *loader.images.shape[1:], device=device)
+                for _ in range(3):  # CUDA graphs are recorded the second time, and launched from then on
+                    with autocast(device, dtype):
+                        logits = compiled(images)
+                    logits.float().sum().backward()
+    except Exception as error:  # Dynamo, Inductor, Triton, the C++ compiler and CUDA each have errors of their own
+        print(f"Not compiled. {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return model
+    compiled.load_state_dict(model.state_dict())
+    compiled.zero_grad()
+    return compiled
 
 
 def check_norms(model, batch_sizes):
@@ -1086,7 +1119,8 @@ def run_many(runs, data, file, processes=1):
 
 def describe(keywords, data):
     """The settings of a run in one line, of what is computed and not how: two runs with the same line are the same."""
-    how = ("device", "precision", "memory_format", "fused", "progress", "checkpoint", "on_epoch", "self_check")
+    how = ("device", "precision", "memory_format", "fused", "compile")
+    how += ("progress", "checkpoint", "on_epoch", "self_check")
     settings = {"norm": keywords["norm"], "epochs": 20, "seed": 0} | expand(keywords)
     shown = " ".join(f"{name}={value}" for name, value in settings.items() if name not in how)
     return f"{data.name}, {len(data.train_labels)} images: {shown}"
@@ -1113,50 +1147,9 @@ def one_of_many(settings, keywords, data, checkpoints):
     return settings, [{"data": data.name} | keywords | row | where for row in result.history]
 
 
-def results_table(results):
-    """A DataFrame, one row a result: last-epoch figures, the best epoch beside them, cost."""
-    rows = []
-    for result in results:
-        if not result.history:
-            raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
-        last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
-        rows.append(
-            {
-                "variant": result.norm,
-                "training accuracy %": round(last["train_acc"], 2),
-                "test accuracy %": round(last["test_acc"], 2),
-                "total parameters": sum(p.numel() for p in result.model.parameters()),
-                "epochs": last["epoch"],
-                "best test % (epoch)": f"{best['test_acc']:.2f} ({best['epoch']})",
-                "seconds an epoch": round(float(np.median([row["seconds"] for row in result.history])), 1),
-                "seed": result.seed,
-                "data": result.data,
-            }
-        )
-    return pd.DataFrame(rows).set_index("variant")
-
-
 def summarize(model, input_size=(3, 32, 32)):
     """Prints torchsummary's table of a copy of the model, so that looking leaves the model and the seeds alone."""
     from torchsummary import summary
 
     with torch.random.fork_rng(), torch.no_grad():
         summary(copy.deepcopy(model).cpu().eval(), input_size, device="cpu")
-
-
-def save_results(results, folder):
-    """Writes every epoch of every run to folder/histories.csv, and the curves to folder/curves.png.
-
-    Results on the stand-in get names that say so.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = "synthetic-" if any(result.data.startswith("synthetic") for result in results) else ""
-    rows = [
-        {"norm": result.norm, "seed": result.seed, "data": result.data} | row
-        for result in results
-        for row in result.history
-    ]
-    pd.DataFrame(rows).to_csv(folder / f"{prefix}histories.csv", index=False, float_format="%.6g")
-    plot_curves(results).savefig(folder / f"{prefix}curves.png", dpi=110)
-    print(f"Saved {prefix}histories.csv and {prefix}curves.png in {folder}/")

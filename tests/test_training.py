@@ -274,6 +274,51 @@ def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_fi
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if precision == "float32" else 0.02)
 
 
+def compile_with(backend, monkeypatch):
+    """Has torch.compile use a backend that needs no compiler."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, **how: compile(self, backend=backend, **how))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_compiled_run_starts_and_draws_as_one_that_is_not(data, norm, monkeypatch, capsys, tmp_path):
+    """With a backend that runs each operation as it is, the two agree to the last bit."""
+    graphs = []
+    compile_with(lambda graph, inputs: graphs.append(inputs) or graph.forward, monkeypatch)
+    options = {"epochs": 2, "device": "cpu", "dropout": 0.1}
+    compiled = utils.run(norm, data, compile=True, checkpoint=tmp_path / "c", **options)
+    assert len(graphs) >= 4  # training and evaluation, whole and ragged batches
+    assert capsys.readouterr().out.splitlines()[0].endswith("SGD, compiled")
+    plain = utils.run(norm, data, checkpoint=tmp_path / "c", **options)  # the one's checkpoint is the other's
+    assert plain.history == compiled.history
+    plain = utils.run(norm, data, **options)
+    for own, its in zip(plain.model.state_dict().values(), compiled.model.state_dict().values()):
+        assert torch.equal(own, its)
+
+
+def test_where_nothing_can_be_compiled_the_run_goes_on_as_written(data, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    compile_with(broken, monkeypatch)
+    options = {"norm": "batch", "data": data, "epochs": 1, "device": "cpu"}
+    losses = [utils.run(compile=compile, **options).history[0]["train_loss"] for compile in (True, False)]
+    assert losses[0] == losses[1]
+    told, first_line, *_ = capsys.readouterr().out.splitlines()
+    assert "Not compiled" in told and "no C++ compiler" in told and "compiled" not in first_line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_compiled_network_has_the_figures_of_the_written_one(data, norm, device, capsys):
+    options = {"data": data, "epochs": 2, "device": device, "dropout": 0, "precision": "float32"}
+    compiled, plain = (utils.run(norm, compile=compile, **options).history for compile in (True, False))
+    assert ", compiled" in capsys.readouterr().out
+    for one, other in zip(compiled, plain):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
+        assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-2)
+
+
 def test_results_table_reports_the_last_epoch(data):
     results = [utils.run(norm, data, 2, **QUIET) for norm in NORMS]
     results[0].history[0]["test_acc"] = 99.0  # a better epoch that was not the last
