@@ -1,12 +1,13 @@
 """How fast the kit trains, beside the loop that the assignment's solutions use, in one run and one table.
 
-    python tests/benchmarks/training_speed.py [--device cpu] [--norm batch group layer] [--json FILE]
+    python tests/benchmarks/training_speed.py [--device cpu] [--norm batch group layer] [--compile] [--json FILE]
 
 Each contender lives in a process of its own, so that none profits from another's settings. They train in
 turn, several rounds of one pass over the same images; the table shows medians, and the spread between rounds.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import platform
@@ -65,13 +66,15 @@ def usual_loop(norm, data, batch_size, device, workers):
     return one_pass
 
 
-def kit(norm, data, batch_size, device, precision="auto", augment=False, resident=False):
+def kit(norm, data, batch_size, device, precision="auto", augment=False, resident=False, compiled=False):
     """A pass of utils.train as utils.run sets it up; resident=True feeds it one ready batch again and again."""
     dtype = utils.choose_precision(precision, device)
     net = model.Net(norm)
     net = net.to(device, memory_format=utils.choose_memory_format("auto", net, device, dtype))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
     loader, _ = utils.get_loaders(data, batch_size, augment, device)
+    if compiled:
+        net = utils.compile_network(net, loader, dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
     utils.keep_freed_memory()
     if not resident:
         return lambda: utils.train(net, loader, optimizer, precision=precision, progress=False)
@@ -96,14 +99,24 @@ CONTENDERS = {
     "kit": kit,
     "kit, float32": lambda *args: kit(*args, precision="float32"),
     "kit, augmentation": lambda *args: kit(*args, augment=True),
+    "kit, compiled": lambda *args: kit(*args, compiled=True),
     "floor: one resident batch": lambda *args: kit(*args, resident=True),
 }
 
 
-def serve(pipe, contender, norm, images, batch_size, device):
+def first(name, images):
+    """The first training images of the data set called name, and next to nothing to test on."""
+    if name == "synthetic":
+        return utils.make_synthetic(images, 10)
+    data = utils.load_data(name)
+    sizes = {"train_images": images, "train_labels": images, "test_images": 10, "test_labels": 10}
+    return dataclasses.replace(data, **{name: getattr(data, name)[:size].clone() for name, size in sizes.items()})
+
+
+def serve(pipe, contender, norm, data, batch_size, device):
     """Answers each message with the seconds that one pass took."""
     device = torch.device(device)
-    one_pass = CONTENDERS[contender](norm, utils.make_synthetic(images, 10), batch_size, device)
+    one_pass = CONTENDERS[contender](norm, data, batch_size, device)
     for _ in iter(pipe.recv, None):
         start = time.perf_counter()
         one_pass()
@@ -112,13 +125,13 @@ def serve(pipe, contender, norm, images, batch_size, device):
         pipe.send(time.perf_counter() - start)
 
 
-def race(norm, images, batch_size, device, rounds):
+def race(contenders, norm, data, batch_size, device, rounds):
     """Seconds of each round's pass, by contender; a first pass of each is not counted."""
     context = multiprocessing.get_context("spawn")
-    pipes, seconds = {}, {contender: [] for contender in CONTENDERS}
-    for contender in CONTENDERS:
+    pipes, seconds = {}, {contender: [] for contender in contenders}
+    for contender in contenders:
         pipes[contender], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, contender, norm, images, batch_size, str(device)))
+        process = context.Process(target=serve, args=(theirs, contender, norm, data, batch_size, str(device)))
         process.start()
         theirs.close()
     for counted in [False] + [True] * rounds:
@@ -134,7 +147,7 @@ def race(norm, images, batch_size, device, rounds):
 
 def rows_of(norm, seconds, images):
     epoch = {contender: statistics.median(times) * FULL_EPOCH / images for contender, times in seconds.items()}
-    usual = min(epoch[contender] for contender in CONTENDERS if contender.startswith("usual"))
+    usual = min(epoch[contender] for contender in seconds if contender.startswith("usual"))
     floor = epoch["floor: one resident batch"]
     for contender, times in seconds.items():
         yield {
@@ -166,24 +179,29 @@ def main():
     parser.add_argument("--norm", nargs="+", choices=model.NORMS, default=list(model.NORMS))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=6400, help="images in a pass (default 6400)")
+    parser.add_argument("--data", choices=["synthetic", "cifar10"], default="synthetic")
+    parser.add_argument("--compile", action="store_true", help="the kit's network translated by torch.compile, too")
     parser.add_argument("--rounds", type=int, default=3, help="counted passes of each contender (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
 
+    data = first(args.data, args.images)
     about = {
         "device": name_of(args.device),
         "threads": torch.get_num_threads(),
         "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "data": f"synthetic, {args.images} images, seconds scaled to {FULL_EPOCH}",
+        "data": f"{data.name}, {len(data.train_labels)} images, seconds scaled to {FULL_EPOCH}",
         "batch size": args.batch_size,
         "rounds": args.rounds,
     }
     for key, value in about.items():
         print(f"{key}: {value}")
+    contenders = [name for name in CONTENDERS if args.compile or name != "kit, compiled"]
     rows = []
     for norm in args.norm:
-        rows += rows_of(norm, race(norm, args.images, args.batch_size, args.device, args.rounds), args.images)
-        print("\n" + utils.pd.DataFrame(rows[-len(CONTENDERS) :]).to_string(index=False), flush=True)
+        seconds = race(contenders, norm, data, args.batch_size, args.device, args.rounds)
+        rows += rows_of(norm, seconds, len(data.train_labels))
+        print("\n" + utils.pd.DataFrame(rows[-len(contenders) :]).to_string(index=False), flush=True)
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
