@@ -443,14 +443,24 @@ def choose_memory_format(memory_format, model, device, dtype):
     """A memory format by name; "auto" is the faster one for the model's weights, and with them for its activations.
 
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
-    group 34 / 25 (its kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group 32 / 42.
+    group 34 / 25 (PyTorch's kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group
+    32 / 42. The kit's own kernel (model.NormDropoutReLU) is for channels_last.
     """
     check_choice("memory_format", memory_format, ["auto", *MEMORY_FORMATS])
     if memory_format == "auto":
-        grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
+        grouped = not is_fused(model) and any(
+            isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules()
+        )
         faster = device.type == "cpu" and not (grouped and dtype == torch.bfloat16)  # only the CPU was measured
         memory_format = "channels_last" if faster else "contiguous"
     return MEMORY_FORMATS[memory_format]
+
+
+def is_fused(model):
+    """Whether a model's blocks may use the kernel for norm, dropout and ReLU, and there is one."""
+    from model import kernel  # here, so that the two modules stay independent
+
+    return any(getattr(module, "fused", False) for module in model.modules()) and kernel() is not None
 
 
 class Figures(NamedTuple):
@@ -942,7 +952,8 @@ def run(
     of the training, then lowers it to zero, both in a straight line.
     num_groups, dropout, skip, head_gain: see model.Net.
     precision: "float32" or "bfloat16"; memory_format: "contiguous" or "channels_last", each chosen for the machine
-    unless named. fused: step SGD in one kernel where the device has one. compile: see compile_network.
+    unless named. fused: step SGD in one kernel, and compute norm, dropout and ReLU in one, where there are such.
+    compile: see compile_network.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.
     """
@@ -954,7 +965,7 @@ def run(
     device = get_device(device)
     dtype = choose_precision(precision, device)
     seed_everything(seed)
-    model = Net(norm, num_groups, dropout, skip, head_gain)
+    model = Net(norm, num_groups, dropout, skip, head_gain, fused)
     memory_format = choose_memory_format(memory_format, model, device, dtype)
     model = model.to(device, memory_format=memory_format)
     if self_check or (self_check is None and device.type == "mps"):
@@ -973,6 +984,8 @@ def run(
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         fused = "fused " if optimizer.defaults.get("fused") else ""
         choices = [f"{device}{threads}", dtype, memory_format, fused + type(optimizer).__name__]
+        if memory_format == torch.channels_last and device.type == "cpu" and not compile and is_fused(model):
+            choices.insert(3, "fused norm")
         choices += ["compiled"] if compile else []
         print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
     history = fit(

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,3 +189,131 @@ def test_unknown_norm(name):
 def test_groups_that_do_not_divide(num_groups):
     with pytest.raises(ValueError, match="1, 2, 4, 8, 16 or 'channels'"):
         model.Net("group", num_groups)
+
+
+fused_only = pytest.mark.skipif(model.kernel() is None, reason="no C++ compiler for the kernel")
+
+
+def kernel_and_modules(norm, n, size, dtype, dropout=0.3):
+    """Of the kernel, of the modules and of the modules in float64: output, gradients of the input and the norm's
+    parameters, the norm's statistics."""
+    torch.manual_seed(0)
+    norm, found = copy.deepcopy(norm), []
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (torch.randn(n, 32, *size) * 2 + 3).to(dtype)
+    gradient = torch.randn(x.shape).to(dtype)
+    for way in ("kernel", "modules", "float64"):
+        layer, drop = copy.deepcopy(norm), nn.Dropout2d(dropout)
+        layer = layer.double() if way == "float64" else layer
+        inputs = x.to(torch.float64 if way == "float64" else dtype, memory_format=torch.channels_last, copy=True)
+        inputs.requires_grad_()
+        torch.manual_seed(1)  # the same channels are dropped
+        if way == "kernel":
+            assert model.NormDropoutReLU.takes(inputs, layer, drop)
+            output = model.NormDropoutReLU.apply(inputs, layer.weight, layer.bias, layer, drop)
+        else:
+            output = F.relu(drop(layer(inputs)))
+        output.backward(gradient)
+        found.append([output, inputs.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+    return found
+
+
+@fused_only
+@pytest.mark.parametrize("n, size", [(1, (2, 2)), (3, (5, 7)), (64, (8, 8))])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("num_groups", [1, 4, "channels", None])
+def test_the_kernel_computes_what_the_modules_do(num_groups, dtype, tolerance, n, size):
+    layer = model.NORMS["batch" if num_groups is None else "group"](32, num_groups)
+    dropout = 0.3 if dtype == torch.float32 else 0.5  # whose factor, 2, bfloat16 does not round
+    own, _, exact = kernel_and_modules(layer, n, size, dtype, dropout)
+    for value, reference in zip(own, exact):
+        assert value.dtype in (dtype, torch.float32, torch.int64)
+        torch.testing.assert_close(
+            value.double(), reference.double(), rtol=0, atol=tolerance * float(reference.detach().abs().max())
+        )
+
+
+@fused_only
+def test_the_kernel_drops_the_channels_that_the_module_drops():
+    own, modules, _ = kernel_and_modules(nn.BatchNorm2d(32), 16, (4, 4), torch.float32)
+    dropped = [(output.flatten(2) == 0).all(2) for output in (own[0], modules[0])]
+    assert torch.equal(*dropped) and 0 < dropped[0].float().mean() < 1
+
+
+@fused_only
+def test_the_kernel_keeps_the_variance_of_values_far_from_zero():
+    x = (torch.randn(8, 16, 8, 8) + 1000).to(memory_format=torch.channels_last).requires_grad_()
+    layer = nn.GroupNorm(2, 16)
+    output = model.NormDropoutReLU.apply(x, layer.weight, layer.bias, layer, nn.Dropout2d(0))
+    torch.testing.assert_close(output, F.relu(nn.GroupNorm(2, 16).double()(x.double())).float(), rtol=0, atol=1e-3)
+
+
+@fused_only
+def test_the_kernel_lets_nan_through():
+    x = torch.zeros(2, 16, 2, 2).to(memory_format=torch.channels_last)
+    x[0, 3] = torch.nan
+    layer = nn.BatchNorm2d(16)
+    output = model.NormDropoutReLU.apply(x.requires_grad_(), layer.weight, layer.bias, layer, nn.Dropout2d(0))
+    assert output[:, 3].isnan().all() and not output[:, 4].isnan().any()
+
+
+@fused_only
+def test_the_kernel_gives_the_same_whatever_the_threads(norm):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for torch_threads in (1, 2, 3):
+            torch.set_num_threads(torch_threads)
+            found.append(kernel_and_modules(model.NORMS[norm](32, 4), 5, (4, 4), torch.float32)[0])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other))
+
+
+def gradients(net, x):
+    torch.manual_seed(0)
+    return torch.autograd.grad(F.cross_entropy(net(x), torch.arange(len(x)) % 10), list(net.parameters()))
+
+
+@fused_only
+def test_a_fused_network_learns_as_one_that_is_not(norm, monkeypatch):
+    net = model.Net(norm, dropout=0.2).to(memory_format=torch.channels_last)
+    plain = model.Net(norm, dropout=0.2, fused=False)
+    plain.load_state_dict(net.state_dict())
+    calls = []
+    apply = model.NormDropoutReLU.apply
+    monkeypatch.setattr(model.NormDropoutReLU, "apply", lambda *args: calls.append(args) or apply(*args))
+    fused = gradients(net, images())
+    assert len(calls) == 8
+    for own, other in zip(fused, gradients(plain, images())):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=2e-5)
+    assert len(calls) == 8, "a network with fused=False used the kernel"
+
+
+@fused_only
+def test_where_the_kernel_cannot_do_all_that_is_asked_the_modules_run(norm, monkeypatch):
+    monkeypatch.setattr(model.NormDropoutReLU, "apply", None)  # using it would be an error
+    last = {"memory_format": torch.channels_last}
+    model.Net(norm)(images())  # contiguous
+    model.Net(norm).to(**last).eval()(images())
+    model.Net(norm).double().to(**last)(images().double())
+    with torch.no_grad():
+        model.Net(norm).to(**last)(images())
+    net, seen = model.Net(norm).to(**last), []
+    for module in net.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.register_forward_hook(lambda *_: seen.append(1))
+    net(images())
+    assert len(seen) == 8
+
+
+def test_without_a_compiler_the_modules_run(norm, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model.kernel.cache_clear()
+    try:
+        assert model.kernel() is None
+        net = model.Net(norm).to(memory_format=torch.channels_last)
+        assert all(gradient.isfinite().all() for gradient in gradients(net, images()))
+    finally:
+        model.kernel.cache_clear()
