@@ -600,6 +600,20 @@ def seeds_table(rows):
     return pd.DataFrame(cells).set_index(["recipe", "variant"])
 
 
+def trials_table(rows):
+    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's accuracies.
+
+    rows: of run_many, with utils.hold_out(data): its "test" images are the training images held out.
+    """
+    last = last_epochs(rows)
+    settings = [dict(pair.split("=", 1) for pair in line.rpartition(": ")[2].split()) for line in last["settings"]]
+    table = pd.DataFrame(settings)
+    table = table.loc[:, table.nunique() > 1]
+    for column, name in (("train_acc", "training accuracy %"), ("test_acc", "held-out accuracy %")):
+        table[name] = [f"{accuracy:.2f}" for accuracy in last[column]]
+    return table.set_index("norm")
+
+
 def compare_norms(rows):
     """Differences in last-epoch test accuracy between norms, in points, paired by seed, with 95 % confidence intervals.
 

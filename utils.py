@@ -56,6 +56,7 @@ from figures import (  # noqa: F401
     results_table,
     save_results,
     seeds_table,
+    trials_table,
 )
 
 

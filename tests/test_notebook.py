@@ -27,7 +27,7 @@ def test_runs_from_start_to_end(tmp_path):
     done = papermill.execute_notebook(
         ROOT / "S8.ipynb", tmp_path / "run.ipynb", parameters, cwd=ROOT, progress_bar=False
     )
-    assert len(outputs(done, "image/png")) == 15 and len(outputs(done, "text/html")) == 6
+    assert len(outputs(done, "image/png")) == 15 and len(outputs(done, "text/html")) == 7
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
     assert text.count("Epoch 1") == text.count("Test set: Average loss") == 5  # three norms, and two of one's own
 
@@ -71,7 +71,7 @@ def test_the_first_cell_fetches_what_is_missing(notebook, tmp_path):
     command = [sys.executable, "-c", "import sys; sys.path.insert(0, '')\n" + first.source]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("model.py", "figures.py", "utils.py", "results/seeds.csv"):
+    for name in ("model.py", "figures.py", "utils.py", "results/seeds.csv", "results/trials.csv"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert "CIFAR-10: not in data yet" in done.stdout
 
