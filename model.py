@@ -170,7 +170,9 @@ class NormDropoutReLU(torch.autograd.Function):
         groups = getattr(norm, "num_groups", 0)
         ctx.sizes = images, channels, height * width, groups, norm.eps
         y = torch.empty_like(x)
-        kernel().forward(x.dtype == torch.bfloat16, *map(address, (x, y, weight, bias, keep, mean, variance)), *ctx.sizes)
+        kernel().forward(
+            x.dtype == torch.bfloat16, *map(address, (x, y, weight, bias, keep, mean, variance)), *ctx.sizes
+        )
         if not groups:
             count = images * height * width
             norm.running_mean.lerp_(mean[0], norm.momentum)

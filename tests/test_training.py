@@ -267,7 +267,10 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch):
 def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_figures(data, norm, precision, capsys):
     losses = []
     kernel = "" if model.kernel() is None else "fused norm, "
-    ways = (("contiguous", False, "contiguous_format, SGD"), ("channels_last", True, f"channels_last, {kernel}fused SGD"))
+    ways = (
+        ("contiguous", False, "contiguous_format, SGD"),
+        ("channels_last", True, f"channels_last, {kernel}fused SGD"),
+    )
     for memory_format, fused, shown in ways:
         how = {"precision": precision, "memory_format": memory_format, "fused": fused, "device": "cpu"}
         losses.append(utils.run(norm, data, 1, dropout=0, **how).history[0]["train_loss"])
