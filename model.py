@@ -143,11 +143,15 @@ class NormDropoutReLU(torch.autograd.Function):
     """
 
     @staticmethod
+    def knows(norm):
+        """Whether the kernel computes this kind of norm."""
+        return type(norm) is nn.GroupNorm or (type(norm) is nn.BatchNorm2d and norm.track_running_stats)
+
+    @staticmethod
     def takes(x, norm, dropout):
         """Whether the kernel can stand in for the modules, here and now; they themselves work everywhere."""
-        known = type(norm) is nn.GroupNorm or (type(norm) is nn.BatchNorm2d and norm.track_running_stats)
         return (
-            known
+            NormDropoutReLU.knows(norm)
             and not torch.compiler.is_compiling()
             and norm.training
             and norm.affine

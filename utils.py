@@ -449,19 +449,19 @@ def choose_memory_format(memory_format, model, device, dtype):
     """
     check_choice("memory_format", memory_format, ["auto", *MEMORY_FORMATS])
     if memory_format == "auto":
-        grouped = not is_fused(model) and any(
-            isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules()
-        )
-        faster = device.type == "cpu" and not (grouped and dtype == torch.bfloat16)  # only the CPU was measured
+        grouped = any(isinstance(module, nn.GroupNorm) and module.num_groups > 1 for module in model.modules())
+        slow = grouped and dtype == torch.bfloat16
+        faster = device.type == "cpu" and (not slow or is_fused(model))  # only the CPU was measured
         memory_format = "channels_last" if faster else "contiguous"
     return MEMORY_FORMATS[memory_format]
 
 
 def is_fused(model):
-    """Whether a model's blocks may use the kernel for norm, dropout and ReLU, and there is one."""
-    from model import kernel  # here, so that the two modules stay independent
+    """Whether there is a kernel for norm, dropout and ReLU, and the model's blocks may use it."""
+    from model import NormDropoutReLU, kernel  # here, so that the two modules stay independent
 
-    return any(getattr(module, "fused", False) for module in model.modules()) and kernel() is not None
+    blocks = [module for module in model.modules() if getattr(module, "fused", False)]
+    return any(NormDropoutReLU.knows(block.norm) for block in blocks) and kernel() is not None
 
 
 class Figures(NamedTuple):
