@@ -3,7 +3,7 @@
 C is a 3×3 convolution block, c a 1×1 convolution, P a pooling:
 C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
 
-First the network, then a kernel that computes norm, dropout and ReLU together on a CPU: the same figures, sooner.
+First the network, then a kernel that computes a whole block of it on a CPU: the same figures, sooner.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class Net(nn.Module):
     dropout: probability that a block's output channel is zeroed in training.
     skip: add C3's activation to C5's convolution output, and C7's to C9's.
     head_gain: how many times PyTorch's default C10's weights start out as.
-    fused: norm, dropout and ReLU in one kernel where there is one: see NormDropoutReLU.
+    fused: each block in one kernel where there is one: see FusedBlock.
     """
 
     def __init__(self, norm="batch", num_groups=4, dropout=0.01, skip=True, head_gain=3.0, fused=True):
@@ -117,11 +117,14 @@ class ConvBlock(nn.Sequential):
         self.fused = fused
 
     def forward(self, x, skip=None):
+        fused = FusedBlock.takes(self, x)
+        if fused and FusedBlock.takes_whole(self, x, skip):
+            return FusedBlock.whole(self, x, skip)
         x = self.conv(x)
         if skip is not None:
             x = x + skip
-        if self.fused and NormDropoutReLU.takes(x, self.norm, self.dropout):
-            return NormDropoutReLU.apply(x, self.norm.weight, self.norm.bias, self.norm, self.dropout)
+        if fused and FusedBlock.takes_rest(self, x):
+            return FusedBlock.rest(self, x)
         # Dropout multiplies by 0 or more, so the ReLU may as well come after it; both then work in place, and a block
         # keeps two activations for its backward pass instead of three.
         return F.relu_(self.dropout(self.norm(x)))
@@ -134,12 +137,13 @@ class AvgPool2d(nn.AdaptiveAvgPool2d):
         super().__init__(1)
 
 
-class NormDropoutReLU(torch.autograd.Function):
-    """relu(dropout(norm(x))) in training, on a CPU: x is read twice forward, x and the gradient twice backward.
+class FusedBlock(torch.autograd.Function):
+    """relu(dropout(norm(conv(x) + skip))) in training, on a CPU, each image while it is in the processor's cache.
 
-    One after the other, the three read and write every activation many times over, and PyTorch's kernels for the
-    norms are not all made for channels_last or bfloat16. This one is compiled in a second, when it is first needed,
-    by the machine's own C++ compiler (the environment variable CXX, or c++), with its vector instructions.
+    One after the other, PyTorch's modules read and write every activation many times over, and not all of them are
+    made for channels_last or bfloat16. This kernel is compiled in two seconds, when it is first needed, by the
+    machine's own C++ compiler (the environment variable CXX, or c++), with its vector instructions. In float32, and
+    where there are no instructions for bfloat16, PyTorch's convolution is as fast, and the kernel does the rest.
     """
 
     @staticmethod
@@ -148,55 +152,138 @@ class NormDropoutReLU(torch.autograd.Function):
         return type(norm) is nn.GroupNorm or (type(norm) is nn.BatchNorm2d and norm.track_running_stats)
 
     @staticmethod
-    def takes(x, norm, dropout):
-        """Whether the kernel can stand in for the modules, here and now; they themselves work everywhere."""
+    def takes(block, x):
+        """Whether the kernel can stand in for norm and dropout of x, here and now; the modules work everywhere."""
+        norm, dropout = block.norm, block.dropout
         return (
-            NormDropoutReLU.knows(norm)
+            block.fused
+            and FusedBlock.knows(norm)
+            and type(dropout) is nn.Dropout2d
             and not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
             and norm.training
             and norm.affine
             and norm.weight.dtype == torch.float32
+            and len(norm.weight) % 16 == 0
             and getattr(norm, "momentum", 0.1) is not None
             and x.device.type == "cpu"
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and x.shape[1] % 16 == 0
-            and torch.is_grad_enabled()
-            and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (norm, dropout))
+            and not has_hooks(norm)
+            and not has_hooks(dropout)
             and kernel() is not None
         )
 
     @staticmethod
-    def forward(ctx, x, weight, bias, norm, dropout):
-        images, channels, height, width = x.shape
-        keep = dropout(x.new_ones(images, channels, 1, 1)).float()  # the very random numbers of the module
-        mean, variance = torch.empty(2, images, channels)
-        groups = getattr(norm, "num_groups", 0)
-        ctx.sizes = images, channels, height * width, groups, norm.eps
-        y = torch.empty_like(x)
-        kernel().forward(
-            x.dtype == torch.bfloat16, *map(address, (x, y, weight, bias, keep, mean, variance)), *ctx.sizes
+    def takes_whole(block, x, skip):
+        """Whether it can stand in for the convolution too, and is faster at it."""
+        conv = block.conv
+        return (
+            type(conv) is nn.Conv2d
+            and conv.kernel_size == (3, 3)
+            and conv.stride == conv.padding == conv.dilation == (1, 1)
+            and conv.groups == 1
+            and conv.padding_mode == "zeros"
+            and conv.bias is not None
+            and conv.out_channels == len(block.norm.weight)
+            and conv.weight.dtype == torch.float32
+            and conv.weight.is_contiguous(memory_format=torch.channels_last)
+            and x.dim() == 4
+            and x.shape[1] == conv.in_channels
+            and (skip is None or skip.shape == (len(x), conv.out_channels, *x.shape[2:]))
+            and compute_dtype(x) == torch.bfloat16
+            and not has_hooks(conv)
+            and kernel().convolves()
         )
-        if not groups:
-            count = images * height * width
-            norm.running_mean.lerp_(mean[0], norm.momentum)
-            norm.running_var.lerp_(variance[0] * (count / (count - 1)), norm.momentum)
+
+    @staticmethod
+    def takes_rest(block, z):
+        """Whether it can stand in for what comes after the convolution, whose output is z."""
+        return (
+            z.dtype in (torch.float32, torch.bfloat16)
+            and z.is_contiguous(memory_format=torch.channels_last)
+            and z.shape[1] == len(block.norm.weight)
+        )
+
+    @staticmethod
+    def whole(block, x, skip=None):
+        """What the block makes of x and the skip, in bfloat16."""
+        conv, norm, like = block.conv, block.norm, {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
+        skip = None if skip is None else skip.to(**like)
+        return FusedBlock.apply(x.to(**like), skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, block.dropout)
+
+    @staticmethod
+    def rest(block, z):
+        """What the block makes of its convolution's output, the skip added."""
+        norm = block.norm
+        return FusedBlock.apply(z, None, None, None, norm.weight, norm.bias, norm, block.dropout)
+
+    @staticmethod
+    def forward(ctx, x, skip, filters, offsets, weight, bias, norm, dropout):
+        images, inputs, height, width = x.shape
+        z = x
+        if filters is not None:
+            shape = images, len(filters), height, width
+            z = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        y = torch.empty_like(z)
+        keep = dropout(x.new_ones(*z.shape[:2], 1, 1)).float()  # the very random numbers of the module
+        mean, variance = torch.empty(2, *z.shape[:2])
+        saved = {"x": x, "z": z, "filters": filters, "weight": weight, "bias": bias}
+        saved |= {"keep": keep, "mean": mean, "variance": variance}
+        running = {}
+        if isinstance(norm, nn.BatchNorm2d):
+            running = {"running_mean": norm.running_mean, "running_variance": norm.running_var}
             norm.num_batches_tracked += 1
-        ctx.save_for_backward(x, weight, bias, keep, mean, variance)
+        groups, momentum = getattr(norm, "num_groups", 0), getattr(norm, "momentum", 0)
+        ctx.sizes = images, inputs, z.shape[1], height, width, groups, norm.eps, momentum
+        Call.of("forward", ctx.sizes, **saved, **running, skip=skip, offsets=offsets, y=y)
+        ctx.names = list(saved)
+        ctx.save_for_backward(*saved.values())
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        x, weight, bias, *tables = ctx.saved_tensors
+        saved = dict(zip(ctx.names, ctx.saved_tensors))
+        names = ["dx", "dz", "dfilters", "doffsets", "dweight", "dbias"]
+        like = [saved[name] for name in ("x", "z", "filters", "bias", "weight", "bias")]
+        whole = saved["filters"] is not None
+        wanted = [whole and ctx.needs_input_grad[0], not whole or ctx.needs_input_grad[1], whole, whole, True, True]
+        grads = {name: torch.empty_like(t) for name, t, wants in zip(names, like, wanted) if wants}
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        tensors = (gradient, x, weight, bias, *tables, *grads)
-        kernel().backward(x.dtype == torch.bfloat16, *map(address, tensors), *ctx.sizes)
-        return *grads, None, None
+        Call.of("backward", ctx.sizes, **saved, gradient=gradient, **grads)
+        if not whole:
+            grads["dx"], grads["dz"] = grads["dz"], None
+        return *map(grads.get, names), None, None
 
 
-address = torch.Tensor.data_ptr
+def has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def compute_dtype(x):
+    """In which autocast, or else x itself, has convolutions computed."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class Call(ctypes.Structure):
+    """The struct of this name in the kernel."""
+
+    SIZES = "images inputs outputs height width groups".split()
+    POINTERS = (
+        "x skip z y filters offsets weight bias keep mean variance running_mean running_variance "
+        "gradient dx dz dfilters doffsets dweight dbias"
+    ).split()
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in SIZES]
+        + [("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
+        + [(name, ctypes.c_void_p) for name in POINTERS]
+    )
+
+    @classmethod
+    def of(cls, function, sizes, **tensors):
+        """Calls the kernel's function; tensors that are missing or None are null pointers to it."""
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
+        half = tensors["x"].dtype == torch.bfloat16
+        getattr(kernel(), function)(half, ctypes.byref(cls(*sizes, **pointers)))
 
 
 @functools.cache
@@ -217,69 +304,265 @@ def kernel():
             functions = ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError):
             return None
-    sizes = [ctypes.c_int64] * 4 + [ctypes.c_float]
-    functions.forward.argtypes = [ctypes.c_bool] + [ctypes.c_void_p] * 7 + sizes
-    functions.backward.argtypes = [ctypes.c_bool] + [ctypes.c_void_p] * 10 + sizes
+    functions.forward.argtypes = functions.backward.argtypes = [ctypes.c_bool, ctypes.POINTER(Call)]
     functions.forward.restype = functions.backward.restype = None
+    functions.convolves.argtypes, functions.convolves.restype = [], ctypes.c_bool
     return functions
 
 
-# Images lie pixel by pixel, each with its channels side by side. A set of a norm is a rectangle in the table of
-# (image, channel): all images of a channel, or a group of channels of an image.
 KERNEL = r"""
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+// What Python passes: sizes, and where the values are. Images lie pixel by pixel, each with its channels side by side.
+struct Call {
+  int64_t images, inputs, outputs, height, width, groups;  // no groups: batch norm
+  double eps, momentum;
+  const void *x, *skip;            // (images, height, width, inputs); skip, z and y with as many as outputs
+  void *z, *y;                     // convolved, and what becomes of it
+  const float *filters, *offsets;  // (outputs, 3, 3, inputs), (outputs); without them z is there already
+  const float *weight, *bias;      // of the norm, (outputs)
+  const float* keep;               // dropout's factors, (images, outputs)
+  float *mean, *variance;          // (images, outputs), each set's in all its places
+  float *running_mean, *running_variance;  // of batch norm, (outputs)
+  const void* gradient;            // of y
+  void *dx, *dz;                   // may be missing
+  float *dfilters, *doffsets, *dweight, *dbias;
+};
 
 namespace {
 
-// Sixteen channels, which compilers turn into whatever vector instructions there are.
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = 16;   // channels, which compilers turn into whatever vector instructions there are
+constexpr int64_t TILE = 8;     // pixels of a row that are convolved together
+constexpr int64_t PIECES = 16;  // of a batch, each with sums of its own: the same ones for any number of threads
+
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 struct bfloat16 { uint16_t bits; };
 
-inline Floats load(const float* from) {
-  Floats values;
-  memcpy(&values, from, sizeof values);
-  return values;
+template <typename Value> inline Value read(const void* from) {
+  Value value;
+  memcpy(&value, from, sizeof value);
+  return value;
 }
-inline Floats load(const bfloat16* from) {
-  Halves values;
-  memcpy(&values, from, sizeof values);
-  return (Floats)(__builtin_convertvector(values, Words) << 16);
-}
-inline void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
-inline void store(bfloat16* to, Floats values) {  // to the nearest, ties to even
+inline Floats load(const float* from) { return read<Floats>(from); }
+inline Floats load(const bfloat16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Words) << 16); }
+inline void store(float* to, Floats values, int64_t count = LANES) { memcpy(to, &values, count * sizeof *to); }
+inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to the nearest, ties to even
   const Words bits = (Words)values;
   const Halves rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
-  memcpy(to, &rounded, sizeof rounded);
+  memcpy(to, &rounded, count * sizeof *to);
+}
+inline void store(bfloat16* to, float value) {
+  const uint32_t bits = read<uint32_t>(&value);
+  to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 inline Floats where(Ints condition, Floats values) { return (Floats)(condition & (Ints)values); }
 
-struct Norm {
-  const float *weight, *bias;           // (channels)
-  const float* keep;                    // (images, channels), dropout's factors
-  float *mean, *variance;               // (images, channels), each set's in all its places
-  int64_t images, channels, pixels, groups;  // no groups: batch norm
-  float eps;
+// Of words of two bfloat16 each: sum + both products, those of the lower halves and of the upper ones.
+inline Floats dot(Floats sum, Words a, uint32_t b) {
+#ifdef __AVX512BF16__
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)_mm512_set1_epi32(b));
+#else
+  const uint32_t low = b << 16, high = b & 0xffff0000;
+  return sum + (Floats)(a << 16) * read<float>(&low) + (Floats)(a & 0xffff0000) * read<float>(&high);
+#endif
+}
 
-  // What becomes of sixteen channels of an image: z = slope * x + intercept, dropout's factor included.
+// A 3×3 convolution of an image with a border of zeros. In a thread's memory the image has that border, rows of whole
+// tiles, and for each pixel a multiple of four channels. Values are multiplied two by two, in words: of neighbouring
+// channels for the output and the gradient of the input, of neighbouring pixels for the gradient of the filters.
+struct Convolution {
+  static int64_t deep(int64_t channels) { return (channels + 3) / 4 * 4; }
+
+  const Call& call;
+  const int64_t columns = (call.width + TILE - 1) / TILE * TILE + 2, pixels = (call.height + 2) * columns;
+  const int64_t depth = deep(call.inputs), size = 9 * depth * call.outputs;  // of a sum of gradients of the filters
+
+  struct Memory {
+    std::vector<bfloat16> image, gradient, dz;
+    std::vector<uint32_t> image_pairs[2], gradient_pairs;
+  };
+  Memory memory() const {
+    const int64_t spare = depth + call.outputs + LANES;  // sixteen values are read and written where four are needed
+    Memory memory;
+    memory.image.resize(pixels * depth + spare);
+    if (call.gradient) {
+      memory.gradient.resize(pixels * call.outputs + spare);
+      memory.dz.resize(call.height * call.width * call.outputs);
+      for (int64_t k = 0; k < 2; k++) memory.image_pairs[k].resize(pixels / 2 * depth + spare);
+      memory.gradient_pairs.resize(pixels / 2 * call.outputs + spare);
+    }
+    return memory;
+  }
+
+  void pad(const bfloat16* image, int64_t channels, std::vector<bfloat16>& padded) const {
+    for (int64_t y = 0; y < call.height; y++) {
+      bfloat16* to = &padded[((y + 1) * columns + 1) * deep(channels)];
+      const bfloat16* from = image + y * call.width * channels;
+      if (deep(channels) == channels)
+        memcpy(to, from, call.width * channels * sizeof(bfloat16));
+      else
+        for (int64_t x = 0; x < call.width; x++)
+          for (int64_t c = 0; c < channels; c++) to[x * deep(channels) + c] = from[x * channels + c];
+    }
+  }
+
+  // The filters in the order in which correlate reads them: (to / 16, row, from / 2, column, 16, 2). On the way back,
+  // from outputs to inputs, they are turned by half a circle.
+  static std::vector<bfloat16> pack(const float* filters, int64_t from, int64_t to, bool back) {
+    const int64_t words = deep(from) / 2;
+    std::vector<bfloat16> packed((to + LANES - 1) / LANES * 9 * words * LANES * 2);
+    for (int64_t t = 0; t < to; t++)
+      for (int64_t k = 0; k < 9; k++)
+        for (int64_t f = 0; f < from; f++) {
+          const float value = back ? filters[(f * 9 + 8 - k) * to + t] : filters[(t * 9 + k) * from + f];
+          const int64_t word = ((t / LANES * 3 + k / 3) * words + f / 2) * 3 + k % 3;
+          store(&packed[(word * LANES + t % LANES) * 2 + f % 2], value);
+        }
+    return packed;
+  }
+
+  void correlate(const std::vector<bfloat16>& padded, const std::vector<bfloat16>& packed, int64_t from, int64_t to,
+                 const float* offsets, const bfloat16* skip, bfloat16* out) const {
+    const int64_t words = deep(from) / 2;
+    for (int64_t c = 0; c < to; c += LANES)
+      for (int64_t y = 0; y < call.height; y++)
+        for (int64_t x = 0; x < call.width; x += TILE) {
+          const Floats offset = offsets ? load(offsets + c) : Floats{};
+          Floats sums[TILE];
+#pragma GCC unroll 8
+          for (int64_t p = 0; p < TILE; p++) sums[p] = offset;
+          const Words* filter = (const Words*)packed.data() + c / LANES * 9 * words;
+          for (int64_t row = 0; row < 3; row++) {
+            const uint32_t* word = (const uint32_t*)padded.data() + ((y + row) * columns + x) * words;
+            for (int64_t w = 0; w < words; w++, word++, filter += 3) {
+              const Words weights[] = {read<Words>(filter), read<Words>(filter + 1), read<Words>(filter + 2)};
+#pragma GCC unroll 10
+              for (int64_t p = 0; p < TILE + 2; p++)  // a pixel is the left of one, the middle of one, the right of one
+#pragma GCC unroll 3
+                for (int64_t k = 0; k < 3; k++)
+                  if (k <= p && p < TILE + k)
+                    sums[p - k] = dot(sums[p - k], weights[k], read<uint32_t>(word + p * words));
+            }
+          }
+          const int64_t start = (y * call.width + x) * to + c;
+          const auto finish = [&](int64_t p, int64_t count) {
+            if (skip) sums[p] += load(skip + start + p * to);
+            store(out + start + p * to, sums[p], count);
+          };
+          if (c + LANES <= to && x + TILE <= call.width) {
+#pragma GCC unroll 8
+            for (int64_t p = 0; p < TILE; p++) finish(p, LANES);
+          } else {
+            for (int64_t p = 0; p < TILE && x + p < call.width; p++) finish(p, to - c < LANES ? to - c : LANES);
+          }
+        }
+  }
+
+  // Values of neighbouring pixels in one word, from the pixel `first` on.
+  void pair_up(const std::vector<bfloat16>& padded, int64_t first, int64_t channels,
+               std::vector<uint32_t>& pairs) const {
+    for (int64_t p = 0; p < pixels / 2 - first; p++)
+      for (int64_t c = 0; c < channels; c += LANES) {
+        const bfloat16* pixel = &padded[(p * 2 + first) * channels + c];
+        const Words words = (Words)load(pixel) >> 16 | (Words)load(pixel + channels);
+        memcpy(&pairs[p * channels + c], &words, sizeof words);
+      }
+  }
+
+  // An image's gradient of the filters, (row, column, depth, outputs): the first of the sums, or added to them.
+  template <int64_t BLOCK> void weigh(const Memory& memory, bool first, float* sums) const {
+    const int64_t outputs = call.outputs, row_pairs = columns / 2;
+    for (int64_t c = 0; c < outputs; c += LANES)
+      for (int64_t row = 0; row < 3; row++)
+        for (int64_t i = 0; i < depth; i += BLOCK) {
+          float* to = sums + (row * 3 * depth + i) * outputs + c;
+          Floats sum[3][BLOCK];
+#pragma GCC unroll 3
+          for (int64_t k = 0; k < 3; k++)
+#pragma GCC unroll 8
+            for (int64_t b = 0; b < BLOCK; b++) sum[k][b] = first ? Floats{} : load(to + (k * depth + b) * outputs);
+          for (int64_t y = 0; y < call.height; y++) {
+            const uint32_t* gradient = &memory.gradient_pairs[(y + 1) * row_pairs * outputs + c];
+            const uint32_t* image[3];
+            for (int64_t k = 0; k < 3; k++)
+              image[k] = &memory.image_pairs[k % 2][((y + row) * row_pairs + k / 2) * depth + i];
+            for (int64_t p = 0; p < (columns - 2) / 2; p++) {
+              const Words words = read<Words>(gradient + p * outputs);
+#pragma GCC unroll 3
+              for (int64_t k = 0; k < 3; k++)
+#pragma GCC unroll 8
+                for (int64_t b = 0; b < BLOCK; b++) sum[k][b] = dot(sum[k][b], words, image[k][p * depth + b]);
+            }
+          }
+#pragma GCC unroll 3
+          for (int64_t k = 0; k < 3; k++)
+#pragma GCC unroll 8
+            for (int64_t b = 0; b < BLOCK; b++) store(to + (k * depth + b) * outputs, sum[k][b]);
+        }
+  }
+
+  void forward(int64_t n, const std::vector<bfloat16>& packed, Memory& memory) const {
+    const int64_t area = call.height * call.width, start = n * area * call.outputs;
+    pad((const bfloat16*)call.x + n * area * call.inputs, call.inputs, memory.image);
+    const bfloat16* skip = call.skip ? (const bfloat16*)call.skip + start : nullptr;
+    correlate(memory.image, packed, call.inputs, call.outputs, call.offsets, skip, (bfloat16*)call.z + start);
+  }
+
+  void backward(int64_t n, const std::vector<bfloat16>& packed, const void* dz, Memory& memory, bool first,
+                float* sums) const {
+    const int64_t start = n * call.height * call.width * call.inputs;
+    bfloat16* dx = (bfloat16*)call.dx + start;
+    pad((const bfloat16*)dz, call.outputs, memory.gradient);
+    if (call.dx) correlate(memory.gradient, packed, call.outputs, call.inputs, nullptr, nullptr, dx);
+    pad((const bfloat16*)call.x + start, call.inputs, memory.image);
+    for (int64_t k = 0; k < 2; k++) pair_up(memory.image, k, depth, memory.image_pairs[k]);
+    pair_up(memory.gradient, 1, call.outputs, memory.gradient_pairs);
+    depth % 8 ? weigh<4>(memory, first, sums) : weigh<8>(memory, first, sums);
+  }
+
+  // The sums of all pieces together, as filters lie.
+  void finish(int64_t pieces, float* sums) const {
+    for (int64_t piece = 1; piece < pieces; piece++)
+      for (int64_t i = 0; i < size; i++) sums[i] += sums[piece * size + i];
+    for (int64_t k = 0; k < 9; k++)
+      for (int64_t i = 0; i < call.inputs; i++)
+        for (int64_t o = 0; o < call.outputs; o++)
+          call.dfilters[(o * 9 + k) * call.inputs + i] = sums[(k * depth + i) * call.outputs + o];
+  }
+};
+
+// A set of a norm is a rectangle in the table of (image, channel): all images of a channel, or a group of channels of
+// an image.
+template <typename T> struct Block {
+  const Call& call;
+  const Convolution convolution = {call};
+  const int64_t channels = call.outputs, area = call.height * call.width, length = area * channels;
+  const int64_t pieces = std::min(call.images, PIECES);
+
+  // What becomes of sixteen channels of an image: slope * z + intercept, dropout's factor included.
   struct Line { Floats mean, rstd, keep, slope, intercept; };
   Line line(int64_t place, int64_t c) const {
-    Line line = {load(mean + place), load(variance + place), load(keep + place)};
-    for (int64_t i = 0; i < LANES; i++) line.rstd[i] = 1 / std::sqrt(line.rstd[i] + eps);
-    line.slope = load(weight + c) * line.rstd * line.keep;
-    line.intercept = load(bias + c) * line.keep - line.mean * line.slope;
+    Line line = {load(call.mean + place), load(call.variance + place), load(call.keep + place)};
+    for (int64_t i = 0; i < LANES; i++) line.rstd[i] = 1 / std::sqrt(line.rstd[i] + float(call.eps));
+    line.slope = load(call.weight + c) * line.rstd * line.keep;
+    line.intercept = load(call.bias + c) * line.keep - line.mean * line.slope;
     return line;
   }
 
   // Calls body(first value, place in the tables, first channel) for each sixteen channels of an image.
   template <typename Body> void channels_of(int64_t n, Body body) const {
-    for (int64_t c = 0; c < channels; c += LANES) body(n * pixels * channels + c, n * channels + c, c);
+    for (int64_t c = 0; c < channels; c += LANES) body(n * length + c, n * channels + c, c);
   }
   // Calls body(place, channel) for a set.
   template <typename Body> void places_of(int64_t n0, int64_t n1, int64_t c0, int64_t c1, Body body) const {
@@ -289,140 +572,163 @@ struct Norm {
   // Does first for every image, then middle for every set, then last for every image; where the sets lie within an
   // image, all three while the image is in the cache.
   template <typename First, typename Middle, typename Last> void run(First first, Middle middle, Last last) const {
-    if (groups) {
-#pragma omp parallel for schedule(static)
-      for (int64_t n = 0; n < images; n++) {
-        first(n);
-        for (int64_t g = 0; g < groups; g++) middle(n, n + 1, g * channels / groups, (g + 1) * channels / groups);
-        last(n);
-      }
-    } else {
+    const int64_t images = call.images, groups = call.groups;
 #pragma omp parallel
-      {
+    {
+      auto memory = call.filters ? convolution.memory() : Convolution::Memory();
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < images; n++) first(n);
+      for (int64_t piece = 0; piece < pieces; piece++)
+        for (int64_t n = images * piece / pieces; n < images * (piece + 1) / pieces; n++) {
+          first(n, memory);
+          for (int64_t g = 0; g < groups; g++) middle(n, n + 1, g * channels / groups, (g + 1) * channels / groups);
+          if (groups) last(n, memory, piece);
+        }
+      if (!groups) {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < channels; c++) middle(0, images, c, c + 1);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < images; n++) last(n);
+        for (int64_t piece = 0; piece < pieces; piece++)
+          for (int64_t n = images * piece / pieces; n < images * (piece + 1) / pieces; n++) last(n, memory, piece);
       }
+    }
+  }
+
+  void forward() const {
+    const T* z = (const T*)call.z;
+    T* y = (T*)call.y;
+    std::vector<bfloat16> packed;
+    if (call.filters) packed = convolution.pack(call.filters, call.inputs, channels, false);
+    run(
+        [&](int64_t n, auto& memory) {
+          if (call.filters) convolution.forward(n, packed, memory);
+          channels_of(n, [&](int64_t start, int64_t place, int64_t) {
+            const Floats pivot = load(z + start);  // near the mean, so that the squares do not swallow the variance
+            Floats sum = {}, squares = {};
+            for (int64_t i = start; i < start + length; i += channels) {
+              const Floats distance = load(z + i) - pivot;
+              sum += distance;
+              squares += distance * distance;
+            }
+            sum /= float(area);
+            store(call.mean + place, pivot + sum);
+            store(call.variance + place, squares / float(area) - sum * sum);
+          });
+        },
+        [&](int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+          const float count = (n1 - n0) * (c1 - c0);
+          float mean = 0, variance = 0;
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) { mean += call.mean[place] / count; });
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
+            const float distance = call.mean[place] - mean;
+            variance += (call.variance[place] + distance * distance) / count;
+          });
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
+            call.mean[place] = mean;
+            call.variance[place] = variance;
+          });
+          if (call.running_mean) {
+            const float unbiased = variance * (count * area / (count * area - 1));
+            call.running_mean[c0] += float(call.momentum) * (mean - call.running_mean[c0]);
+            call.running_variance[c0] += float(call.momentum) * (unbiased - call.running_variance[c0]);
+          }
+        },
+        [&](int64_t n, auto&, int64_t) {
+          channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
+            const auto line = this->line(place, c);
+            for (int64_t i = start; i < start + length; i += channels) {
+              const Floats value = load(z + i) * line.slope + line.intercept;
+              store(y + i, where(!(value < 0), value));  // so that NaN stays NaN
+            }
+          });
+        });
+  }
+
+  // With h the gradient that passes ReLU and dropout, u = weight * h and v the normalised z, all of a set:
+  // dz = (u - mean(u) - v * mean(u * v)) / deviation.
+  void backward() const {
+    const T *z = (const T*)call.z, *gradient = (const T*)call.gradient;
+    const int64_t places = call.images * channels;
+    std::vector<float> tables(5 * places);
+    const std::unique_ptr<float[]> sums(call.filters ? new float[pieces * convolution.size] : nullptr);
+    float *sum_h = &tables[0], *sum_hv = sum_h + places, *mean_u = sum_hv + places, *mean_uv = mean_u + places;
+    float* sum_dz = mean_uv + places;
+    std::vector<bfloat16> packed;
+    if (call.dx) packed = convolution.pack(call.filters, channels, call.inputs, true);
+    run(
+        [&](int64_t n, auto&) {
+          channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
+            const auto line = this->line(place, c);
+            Floats sum = {}, product = {};
+            for (int64_t i = start; i < start + length; i += channels) {
+              const Floats value = load(z + i);
+              const Floats passed = where(value * line.slope + line.intercept > 0, load(gradient + i));
+              sum += passed;
+              product += passed * (value - line.mean);
+            }
+            store(sum_h + place, sum * line.keep);
+            store(sum_hv + place, product * line.keep * line.rstd);
+          });
+        },
+        [&](int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
+          const float count = (n1 - n0) * (c1 - c0) * area;
+          float u = 0, uv = 0;
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t c) {
+            u += call.weight[c] * sum_h[place];
+            uv += call.weight[c] * sum_hv[place];
+          });
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
+            mean_u[place] = u / count;
+            mean_uv[place] = uv / count;
+          });
+        },
+        [&](int64_t n, auto& memory, int64_t piece) {
+          T* dz = call.dz ? (T*)call.dz + n * length : (T*)memory.dz.data();
+          channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
+            const auto line = this->line(place, c);
+            const Floats per_value = -line.rstd * line.rstd * load(mean_uv + place);
+            const Floats constant = -line.rstd * load(mean_u + place) - line.mean * per_value;
+            Floats sum = {};
+            for (int64_t i = 0; i < length; i += channels) {
+              const Floats value = load(z + start + i);
+              const Floats passed = where(value * line.slope + line.intercept > 0, load(gradient + start + i));
+              const Floats result = passed * line.slope + value * per_value + constant;
+              store(dz + c + i, result);
+              sum += result;
+            }
+            store(sum_dz + place, sum);
+          });
+          if (call.filters) {
+            const bool first = n == call.images * piece / pieces;
+            convolution.backward(n, packed, dz, memory, first, &sums[piece * convolution.size]);
+          }
+        });
+    const auto total = [&](const float* table, float* to) {
+      for (int64_t c = 0; c < channels; c++) to[c] = 0;
+      places_of(0, call.images, 0, channels, [&](int64_t place, int64_t c) { to[c] += table[place]; });
+    };
+    total(sum_h, call.dbias);
+    total(sum_hv, call.dweight);
+    if (call.filters) {
+      total(sum_dz, call.doffsets);
+      convolution.finish(pieces, sums.get());
     }
   }
 };
 
-template <typename T> void forward(const Norm& norm, const T* x, T* y) {
-  const int64_t channels = norm.channels, length = norm.pixels * channels;
-  norm.run(
-      [&](int64_t n) {
-        norm.channels_of(n, [&](int64_t start, int64_t place, int64_t) {
-          const Floats pivot = load(x + start);  // near the mean, so that the squares do not swallow the variance
-          Floats sum = {}, squares = {};
-          for (int64_t i = start; i < start + length; i += channels) {
-            const Floats distance = load(x + i) - pivot;
-            sum += distance;
-            squares += distance * distance;
-          }
-          sum /= float(norm.pixels);
-          store(norm.mean + place, pivot + sum);
-          store(norm.variance + place, squares / float(norm.pixels) - sum * sum);
-        });
-      },
-      [&](int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
-        const float count = (n1 - n0) * (c1 - c0);
-        float mean = 0, variance = 0;
-        norm.places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) { mean += norm.mean[place] / count; });
-        norm.places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
-          const float distance = norm.mean[place] - mean;
-          variance += (norm.variance[place] + distance * distance) / count;
-        });
-        norm.places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
-          norm.mean[place] = mean;
-          norm.variance[place] = variance;
-        });
-      },
-      [&](int64_t n) {
-        norm.channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
-          const auto line = norm.line(place, c);
-          for (int64_t i = start; i < start + length; i += channels) {
-            const Floats z = load(x + i) * line.slope + line.intercept;
-            store(y + i, where(!(z < 0), z));  // so that NaN stays NaN
-          }
-        });
-      });
-}
-
-// With h the gradient that passes ReLU and dropout, u = weight * h and v its normalised input, all of a set:
-// dx = (u - mean(u) - v * mean(u * v)) / deviation.
-template <typename T>
-void backward(const Norm& norm, const T* gradient, const T* x, T* dx, float* dweight, float* dbias) {
-  const int64_t channels = norm.channels, length = norm.pixels * channels, places = norm.images * channels;
-  std::vector<float> tables(4 * places);
-  float *sum_h = &tables[0], *sum_hv = sum_h + places, *mean_u = sum_hv + places, *mean_uv = mean_u + places;
-  norm.run(
-      [&](int64_t n) {
-        norm.channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
-          const auto line = norm.line(place, c);
-          Floats sum = {}, product = {};
-          for (int64_t i = start; i < start + length; i += channels) {
-            const Floats value = load(x + i);
-            const Floats passed = where(value * line.slope + line.intercept > 0, load(gradient + i));
-            sum += passed;
-            product += passed * (value - line.mean);
-          }
-          store(sum_h + place, sum * line.keep);
-          store(sum_hv + place, product * line.keep * line.rstd);
-        });
-      },
-      [&](int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
-        const float count = (n1 - n0) * (c1 - c0) * norm.pixels;
-        float u = 0, uv = 0;
-        norm.places_of(n0, n1, c0, c1, [&](int64_t place, int64_t c) {
-          u += norm.weight[c] * sum_h[place];
-          uv += norm.weight[c] * sum_hv[place];
-        });
-        norm.places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
-          mean_u[place] = u / count;
-          mean_uv[place] = uv / count;
-        });
-      },
-      [&](int64_t n) {
-        norm.channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
-          const auto line = norm.line(place, c);
-          const Floats per_value = -line.rstd * line.rstd * load(mean_uv + place);
-          const Floats constant = -line.rstd * load(mean_u + place) - line.mean * per_value;
-          for (int64_t i = start; i < start + length; i += channels) {
-            const Floats value = load(x + i);
-            const Floats passed = where(value * line.slope + line.intercept > 0, load(gradient + i));
-            store(dx + i, passed * line.slope + value * per_value + constant);
-          }
-        });
-      });
-  for (int64_t c = 0; c < channels; c++) dweight[c] = dbias[c] = 0;
-  norm.places_of(0, norm.images, 0, channels, [&](int64_t place, int64_t c) {
-    dweight[c] += sum_hv[place];
-    dbias[c] += sum_h[place];
-  });
-}
-
 }  // namespace
 
-extern "C" void forward(bool half, const void* x, void* y, const float* weight, const float* bias, const float* keep,
-                        float* mean, float* variance, int64_t images, int64_t channels, int64_t pixels,
-                        int64_t groups, float eps) {
-  const Norm norm = {weight, bias, keep, mean, variance, images, channels, pixels, groups, eps};
-  if (half)
-    forward(norm, (const bfloat16*)x, (bfloat16*)y);
-  else
-    forward(norm, (const float*)x, (float*)y);
+extern "C" void forward(bool half, const Call* call) {
+  half ? Block<bfloat16>{*call}.forward() : Block<float>{*call}.forward();
 }
-
-extern "C" void backward(bool half, const void* gradient, const void* x, const float* weight, const float* bias,
-                         const float* keep, float* mean, float* variance, void* dx, float* dweight, float* dbias,
-                         int64_t images, int64_t channels, int64_t pixels, int64_t groups, float eps) {
-  const Norm norm = {weight, bias, keep, mean, variance, images, channels, pixels, groups, eps};
-  if (half)
-    backward(norm, (const bfloat16*)gradient, (const bfloat16*)x, (bfloat16*)dx, dweight, dbias);
-  else
-    backward(norm, (const float*)gradient, (const float*)x, (float*)dx, dweight, dbias);
+extern "C" void backward(bool half, const Call* call) {
+  half ? Block<bfloat16>{*call}.backward() : Block<float>{*call}.backward();
+}
+// Whether there are the instructions with which the convolution is faster than PyTorch's.
+extern "C" bool convolves() {
+#ifdef __AVX512BF16__
+  return true;
+#else
+  return false;
+#endif
 }
 """

@@ -445,7 +445,7 @@ def choose_memory_format(memory_format, model, device, dtype):
 
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
     group 34 / 25 (PyTorch's kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group
-    32 / 42. The kit's own kernel (model.NormDropoutReLU) is for channels_last.
+    32 / 42. The kit's own kernel (model.FusedBlock) is for channels_last.
     """
     check_choice("memory_format", memory_format, ["auto", *MEMORY_FORMATS])
     if memory_format == "auto":
@@ -458,10 +458,10 @@ def choose_memory_format(memory_format, model, device, dtype):
 
 def is_fused(model):
     """Whether there is a kernel for norm, dropout and ReLU, and the model's blocks may use it."""
-    from model import NormDropoutReLU, kernel  # here, so that the two modules stay independent
+    from model import FusedBlock, kernel  # here, so that the two modules stay independent
 
     blocks = [module for module in model.modules() if getattr(module, "fused", False)]
-    return any(NormDropoutReLU.knows(block.norm) for block in blocks) and kernel() is not None
+    return any(FusedBlock.knows(block.norm) for block in blocks) and kernel() is not None
 
 
 class Figures(NamedTuple):

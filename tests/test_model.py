@@ -194,40 +194,53 @@ def test_groups_that_do_not_divide(num_groups):
 fused_only = pytest.mark.skipif(model.kernel() is None, reason="no C++ compiler for the kernel")
 
 
-def kernel_and_modules(norm, n, size, dtype, dropout=0.3):
-    """Of the kernel, of the modules and of the modules in float64: output, gradients of the input and the norm's
-    parameters, the norm's statistics."""
+def block_and_reference(norm, sizes, size, dtype, whole, dropout=0.3):
+    """Of a block that the kernel computes, whole or from the norm on, and of its definition in float64: output,
+    gradients of the input, the skip and the parameters, the norm's statistics."""
     torch.manual_seed(0)
-    norm, found = copy.deepcopy(norm), []
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    x = (torch.randn(n, 32, *size) * 2 + 3).to(dtype)
-    gradient = torch.randn(x.shape).to(dtype)
-    for way in ("kernel", "modules", "float64"):
-        layer, drop = copy.deepcopy(norm), nn.Dropout2d(dropout)
-        layer = layer.double() if way == "float64" else layer
-        inputs = x.to(torch.float64 if way == "float64" else dtype, memory_format=torch.channels_last, copy=True)
-        inputs.requires_grad_()
+    n, inputs, outputs = sizes
+    layer = model.NORMS["batch" if norm is None else "group"](outputs, norm)
+    block = model.ConvBlock(inputs, outputs, layer, dropout).to(memory_format=torch.channels_last)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    block.conv.weight.data = block.conv.weight.to(dtype).float()  # what the kernel rounds, is so already
+    x, skip, gradient = (torch.randn(n, channels, *size).to(dtype) for channels in (inputs, outputs, outputs))
+    exact = copy.deepcopy(block).double()
+    found = []
+    for module, kind in ((block, dtype), (exact, torch.float64)):
+        last = {"memory_format": torch.channels_last, "dtype": kind, "copy": True}
+        own, shortcut = x.to(**last).requires_grad_(), skip.to(**last).requires_grad_()
         torch.manual_seed(1)  # the same channels are dropped
-        if way == "kernel":
-            assert model.NormDropoutReLU.takes(inputs, layer, drop)
-            output = model.NormDropoutReLU.apply(inputs, layer.weight, layer.bias, layer, drop)
+        if module is exact or not whole:
+            z = module.conv(own.double() if module is exact else own.float()) + shortcut
+            z = z + (z.to(dtype).to(z.dtype) - z).detach()  # as it is kept
+        if module is exact:
+            output = F.relu(module.dropout(module.norm(z)))
+        elif whole:
+            assert model.FusedBlock.takes(module, own)
+            output = model.FusedBlock.whole(module, own, shortcut)
         else:
-            output = F.relu(drop(layer(inputs)))
-        output.backward(gradient)
-        found.append([output, inputs.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+            z = z.to(dtype, memory_format=torch.channels_last)
+            assert model.FusedBlock.takes(module, own) and model.FusedBlock.takes_rest(module, z)
+            output = model.FusedBlock.rest(module, z)
+        output.backward(gradient.to(kind))
+        zero = "conv.bias" if norm in (None, "channels") else ""  # the mean, which a norm of single channels takes away
+        gradients = [p.grad for name, p in module.named_parameters() if name != zero]
+        found.append([output, own.grad, shortcut.grad, *gradients, *module.buffers()])
     return found
 
 
 @fused_only
-@pytest.mark.parametrize("n, size", [(1, (2, 2)), (3, (5, 7)), (64, (8, 8))])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("num_groups", [1, 4, "channels", None])
-def test_the_kernel_computes_what_the_modules_do(num_groups, dtype, tolerance, n, size):
-    layer = model.NORMS["batch" if num_groups is None else "group"](32, num_groups)
+@pytest.mark.parametrize("sizes, size", [((1, 3, 16), (3, 5)), ((3, 8, 32), (8, 12)), ((33, 32, 32), (8, 8))])
+@pytest.mark.parametrize("norm", [1, 4, "channels", None])
+@pytest.mark.parametrize(
+    "whole, dtype, tolerance",
+    [(False, torch.float32, 5e-6), (False, torch.bfloat16, 1e-2), (True, torch.bfloat16, 1e-2)],
+)
+def test_the_kernel_computes_what_the_modules_do(whole, norm, dtype, tolerance, sizes, size):
     dropout = 0.3 if dtype == torch.float32 else 0.5  # whose factor, 2, bfloat16 does not round
-    own, _, exact = kernel_and_modules(layer, n, size, dtype, dropout)
-    for value, reference in zip(own, exact):
+    own, exact = block_and_reference(norm, sizes, size, dtype, whole, dropout)
+    for value, reference in zip(own, exact, strict=True):
         assert value.dtype in (dtype, torch.float32, torch.int64)
         torch.testing.assert_close(
             value.double(), reference.double(), rtol=0, atol=tolerance * float(reference.detach().abs().max())
@@ -235,40 +248,53 @@ def test_the_kernel_computes_what_the_modules_do(num_groups, dtype, tolerance, n
 
 
 @fused_only
-def test_the_kernel_drops_the_channels_that_the_module_drops():
-    own, modules, _ = kernel_and_modules(nn.BatchNorm2d(32), 16, (4, 4), torch.float32)
-    dropped = [(output.flatten(2) == 0).all(2) for output in (own[0], modules[0])]
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_kernel_drops_the_channels_that_the_module_drops(whole):
+    own, exact = block_and_reference(None, (16, 16, 32), (4, 4), torch.bfloat16, whole)
+    dropped = [(output.flatten(2) == 0).all(2) for output in (own[0], exact[0])]
     assert torch.equal(*dropped) and 0 < dropped[0].float().mean() < 1
+
+
+def rest(x, layer):
+    block = model.ConvBlock(x.shape[1], x.shape[1], layer, dropout=0)
+    return model.FusedBlock.rest(block, x.to(memory_format=torch.channels_last).requires_grad_())
 
 
 @fused_only
 def test_the_kernel_keeps_the_variance_of_values_far_from_zero():
-    x = (torch.randn(8, 16, 8, 8) + 1000).to(memory_format=torch.channels_last).requires_grad_()
-    layer = nn.GroupNorm(2, 16)
-    output = model.NormDropoutReLU.apply(x, layer.weight, layer.bias, layer, nn.Dropout2d(0))
+    x = torch.randn(8, 16, 8, 8) + 1000
+    output = rest(x, nn.GroupNorm(2, 16))
     torch.testing.assert_close(output, F.relu(nn.GroupNorm(2, 16).double()(x.double())).float(), rtol=0, atol=1e-3)
 
 
 @fused_only
 def test_the_kernel_lets_nan_through():
-    x = torch.zeros(2, 16, 2, 2).to(memory_format=torch.channels_last)
+    x = torch.zeros(2, 16, 2, 2)
     x[0, 3] = torch.nan
-    layer = nn.BatchNorm2d(16)
-    output = model.NormDropoutReLU.apply(x.requires_grad_(), layer.weight, layer.bias, layer, nn.Dropout2d(0))
+    output = rest(x, nn.BatchNorm2d(16))
     assert output[:, 3].isnan().all() and not output[:, 4].isnan().any()
 
 
 @fused_only
+@pytest.mark.parametrize("norm", [4, None])
 def test_the_kernel_gives_the_same_whatever_the_threads(norm):
     found, threads = [], torch.get_num_threads()
     try:
         for torch_threads in (1, 2, 3):
             torch.set_num_threads(torch_threads)
-            found.append(kernel_and_modules(model.NORMS[norm](32, 4), 5, (4, 4), torch.float32)[0])
+            found.append(block_and_reference(norm, (21, 16, 32), (4, 4), torch.bfloat16, whole=True)[0])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other))
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@fused_only
+def test_a_block_whose_parameters_are_frozen_passes_its_gradient_on():
+    block = model.ConvBlock(16, 16, nn.BatchNorm2d(16), 0).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 8, 8).to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    model.FusedBlock.whole(block.requires_grad_(False), x).sum().backward()
+    assert x.grad.isfinite().all() and all(parameter.grad is None for parameter in block.parameters())
 
 
 def gradients(net, x):
@@ -282,8 +308,8 @@ def test_a_fused_network_learns_as_one_that_is_not(norm, monkeypatch):
     plain = model.Net(norm, dropout=0.2, fused=False)
     plain.load_state_dict(net.state_dict())
     calls = []
-    apply = model.NormDropoutReLU.apply
-    monkeypatch.setattr(model.NormDropoutReLU, "apply", lambda *args: calls.append(args) or apply(*args))
+    apply = model.FusedBlock.apply
+    monkeypatch.setattr(model.FusedBlock, "apply", lambda *args: calls.append(args) or apply(*args))
     fused = gradients(net, images())
     assert len(calls) == 8
     for own, other in zip(fused, gradients(plain, images())):
@@ -293,7 +319,7 @@ def test_a_fused_network_learns_as_one_that_is_not(norm, monkeypatch):
 
 @fused_only
 def test_where_the_kernel_cannot_do_all_that_is_asked_the_modules_run(norm, monkeypatch):
-    monkeypatch.setattr(model.NormDropoutReLU, "apply", None)  # using it would be an error
+    monkeypatch.setattr(model.FusedBlock, "apply", None)  # using it would be an error
     last = {"memory_format": torch.channels_last}
     model.Net(norm)(images())  # contiguous
     model.Net(norm).to(**last).eval()(images())

@@ -117,7 +117,7 @@ def serve(pipe, contender, norm, data, batch_size, device):
     """Answers each message with the seconds that one pass took."""
     device = torch.device(device)
     one_pass = CONTENDERS[contender](norm, data, batch_size, device)
-    for _ in iter(pipe.recv, None):
+    while pipe.recv():
         start = time.perf_counter()
         one_pass()
         if device.type == "cuda":
@@ -128,20 +128,24 @@ def serve(pipe, contender, norm, data, batch_size, device):
 def race(contenders, norm, data, batch_size, device, rounds):
     """Seconds of each round's pass, by contender; a first pass of each is not counted."""
     context = multiprocessing.get_context("spawn")
-    pipes, seconds = {}, {contender: [] for contender in contenders}
-    for contender in contenders:
-        pipes[contender], theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, contender, norm, data, batch_size, str(device)))
-        process.start()
-        theirs.close()
-    for counted in [False] + [True] * rounds:
-        for contender, pipe in pipes.items():
-            pipe.send("go")
-            answer = pipe.recv()
-            if counted:
-                seconds[contender].append(answer)
-    for pipe in pipes.values():
-        pipe.send(None)
+    pipes, processes, seconds = {}, [], {contender: [] for contender in contenders}
+    try:
+        for contender in contenders:
+            pipes[contender], theirs = context.Pipe()
+            processes.append(
+                context.Process(target=serve, args=(theirs, contender, norm, data, batch_size, str(device)))
+            )
+            processes[-1].start()
+            theirs.close()
+        for counted in [False] + [True] * rounds:
+            for contender, pipe in pipes.items():
+                pipe.send("go")
+                answer = pipe.recv()
+                if counted:
+                    seconds[contender].append(answer)
+    finally:
+        for process in processes:
+            process.terminate()
     return seconds
 
 
