@@ -3,7 +3,7 @@
 C is a 3×3 convolution block, c a 1×1 convolution, P a pooling:
 C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
 
-First the network, then a kernel that computes a whole block of it on a CPU: the same figures, sooner.
+First the network, then a kernel that trains it on a CPU, a block at a time: the same figures, sooner.
 """
 
 import ctypes
@@ -54,6 +54,7 @@ class Net(nn.Module):
             return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout, fused)
 
         self.norm = norm
+        self.fused = fused
         self.skip = skip  # output of each line for a 32×32 image
         self.C1 = block(3, 16)  # 16, 32, 32
         self.C2 = block(16, 16)  # 16, 32, 32
@@ -92,15 +93,20 @@ class Net(nn.Module):
                 "with H and W multiples of 4 and at least 8"
             )
         x = self.C2(self.C1(images))
-        x = self.P1(self.c3(x))
+        x = self.squeeze(self.c3, self.P1, x)
 
         c3 = self.C3(x)
         x = self.C5(self.C4(c3), skip=c3 if self.skip else None)
-        x = self.P2(self.c6(x))
+        x = self.squeeze(self.c6, self.P2, x)
 
         c7 = self.C7(x)
         x = self.C9(self.C8(c7), skip=c7 if self.skip else None)
         return self.C10(self.GAP(x)).flatten(1)
+
+    def squeeze(self, conv, pool, x):
+        if self.fused and FusedSqueeze.takes(conv, pool, x):
+            return FusedSqueeze.of(conv, x)
+        return pool(conv(x))
 
 
 class ConvBlock(nn.Sequential):
@@ -159,17 +165,14 @@ class FusedBlock(torch.autograd.Function):
             block.fused
             and FusedBlock.knows(norm)
             and type(dropout) is nn.Dropout2d
-            and not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
             and norm.training
             and norm.affine
             and norm.weight.dtype == torch.float32
             and len(norm.weight) % 16 == 0
             and getattr(norm, "momentum", 0.1) is not None
-            and x.device.type == "cpu"
             and not has_hooks(norm)
             and not has_hooks(dropout)
-            and kernel() is not None
+            and trains_with_kernel(x)
         )
 
     @staticmethod
@@ -234,7 +237,7 @@ class FusedBlock(torch.autograd.Function):
             norm.num_batches_tracked += 1
         groups, momentum = getattr(norm, "num_groups", 0), getattr(norm, "momentum", 0)
         ctx.sizes = images, inputs, z.shape[1], height, width, groups, norm.eps, momentum
-        Call.of("forward", ctx.sizes, **saved, **running, skip=skip, offsets=offsets, y=y)
+        Call.of("block_forward", ctx.sizes, **saved, **running, skip=skip, offsets=offsets, y=y)
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values())
         return y
@@ -249,10 +252,76 @@ class FusedBlock(torch.autograd.Function):
         wanted = [whole and ctx.needs_input_grad[0], not whole or ctx.needs_input_grad[1], whole, whole, True, True]
         grads = {name: torch.empty_like(t) for name, t, wants in zip(names, like, wanted) if wants}
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        Call.of("backward", ctx.sizes, **saved, gradient=gradient, **grads)
+        Call.of("block_backward", ctx.sizes, **saved, gradient=gradient, **grads)
         if not whole:
             grads["dx"], grads["dz"] = grads["dz"], None
         return *map(grads.get, names), None, None
+
+
+class FusedSqueeze(torch.autograd.Function):
+    """pool(conv(x)) in training, on a CPU: a 1×1 convolution to at most 16 channels, then the largest of 2×2 pixels."""
+
+    @staticmethod
+    def takes(conv, pool, x):
+        """Whether the kernel can stand in for the modules, here and now; they themselves work everywhere."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+            and conv.padding == (0, 0)
+            and conv.groups == 1
+            and conv.bias is not None
+            and conv.out_channels <= 16
+            and conv.in_channels % 16 == 0
+            and conv.weight.dtype == torch.float32
+            and type(pool) is nn.MaxPool2d
+            and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (2, 2, 0, 1)
+            and not pool.return_indices
+            and x.dim() == 4
+            and x.shape[1] == conv.in_channels
+            and x.shape[2] % 2 == x.shape[3] % 2 == 0
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and compute_dtype(x) in (torch.float32, torch.bfloat16)
+            and not has_hooks(conv)
+            and not has_hooks(pool)
+            and trains_with_kernel(x)
+        )
+
+    @staticmethod
+    def of(conv, x):
+        return FusedSqueeze.apply(x.to(compute_dtype(x)), conv.weight, conv.bias)
+
+    @staticmethod
+    def forward(ctx, x, filters, offsets):
+        images, inputs, height, width = x.shape
+        shape = images, len(filters), height // 2, width // 2
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        choice = torch.empty_like(y, dtype=torch.uint8)
+        ctx.sizes = images, inputs, len(filters), height, width
+        Call.of("squeeze_forward", ctx.sizes, x=x, z=choice, y=y, filters=filters, offsets=offsets)
+        ctx.save_for_backward(x, choice, filters, offsets)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, choice, filters, offsets = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        grads = {
+            "dx": torch.empty_like(x),
+            "dfilters": torch.empty_like(filters),
+            "doffsets": torch.empty_like(offsets),
+        }
+        Call.of("squeeze_backward", ctx.sizes, x=x, z=choice, filters=filters, gradient=gradient, **grads)
+        return tuple(grads.values())
+
+
+def trains_with_kernel(x):
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and kernel() is not None
+    )
 
 
 def has_hooks(module):
@@ -304,8 +373,9 @@ def kernel():
             functions = ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError):
             return None
-    functions.forward.argtypes = functions.backward.argtypes = [ctypes.c_bool, ctypes.POINTER(Call)]
-    functions.forward.restype = functions.backward.restype = None
+    for name in ("block_forward", "block_backward", "squeeze_forward", "squeeze_backward"):
+        getattr(functions, name).argtypes = [ctypes.c_bool, ctypes.POINTER(Call)]
+        getattr(functions, name).restype = None
     functions.convolves.argtypes, functions.convolves.restype = [], ctypes.c_bool
     return functions
 
@@ -362,9 +432,15 @@ inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to t
   const Halves rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
   memcpy(to, &rounded, count * sizeof *to);
 }
+inline void store(float* to, float value) { *to = value; }
 inline void store(bfloat16* to, float value) {
   const uint32_t bits = read<uint32_t>(&value);
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float widen(float value) { return value; }
+inline float widen(bfloat16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  return read<float>(&bits);
 }
 inline Floats where(Ints condition, Floats values) { return (Floats)(condition & (Ints)values); }
 
@@ -715,20 +791,125 @@ template <typename T> struct Block {
   }
 };
 
+// A 1×1 convolution, then the largest of each 2×2 pixels; z keeps which of the four it was.
+template <typename T> struct Squeeze {
+  const Call& call;
+  const int64_t inputs = call.inputs, outputs = call.outputs, row = call.width * inputs;
+  const int64_t pieces = std::min(call.images, PIECES), size = outputs * (inputs + 1);  // of a sum of gradients
+  const T* x = (const T*)call.x;
+  uint8_t* choice = (uint8_t*)call.z;
+
+  int64_t offset(int64_t k) const { return (k >> 1) * row + (k & 1) * inputs; }  // of the four pixels
+  // Calls body(first value of the four pixels, first value of what becomes of them).
+  template <typename Body> void pixels_of(int64_t n, Body body) const {
+    const int64_t height = call.height / 2, width = call.width / 2;
+    for (int64_t y = 0; y < height; y++)
+      for (int64_t x = 0; x < width; x++)
+        body((n * height + y) * 2 * row + x * 2 * inputs, ((n * height + y) * width + x) * outputs);
+  }
+  float filter(int64_t o, int64_t i) const { return rounded(call.filters[o * inputs + i]); }
+  static float rounded(float value) {
+    T kept;
+    store(&kept, value);
+    return widen(kept);
+  }
+
+  void forward() const {
+    std::vector<float> filters(inputs * LANES), offsets(LANES);
+    for (int64_t o = 0; o < outputs; o++) {
+      offsets[o] = rounded(call.offsets[o]);
+      for (int64_t i = 0; i < inputs; i++) filters[i * LANES + o] = filter(o, i);
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < call.images; n++) {
+      std::vector<float> four(4 * inputs);
+      pixels_of(n, [&](int64_t from, int64_t to) {
+        for (int64_t k = 0; k < 4; k++)
+          for (int64_t i = 0; i < inputs; i += LANES) store(&four[k * inputs + i], load(x + from + offset(k) + i));
+        Floats sums[4] = {load(&offsets[0]), load(&offsets[0]), load(&offsets[0]), load(&offsets[0])};
+        for (int64_t i = 0; i < inputs; i++) {
+          const Floats filter = load(&filters[i * LANES]);
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < 4; k++) sums[k] += filter * four[k * inputs + i];
+        }
+        Floats largest = {};
+        Ints place = {};
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < 4; k++) {
+          T kept[LANES];
+          store(kept, sums[k]);
+          const Floats value = load(kept);
+          const Ints larger = k ? (value > largest) | (value != value) : ~Ints{};
+          largest = (Floats)(((Ints)value & larger) | ((Ints)largest & ~larger));
+          place = (int32_t(k) & larger) | (place & ~larger);
+        }
+        store((T*)call.y + to, largest, outputs);
+        for (int64_t o = 0; o < outputs; o++) choice[to + o] = place[o];
+      });
+    }
+  }
+
+  void backward() const {
+    const T* gradient = (const T*)call.gradient;
+    std::vector<float> filters(outputs * inputs), sums(pieces * size);
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t i = 0; i < inputs; i++) filters[o * inputs + i] = filter(o, i);
+#pragma omp parallel for schedule(static)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      float *dfilters = &sums[piece * size], *doffsets = dfilters + outputs * inputs;
+      for (int64_t n = call.images * piece / pieces; n < call.images * (piece + 1) / pieces; n++)
+        pixels_of(n, [&](int64_t from, int64_t to) {
+          float passed[4][LANES] = {};  // to each of the four pixels
+          for (int64_t o = 0; o < outputs; o++) {
+            const float value = passed[choice[to + o]][o] = widen(gradient[to + o]);
+            doffsets[o] += value;
+            for (int64_t i = 0; i < inputs; i += LANES) {
+              float* dfilter = dfilters + o * inputs + i;
+              store(dfilter, load(dfilter) + value * load(x + from + offset(choice[to + o]) + i));
+            }
+          }
+          for (int64_t i = 0; i < inputs; i += LANES) {
+            Floats dx[4] = {};
+            for (int64_t o = 0; o < outputs; o++) {
+              const Floats filter = load(&filters[o * inputs + i]);
+#pragma GCC unroll 4
+              for (int64_t k = 0; k < 4; k++) dx[k] += passed[k][o] * filter;
+            }
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < 4; k++) store((T*)call.dx + from + offset(k) + i, dx[k]);
+          }
+        });
+    }
+    for (int64_t i = 0; i < size; i++) {
+      float& total = i < outputs * inputs ? call.dfilters[i] : call.doffsets[i - outputs * inputs];
+      total = 0;
+      for (int64_t piece = 0; piece < pieces; piece++) total += sums[piece * size + i];
+    }
+  }
+};
+
 }  // namespace
 
-extern "C" void forward(bool half, const Call* call) {
+extern "C" {
+void block_forward(bool half, const Call* call) {
   half ? Block<bfloat16>{*call}.forward() : Block<float>{*call}.forward();
 }
-extern "C" void backward(bool half, const Call* call) {
+void block_backward(bool half, const Call* call) {
   half ? Block<bfloat16>{*call}.backward() : Block<float>{*call}.backward();
 }
+void squeeze_forward(bool half, const Call* call) {
+  half ? Squeeze<bfloat16>{*call}.forward() : Squeeze<float>{*call}.forward();
+}
+void squeeze_backward(bool half, const Call* call) {
+  half ? Squeeze<bfloat16>{*call}.backward() : Squeeze<float>{*call}.backward();
+}
 // Whether there are the instructions with which the convolution is faster than PyTorch's.
-extern "C" bool convolves() {
+bool convolves() {
 #ifdef __AVX512BF16__
   return true;
 #else
   return false;
 #endif
+}
 }
 """

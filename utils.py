@@ -953,7 +953,7 @@ def run(
     of the training, then lowers it to zero, both in a straight line.
     num_groups, dropout, skip, head_gain: see model.Net.
     precision: "float32" or "bfloat16"; memory_format: "contiguous" or "channels_last", each chosen for the machine
-    unless named. fused: step SGD in one kernel, and compute norm, dropout and ReLU in one, where there are such.
+    unless named. fused: step SGD in one kernel, and compute each block in one, where there are such.
     compile: see compile_network.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.

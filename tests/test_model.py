@@ -297,6 +297,45 @@ def test_a_block_whose_parameters_are_frozen_passes_its_gradient_on():
     assert x.grad.isfinite().all() and all(parameter.grad is None for parameter in block.parameters())
 
 
+@fused_only
+@pytest.mark.parametrize("inputs, outputs", [(16, 8), (32, 16), (16, 10)])
+@pytest.mark.parametrize("n, size", [(1, (2, 6)), (33, (8, 4))])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
+def test_the_kernel_squeezes_as_the_modules_do(dtype, tolerance, n, size, inputs, outputs):
+    torch.manual_seed(0)
+    conv, pool = nn.Conv2d(inputs, outputs, 1), nn.MaxPool2d(2)
+    conv.weight.data, conv.bias.data = (p.to(dtype).float() for p in conv.parameters())  # rounded already
+    exact, found = copy.deepcopy(conv).double(), []
+    x, gradient = torch.randn(n, inputs, *size).to(dtype), torch.randn(n, outputs, size[0] // 2, size[1] // 2)
+    for module, kind in ((conv, dtype), (exact, torch.float64)):
+        own = x.to(kind, memory_format=torch.channels_last, copy=True).requires_grad_()
+        if module is exact:
+            z = module(own)
+            output = pool(z + (z.to(dtype).double() - z).detach())
+        else:
+            assert model.FusedSqueeze.takes(module, pool, own)
+            output = model.FusedSqueeze.of(module, own)
+        output.backward(gradient.to(dtype).to(kind))
+        found.append([output, own.grad, module.weight.grad, module.bias.grad])
+    for value, reference in zip(*found, strict=True):
+        torch.testing.assert_close(
+            value.double(), reference, rtol=0, atol=tolerance * float(reference.detach().abs().max())
+        )
+
+
+@fused_only
+def test_the_kernel_squeezes_nan_and_equal_values_as_the_modules_do():
+    x = torch.zeros(1, 16, 2, 4).to(memory_format=torch.channels_last)
+    x[0, 3, 0, 1] = torch.nan
+    conv, pool = nn.Conv2d(16, 8, 1), nn.MaxPool2d(2)
+    own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = model.FusedSqueeze.of(conv, own), pool(conv(other))
+    output.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(output, expected, equal_nan=True)
+    torch.testing.assert_close(own.grad, other.grad)
+
+
 def gradients(net, x):
     torch.manual_seed(0)
     return torch.autograd.grad(F.cross_entropy(net(x), torch.arange(len(x)) % 10), list(net.parameters()))
@@ -308,30 +347,38 @@ def test_a_fused_network_learns_as_one_that_is_not(norm, monkeypatch):
     plain = model.Net(norm, dropout=0.2, fused=False)
     plain.load_state_dict(net.state_dict())
     calls = []
-    apply = model.FusedBlock.apply
-    monkeypatch.setattr(model.FusedBlock, "apply", lambda *args: calls.append(args) or apply(*args))
+    for kind in (model.FusedBlock, model.FusedSqueeze):
+        monkeypatch.setattr(kind, "apply", lambda *args, apply=kind.apply: calls.append(args) or apply(*args))
     fused = gradients(net, images())
-    assert len(calls) == 8
+    assert len(calls) == 10
     for own, other in zip(fused, gradients(plain, images())):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=2e-5)
-    assert len(calls) == 8, "a network with fused=False used the kernel"
+    assert len(calls) == 10, "a network with fused=False used the kernel"
 
 
 @fused_only
 def test_where_the_kernel_cannot_do_all_that_is_asked_the_modules_run(norm, monkeypatch):
-    monkeypatch.setattr(model.FusedBlock, "apply", None)  # using it would be an error
+    for kind in (model.FusedBlock, model.FusedSqueeze):
+        monkeypatch.setattr(kind, "apply", None)  # using it would be an error
     last = {"memory_format": torch.channels_last}
+    model.Net(norm, fused=False).to(**last)(images())
     model.Net(norm)(images())  # contiguous
-    model.Net(norm).to(**last).eval()(images())
+    assert not model.FusedBlock.takes(model.Net(norm).to(**last).eval().C2, images())
     model.Net(norm).double().to(**last)(images().double())
     with torch.no_grad():
         model.Net(norm).to(**last)(images())
     net, seen = model.Net(norm).to(**last), []
     for module in net.modules():
-        if isinstance(module, nn.Dropout2d):
+        if not list(module.children()):
             module.register_forward_hook(lambda *_: seen.append(1))
     net(images())
-    assert len(seen) == 8
+    assert len(seen) == 8 * 3 + 2 * 2 + 2
+    net = model.Net(norm).to(**last)
+    for module in (net.P1, net.c6):
+        module.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 32, 4, 4).to(**last)
+    assert not model.FusedSqueeze.takes(net.c3, net.P1, x[:, :16].contiguous(**last))
+    assert not model.FusedSqueeze.takes(net.c6, net.P2, x)
 
 
 def test_without_a_compiler_the_modules_run(norm, monkeypatch):

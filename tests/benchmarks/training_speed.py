@@ -143,9 +143,12 @@ def race(contenders, norm, data, batch_size, device, rounds):
                 answer = pipe.recv()
                 if counted:
                     seconds[contender].append(answer)
-    finally:
+    except BaseException:
         for process in processes:
-            process.terminate()
+            process.terminate()  # this one would wait for them for ever
+        raise
+    for pipe in pipes.values():
+        pipe.send(None)
     return seconds
 
 
