@@ -37,7 +37,7 @@ def trials(data):
     """What was tried for the best recipe: ten epochs, one seed, on training images held out."""
     sgd = utils.recipe("best", optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=5e-4)
     small_batches = sgd | {"batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
-    muon = utils.recipe("best")
+    muon = utils.recipe("best", lr=0.02, adamw_lr=0.003)  # where the trials began
     tried = [
         ("batch", sgd),
         ("batch", sgd | {"weight_decay": 1e-4}),
@@ -85,7 +85,8 @@ def batch_sizes(data):
 def groups(data):
     """Group norm from one group (layer norm) to one channel a group (instance norm)."""
     runs = utils.grid(seed=range(3), num_groups=[1, 2, 4, 8, 16, "channels"])
-    return [run | {"norm": "group", "recipe": "best", "epochs": 8} for run in runs], first(data, 5000)
+    fixed = {"norm": "group", "recipe": "best", "lr": 0.02, "adamw_lr": 0.003, "epochs": 8}
+    return [run | fixed for run in runs], first(data, 5000)
 
 
 STUDIES = {study.__name__: study for study in (trials, seeds, batch_sizes, groups)}
