@@ -367,7 +367,7 @@ def kernel():
         source.write_text(KERNEL)
         try:
             # Linked without OpenMP's library, so that it shares PyTorch's threads and does not bring its own.
-            flags = ["-O3", "-march=native", "-fopenmp", "-fPIC"]
+            flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC"]
             subprocess.run([compiler, *flags, "-c", source, "-o", compiled], check=True, capture_output=True)
             subprocess.run([compiler, "-shared", compiled, "-o", library], check=True, capture_output=True)
             functions = ctypes.CDLL(library)
@@ -428,8 +428,12 @@ inline Floats load(const float* from) { return read<Floats>(from); }
 inline Floats load(const bfloat16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Words) << 16); }
 inline void store(float* to, Floats values, int64_t count = LANES) { memcpy(to, &values, count * sizeof *to); }
 inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+  const auto rounded = _mm512_cvtneps_pbh((__m512)values);
+#else
   const Words bits = (Words)values;
   const Halves rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+#endif
   memcpy(to, &rounded, count * sizeof *to);
 }
 inline void store(float* to, float value) { *to = value; }
