@@ -209,9 +209,12 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def whole(block, x, skip=None):
         """What the block makes of x and the skip, in bfloat16."""
-        conv, norm, like = block.conv, block.norm, {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
-        skip = None if skip is None else skip.to(**like)
-        return FusedBlock.apply(x.to(**like), skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, block.dropout)
+        conv, norm = block.conv, block.norm
+        # One after the other: both at once take PyTorch twice as long.
+        x, skip = (
+            None if t is None else t.contiguous(memory_format=torch.channels_last).to(torch.bfloat16) for t in (x, skip)
+        )
+        return FusedBlock.apply(x, skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, block.dropout)
 
     @staticmethod
     def rest(block, z):
@@ -803,7 +806,7 @@ template <typename T> struct Squeeze {
   const T* x = (const T*)call.x;
   uint8_t* choice = (uint8_t*)call.z;
 
-  int64_t offset(int64_t k) const { return (k >> 1) * row + (k & 1) * inputs; }  // of the four pixels
+  const int64_t offset[4] = {0, inputs, row, row + inputs};  // of the four pixels
   // Calls body(first value of the four pixels, first value of what becomes of them).
   template <typename Body> void pixels_of(int64_t n, Body body) const {
     const int64_t height = call.height / 2, width = call.width / 2;
@@ -829,7 +832,7 @@ template <typename T> struct Squeeze {
       std::vector<float> four(4 * inputs);
       pixels_of(n, [&](int64_t from, int64_t to) {
         for (int64_t k = 0; k < 4; k++)
-          for (int64_t i = 0; i < inputs; i += LANES) store(&four[k * inputs + i], load(x + from + offset(k) + i));
+          for (int64_t i = 0; i < inputs; i += LANES) store(&four[k * inputs + i], load(x + from + offset[k] + i));
         Floats sums[4] = {load(&offsets[0]), load(&offsets[0]), load(&offsets[0]), load(&offsets[0])};
         for (int64_t i = 0; i < inputs; i++) {
           const Floats filter = load(&filters[i * LANES]);
@@ -865,11 +868,13 @@ template <typename T> struct Squeeze {
         pixels_of(n, [&](int64_t from, int64_t to) {
           float passed[4][LANES] = {};  // to each of the four pixels
           for (int64_t o = 0; o < outputs; o++) {
-            const float value = passed[choice[to + o]][o] = widen(gradient[to + o]);
+            const int64_t k = choice[to + o];
+            const float value = passed[k][o] = widen(gradient[to + o]);
+            const T* pixel = x + from + offset[k];
             doffsets[o] += value;
             for (int64_t i = 0; i < inputs; i += LANES) {
               float* dfilter = dfilters + o * inputs + i;
-              store(dfilter, load(dfilter) + value * load(x + from + offset(choice[to + o]) + i));
+              store(dfilter, load(dfilter) + value * load(pixel + i));
             }
           }
           for (int64_t i = 0; i < inputs; i += LANES) {
@@ -880,7 +885,7 @@ template <typename T> struct Squeeze {
               for (int64_t k = 0; k < 4; k++) dx[k] += passed[k][o] * filter;
             }
 #pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++) store((T*)call.dx + from + offset(k) + i, dx[k]);
+            for (int64_t k = 0; k < 4; k++) store((T*)call.dx + from + offset[k] + i, dx[k]);
           }
         });
     }

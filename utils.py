@@ -368,7 +368,7 @@ class Loader:
         order, flips, (down, right) = order.to(self.device), flips.to(self.device), shifts.to(self.device)
         for start in range(0, n, self.batch_size):
             batch = slice(start, start + self.batch_size)
-            images = self.images[order[batch]]
+            images = self.images.index_select(0, order[batch])
             if self.augment:
                 images = shift_and_flip(images, down[batch], right[batch], flips[batch])
             yield images.float().sub_(self.mean).mul_(self.scale), self.labels[order[batch]]
