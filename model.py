@@ -166,8 +166,9 @@ class FusedBlock(torch.autograd.Function):
             and FusedBlock.knows(norm)
             and type(dropout) is nn.Dropout2d
             and norm.training
-            and norm.affine
-            and norm.weight.dtype == torch.float32
+            and norm.weight is not None
+            and norm.bias is not None
+            and norm.weight.dtype == norm.bias.dtype == torch.float32
             and len(norm.weight) % 16 == 0
             and getattr(norm, "momentum", 0.1) is not None
             and not has_hooks(norm)
@@ -187,9 +188,8 @@ class FusedBlock(torch.autograd.Function):
             and conv.padding_mode == "zeros"
             and conv.bias is not None
             and conv.out_channels == len(block.norm.weight)
-            and conv.weight.dtype == torch.float32
+            and conv.weight.dtype == conv.bias.dtype == torch.float32
             and conv.weight.is_contiguous(memory_format=torch.channels_last)
-            and x.dim() == 4
             and x.shape[1] == conv.in_channels
             and (skip is None or skip.shape == (len(x), conv.out_channels, *x.shape[2:]))
             and compute_dtype(x) == torch.bfloat16
@@ -249,16 +249,18 @@ class FusedBlock(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         saved = dict(zip(ctx.names, ctx.saved_tensors))
-        names = ["dx", "dz", "dfilters", "doffsets", "dweight", "dbias"]
-        like = [saved[name] for name in ("x", "z", "filters", "bias", "weight", "bias")]
-        whole = saved["filters"] is not None
-        wanted = [whole and ctx.needs_input_grad[0], not whole or ctx.needs_input_grad[1], whole, whole, True, True]
-        grads = {name: torch.empty_like(t) for name, t, wants in zip(names, like, wanted) if wants}
+        x, z, filters, weight, bias = (saved[name] for name in ("x", "z", "filters", "weight", "bias"))
+        grads = {"dweight": torch.empty_like(weight), "dbias": torch.empty_like(bias)}
+        if filters is None or ctx.needs_input_grad[1]:
+            grads["dz"] = torch.empty_like(z)  # which is the skip's, too
+        if filters is not None:
+            grads |= {"dfilters": torch.empty_like(filters), "doffsets": torch.empty_like(bias)}
+            if ctx.needs_input_grad[0]:
+                grads["dx"] = torch.empty_like(x)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         Call.of("block_backward", ctx.sizes, **saved, gradient=gradient, **grads)
-        if not whole:
-            grads["dx"], grads["dz"] = grads["dz"], None
-        return *map(grads.get, names), None, None
+        inputs = ["dx", "dz"] if filters is not None else ["dz", "nothing"]
+        return *map(grads.get, [*inputs, "dfilters", "doffsets", "dweight", "dbias"]), None, None
 
 
 class FusedSqueeze(torch.autograd.Function):
@@ -275,11 +277,10 @@ class FusedSqueeze(torch.autograd.Function):
             and conv.bias is not None
             and conv.out_channels <= 16
             and conv.in_channels % 16 == 0
-            and conv.weight.dtype == torch.float32
+            and conv.weight.dtype == conv.bias.dtype == torch.float32
             and type(pool) is nn.MaxPool2d
             and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (2, 2, 0, 1)
             and not pool.return_indices
-            and x.dim() == 4
             and x.shape[1] == conv.in_channels
             and x.shape[2] % 2 == x.shape[3] % 2 == 0
             and x.is_contiguous(memory_format=torch.channels_last)
@@ -323,6 +324,8 @@ def trains_with_kernel(x):
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.numel() > x.shape[1]  # no image, or one value a channel: the modules know what is wrong
         and kernel() is not None
     )
 

@@ -458,10 +458,10 @@ def choose_memory_format(memory_format, model, device, dtype):
 
 def is_fused(model):
     """Whether there is a kernel for norm, dropout and ReLU, and the model's blocks may use it."""
-    from model import FusedBlock, kernel  # here, so that the two modules stay independent
+    from model import ConvBlock, FusedBlock, kernel  # here, so that the two modules stay independent
 
-    blocks = [module for module in model.modules() if getattr(module, "fused", False)]
-    return any(FusedBlock.knows(block.norm) for block in blocks) and kernel() is not None
+    blocks = [module for module in model.modules() if isinstance(module, ConvBlock)]
+    return any(block.fused and FusedBlock.knows(block.norm) for block in blocks) and kernel() is not None
 
 
 class Figures(NamedTuple):

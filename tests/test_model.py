@@ -381,6 +381,19 @@ def test_where_the_kernel_cannot_do_all_that_is_asked_the_modules_run(norm, monk
     assert not model.FusedSqueeze.takes(net.c6, net.P2, x)
 
 
+@fused_only
+def test_what_the_kernel_cannot_read_it_leaves_to_the_modules(monkeypatch):
+    last = {"memory_format": torch.channels_last}
+    monkeypatch.setitem(model.NORMS, "unbiased", lambda channels, num_groups: nn.GroupNorm(4, channels, bias=False))
+    assert gradients(model.Net("unbiased").to(**last), images())
+    block = model.ConvBlock(16, 16, nn.BatchNorm2d(16), 0).to(**last)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        block(torch.zeros(1, 16, 1, 1).to(**last))
+    for kind in (model.FusedBlock, model.FusedSqueeze):
+        monkeypatch.setattr(kind, "apply", None)
+    assert model.Net("layer").to(**last)(torch.zeros(0, 3, 8, 8)).shape == (0, 10)
+
+
 def test_without_a_compiler_the_modules_run(norm, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     model.kernel.cache_clear()
