@@ -813,11 +813,21 @@ template <typename T> struct Block {
   }
 };
 
+// A word holds two bfloat16 or one float: of two values the word, and sum + the product of what the words hold.
+template <typename T> constexpr int64_t PER_WORD = sizeof(uint32_t) / sizeof(T);
+template <typename T> inline Words join(Floats first, Floats second) {
+  return PER_WORD<T> == 2 ? (Words)first >> 16 | (Words)second : (Words)first;
+}
+template <typename T> inline Floats multiply(Floats sum, Words a, uint32_t b) {
+  return PER_WORD<T> == 2 ? dot(sum, a, b) : sum + (Floats)a * read<float>(&b);
+}
+
 // A 1×1 convolution, then the largest of each 2×2 pixels; z keeps which of the four it was.
 template <typename T, int64_t outputs> struct Squeeze {
+  static constexpr int64_t PAIR = PER_WORD<T>;
   const Call& call;
   const int64_t inputs = call.inputs, row = call.width * inputs;
-  const int64_t pieces = std::min(call.images, PIECES), size = outputs * (inputs + 1);  // of a sum of gradients
+  const int64_t pieces = std::min(call.images, PIECES), size = outputs * inputs + LANES;  // of a sum of gradients
   const T* x = (const T*)call.x;
   uint8_t* choice = (uint8_t*)call.z;
 
@@ -829,38 +839,38 @@ template <typename T, int64_t outputs> struct Squeeze {
       for (int64_t x = 0; x < width; x++)
         body((n * height + y) * 2 * row + x * 2 * inputs, ((n * height + y) * width + x) * outputs);
   }
-  float filter(int64_t o, int64_t i) const { return rounded(call.filters[o * inputs + i]); }
-  static float rounded(float value) {
-    T kept;
-    store(&kept, value);
-    return widen(kept);
+  static Floats rounded(Floats values) {
+    T kept[LANES];
+    store(kept, values);
+    return load(kept);
   }
 
   void forward() const {
-    std::vector<float> filters(inputs * LANES), offsets(LANES);
-    for (int64_t o = 0; o < outputs; o++) {
-      offsets[o] = rounded(call.offsets[o]);
-      for (int64_t i = 0; i < inputs; i++) filters[i * LANES + o] = filter(o, i);
+    std::vector<Words> filters(inputs / PAIR);
+    Floats offsets = {};
+    for (int64_t o = 0; o < outputs; o++) offsets[o] = call.offsets[o];
+    offsets = rounded(offsets);
+    for (int64_t i = 0; i < inputs; i += PAIR) {
+      Floats first = {}, second = {};
+      for (int64_t o = 0; o < outputs; o++) {
+        first[o] = call.filters[o * inputs + i];
+        second[o] = call.filters[o * inputs + i + PAIR - 1];
+      }
+      filters[i / PAIR] = join<T>(rounded(first), rounded(second));
     }
 #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < call.images; n++) {
-      std::vector<float> four(4 * inputs);
+    for (int64_t n = 0; n < call.images; n++)
       pixels_of(n, [&](int64_t from, int64_t to) {
-        for (int64_t k = 0; k < 4; k++)
-          for (int64_t i = 0; i < inputs; i += LANES) store(&four[k * inputs + i], load(x + from + offset[k] + i));
-        Floats sums[4] = {load(&offsets[0]), load(&offsets[0]), load(&offsets[0]), load(&offsets[0])};
-        for (int64_t i = 0; i < inputs; i++) {
-          const Floats filter = load(&filters[i * LANES]);
+        Floats sums[4] = {offsets, offsets, offsets, offsets};
+        for (int64_t i = 0; i < inputs; i += PAIR)
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < 4; k++) sums[k] += filter * four[k * inputs + i];
-        }
+          for (int64_t k = 0; k < 4; k++)
+            sums[k] = multiply<T>(sums[k], filters[i / PAIR], read<uint32_t>(x + from + offset[k] + i));
         Floats largest = {};
         Ints place = {};
 #pragma GCC unroll 4
         for (int64_t k = 0; k < 4; k++) {
-          T kept[LANES];
-          store(kept, sums[k]);
-          const Floats value = load(kept);
+          const Floats value = rounded(sums[k]);
           const Ints larger = k ? (value > largest) | (value != value) : ~Ints{};
           largest = (Floats)(((Ints)value & larger) | ((Ints)largest & ~larger));
           place = (int32_t(k) & larger) | (place & ~larger);
@@ -869,43 +879,70 @@ template <typename T, int64_t outputs> struct Squeeze {
         const Bytes places = __builtin_convertvector(place, Bytes);
         memcpy(choice + to, &places, outputs);
       });
-    }
   }
 
   void backward() const {
     const T* gradient = (const T*)call.gradient;
-    std::vector<float> filters(outputs * inputs), sums(pieces * size);
-    for (int64_t o = 0; o < outputs; o++)
-      for (int64_t i = 0; i < inputs; i++) filters[o * inputs + i] = filter(o, i);
+    const int64_t end = call.images * call.height / 2 * call.width / 2 * outputs;
+    std::vector<float> sums(pieces * size);
+    std::vector<Words> filters(outputs / PAIR * inputs / LANES);
+    for (int64_t o = 0; o < outputs; o += PAIR)
+      for (int64_t i = 0; i < inputs; i += LANES) {
+        const float* filter = call.filters + o * inputs + i;
+        const Floats second = rounded(load(filter + (PAIR - 1) * inputs));
+        filters[(i / LANES * outputs + o) / PAIR] = join<T>(rounded(load(filter)), second);
+      }
 #pragma omp parallel for schedule(static)
     for (int64_t piece = 0; piece < pieces; piece++) {
       float *dfilters = &sums[piece * size], *doffsets = dfilters + outputs * inputs;
       for (int64_t n = call.images * piece / pieces; n < call.images * (piece + 1) / pieces; n++)
-        pixels_of(n, [&](int64_t from, int64_t to) {
-          float passed[4][LANES] = {};  // to each of the four pixels
-          for (int64_t o = 0; o < outputs; o++) {
-            const int64_t k = choice[to + o];
-            const float value = passed[k][o] = widen(gradient[to + o]);
-            const T* pixel = x + from + offset[k];
-            doffsets[o] += value;
-            for (int64_t i = 0; i < inputs; i += LANES) {
-              float* dfilter = dfilters + o * inputs + i;
-              store(dfilter, load(dfilter) + value * load(pixel + i));
+        for (int64_t i = 0; i < inputs; i += LANES) {
+          Floats sum[outputs], offsets = {};
+          for (int64_t o = 0; o < outputs; o++) sum[o] = load(dfilters + o * inputs + i);
+          pixels_of(n, [&](int64_t from, int64_t to) {
+            T passed[4][LANES];  // to each of the four pixels
+            Floats value;
+            Bytes places;
+            if (to + LANES <= end) {
+              value = load(gradient + to);
+              places = read<Bytes>(choice + to);
+            } else {
+              T last[LANES] = {};
+              memcpy(last, gradient + to, sizeof(T[outputs]));
+              value = load(last);
+              memcpy(&places, choice + to, outputs);
             }
-          }
-          for (int64_t i = 0; i < inputs; i += LANES) {
-            Floats dx[4] = {};
-            for (int64_t o = 0; o < outputs; o++) {
-              const Floats filter = load(&filters[o * inputs + i]);
+            offsets += value;
+            Floats parts[4], pixels[4];
 #pragma GCC unroll 4
-              for (int64_t k = 0; k < 4; k++) dx[k] += passed[k][o] * filter;
+            for (int64_t k = 0; k < 4; k++) {
+              parts[k] = where(__builtin_convertvector(places, Ints) == int32_t(k), value);
+              store(passed[k], parts[k]);
+              pixels[k] = load(x + from + offset[k] + i);
             }
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < 4; k += PAIR) {
+              uint32_t pair[LANES];
+              const Words joined = join<T>(parts[k], parts[k + PAIR - 1]);
+              memcpy(pair, &joined, sizeof joined);
+              const Words pixel = join<T>(pixels[k], pixels[k + PAIR - 1]);
+#pragma GCC unroll 16
+              for (int64_t o = 0; o < outputs; o++) sum[o] = multiply<T>(sum[o], pixel, pair[o]);
+            }
+            Floats dx[4] = {};
+#pragma GCC unroll 16
+            for (int64_t o = 0; o < outputs; o += PAIR)
+#pragma GCC unroll 4
+              for (int64_t k = 0; k < 4; k++)
+                dx[k] = multiply<T>(dx[k], filters[(i / LANES * outputs + o) / PAIR], read<uint32_t>(passed[k] + o));
 #pragma GCC unroll 4
             for (int64_t k = 0; k < 4; k++) store((T*)call.dx + from + offset[k] + i, dx[k]);
-          }
-        });
+          });
+          for (int64_t o = 0; o < outputs; o++) store(dfilters + o * inputs + i, sum[o]);
+          if (!i) store(doffsets, load(doffsets) + offsets);
+        }
     }
-    for (int64_t i = 0; i < size; i++) {
+    for (int64_t i = 0; i < outputs * (inputs + 1); i++) {
       float& total = i < outputs * inputs ? call.dfilters[i] : call.doffsets[i - outputs * inputs];
       total = 0;
       for (int64_t piece = 0; piece < pieces; piece++) total += sums[piece * size + i];
