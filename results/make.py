@@ -33,11 +33,17 @@ def first(data, size):
     )
 
 
+START = {"lr": 0.02, "weight_decay": 0.0, "adamw_lr": 0.003}  # of the best recipe, when the trials began
+
+
 def trials(data):
-    """What was tried for the best recipe: ten epochs, one seed, on training images held out."""
-    sgd = utils.recipe("best", optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=5e-4)
+    """What was tried for the best recipe, on training images held out: ten epochs and one seed, then the whole length.
+
+    Of the runs of twenty epochs the file holds the last one alone.
+    """
+    muon = utils.recipe("best", **START)
+    sgd = muon | {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}
     small_batches = sgd | {"batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
-    muon = utils.recipe("best", lr=0.02, adamw_lr=0.003)  # where the trials began
     tried = [
         ("batch", sgd),
         ("batch", sgd | {"weight_decay": 1e-4}),
@@ -62,7 +68,21 @@ def trials(data):
         ("layer", muon),
         ("layer", muon | {"lr": 0.05}),
     ]
-    return [{"norm": norm, "epochs": 10} | settings for norm, settings in tried], utils.hold_out(data)
+    fast = muon | {"lr": 0.05}
+    whole_length = [
+        (muon, (0, 1)),
+        (muon | {"adamw_lr": 0.01}, (0,)),
+        (muon | {"lr": 0.1}, (0,)),
+        (fast, (0, 1)),
+        (fast | {"batch_size": 64}, (0,)),
+        (fast | {"weight_decay": 0.1}, (0,)),
+        (fast | {"adamw_lr": 0.03}, (0,)),
+        (fast | {"adamw_lr": 0.01}, (0, 1)),
+        (fast | {"adamw_lr": 0.01, "weight_decay": 0.03}, (0, 1)),
+    ]
+    runs = [{"norm": norm, "epochs": 10} | settings for norm, settings in tried]
+    runs += [{"norm": "batch", "seed": seed} | settings for settings, seeds in whole_length for seed in seeds]
+    return runs, utils.hold_out(data)
 
 
 def seeds(data):
@@ -85,7 +105,7 @@ def batch_sizes(data):
 def groups(data):
     """Group norm from one group (layer norm) to one channel a group (instance norm)."""
     runs = utils.grid(seed=range(3), num_groups=[1, 2, 4, 8, 16, "channels"])
-    fixed = {"norm": "group", "recipe": "best", "lr": 0.02, "adamw_lr": 0.003, "epochs": 8}
+    fixed = {"norm": "group", "recipe": "best", "epochs": 8} | START
     return [run | fixed for run in runs], first(data, 5000)
 
 
