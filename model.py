@@ -154,7 +154,7 @@ class FusedBlock(torch.autograd.Function):
     """relu(dropout(norm(conv(x) + skip))) in training, on a CPU, each image while it is in the processor's cache.
 
     One after the other, PyTorch's modules read and write every activation many times over, and not all of them are
-    made for channels_last or bfloat16. This kernel is compiled in two seconds, when it is first needed, by the
+    made for channels_last or bfloat16. This kernel is compiled in a few seconds, when it is first needed, by the
     machine's own C++ compiler (the environment variable CXX, or c++), with its vector instructions. In float32, and
     where there are no instructions for bfloat16, PyTorch's convolution is as fast, and the kernel does the rest.
     """

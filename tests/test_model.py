@@ -167,6 +167,13 @@ def test_a_block_is_convolution_norm_relu_dropout_in_this_order(norm, device):
     assert all(torch.equal(own, plain) for own, plain in zip(*seen))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_head_averages_each_map_and_convolves_the_averages(n, device):
+    net, x = model.Net().to(device), torch.randn(n, 32, 3, 5, device=device)
+    expected = F.conv2d(F.adaptive_avg_pool2d(x, 1), net.C10.weight, net.C10.bias)
+    torch.testing.assert_close(net.C10(net.GAP(x)), expected)
+
+
 @pytest.mark.parametrize("size", [8, 12, 32, 64])
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_multiple_of_four(norm, size, n, device):
