@@ -601,7 +601,7 @@ def seeds_table(rows):
 
 
 def trials_table(rows):
-    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's accuracies.
+    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's figures.
 
     rows: of run_many, with utils.hold_out(data): its "test" images are the training images held out.
     """
@@ -611,6 +611,7 @@ def trials_table(rows):
     table = table.loc[:, table.nunique() > 1]
     for column, name in (("train_acc", "training accuracy %"), ("test_acc", "held-out accuracy %")):
         table[name] = [f"{accuracy:.2f}" for accuracy in last[column]]
+    table["held-out loss"] = [f"{loss:.3f}" for loss in last["test_loss"]]
     return table.set_index("norm")
 
 

@@ -203,10 +203,12 @@ def test_trials_table_shows_the_settings_that_differ(small, tmp_path):
     tried = [{"norm": "layer"}, {"norm": "batch", "lr": 0.02}, {"norm": "batch", "lr": 0.02, "augment": True}]
     rows = utils.run_many([FEW | run | {"epochs": 2} for run in tried], utils.hold_out(small, 21), tmp_path / "t.csv")
     table = utils.trials_table(rows)
-    assert list(table) == ["lr", "augment", "training accuracy %", "held-out accuracy %"]
+    assert list(table) == ["lr", "augment", "training accuracy %", "held-out accuracy %", "held-out loss"]
     assert list(table.index) == ["layer", "batch", "batch"]
     assert list(table["augment"]) == ["False", "False", "True"]
-    assert list(table["held-out accuracy %"]) == [f"{row.test_acc:.2f}" for row in rows.itertuples() if row.epoch == 2]
+    last = rows[rows["epoch"] == 2]
+    assert list(table["held-out accuracy %"]) == [f"{accuracy:.2f}" for accuracy in last["test_acc"]]
+    assert list(table["held-out loss"]) == [f"{loss:.3f}" for loss in last["test_loss"]]
 
 
 def test_norms_are_compared_seed_by_seed(rows):
