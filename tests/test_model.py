@@ -402,7 +402,10 @@ def test_what_the_kernel_cannot_read_it_leaves_to_the_modules(monkeypatch):
         block(torch.zeros(1, 16, 1, 1).to(**last))
     for kind in (model.FusedBlock, model.FusedSqueeze):
         monkeypatch.setattr(kind, "apply", None)
-    assert model.Net("layer").to(**last)(torch.zeros(0, 3, 8, 8)).shape == (0, 10)
+    net = model.Net("layer").to(**last)
+    assert net(torch.zeros(0, 3, 8, 8)).shape == (0, 10)
+    for outputs in (4, 10, 32):  # a squeeze to 8 or 16 channels is all that the kernel has
+        assert net.squeeze(nn.Conv2d(16, outputs, 1), net.P1, torch.zeros(1, 16, 2, 2).to(**last)).shape[1] == outputs
 
 
 def test_without_a_compiler_the_modules_run(norm, monkeypatch):
