@@ -450,15 +450,9 @@ inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to t
 #endif
   memcpy(to, &rounded, count * sizeof *to);
 }
-inline void store(float* to, float value) { *to = value; }
 inline void store(bfloat16* to, float value) {
   const uint32_t bits = read<uint32_t>(&value);
   to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-inline float widen(float value) { return value; }
-inline float widen(bfloat16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  return read<float>(&bits);
 }
 inline Floats where(Ints condition, Floats values) { return (Floats)(condition & (Ints)values); }
 
@@ -903,7 +897,7 @@ template <typename T, int64_t outputs> struct Squeeze {
             T passed[4][LANES];  // to each of the four pixels
             Floats value;
             Bytes places;
-            if (to + LANES <= end) {
+            if (to + LANES <= end) {  // sixteen are read, the next pixel's with them, which nobody looks at
               value = load(gradient + to);
               places = read<Bytes>(choice + to);
             } else {
