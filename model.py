@@ -896,7 +896,7 @@ template <typename T, int64_t outputs> struct Squeeze {
           pixels_of(n, [&](int64_t from, int64_t to) {
             T passed[4][LANES];  // to each of the four pixels
             Floats value;
-            Bytes places;
+            Bytes places = {};
             if (to + LANES <= end) {  // sixteen are read, the next pixel's with them, which nobody looks at
               value = load(gradient + to);
               places = read<Bytes>(choice + to);
