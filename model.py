@@ -153,10 +153,10 @@ class Conv2d(nn.Conv2d):
 class FusedBlock(torch.autograd.Function):
     """relu(dropout(norm(conv(x) + skip))) in training, on a CPU, each image while it is in the processor's cache.
 
-    One after the other, PyTorch's modules read and write every activation many times over, and not all of them are
-    made for channels_last or bfloat16. This kernel is compiled in a few seconds, when it is first needed, by the
-    machine's own C++ compiler (the environment variable CXX, or c++), with its vector instructions. In float32, and
-    where there are no instructions for bfloat16, PyTorch's convolution is as fast, and the kernel does the rest.
+    One after the other, PyTorch's modules read and write every activation many times over, not all of them are made
+    for channels_last or bfloat16, and its convolutions multiply four times as often as they have to. This kernel is
+    compiled in a few seconds, when it is first needed, by the machine's own C++ compiler (the environment variable CXX,
+    or c++), with its vector instructions. It computes in float32 whatever the activations are kept in.
     """
 
     @staticmethod
@@ -199,9 +199,8 @@ class FusedBlock(torch.autograd.Function):
             and conv.weight.is_contiguous(memory_format=torch.channels_last)
             and x.shape[1] == conv.in_channels
             and (skip is None or skip.shape == (len(x), conv.out_channels, *x.shape[2:]))
-            and compute_dtype(x) == torch.bfloat16
+            and compute_dtype(x) in (torch.float32, torch.bfloat16)
             and not has_hooks(conv)
-            and kernel().convolves()
         )
 
     @staticmethod
@@ -215,11 +214,12 @@ class FusedBlock(torch.autograd.Function):
 
     @staticmethod
     def whole(block, x, skip=None):
-        """What the block makes of x and the skip, in bfloat16."""
+        """What the block makes of x and the skip."""
         conv, norm = block.conv, block.norm
         # One after the other: both at once take PyTorch twice as long.
         x, skip = (
-            None if t is None else t.contiguous(memory_format=torch.channels_last).to(torch.bfloat16) for t in (x, skip)
+            None if t is None else t.contiguous(memory_format=torch.channels_last).to(compute_dtype(x))
+            for t in (x, skip)
         )
         return FusedBlock.apply(x, skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, block.dropout)
 
@@ -271,7 +271,7 @@ class FusedBlock(torch.autograd.Function):
 
 
 class FusedSqueeze(torch.autograd.Function):
-    """pool(conv(x)) in training, on a CPU: a 1×1 convolution to 8 or 16 channels, then the largest of 2×2 pixels."""
+    """pool(conv(x)) in training, on a CPU: a 1×1 convolution, then the largest of 2×2 pixels."""
 
     @staticmethod
     def takes(conv, pool, x):
@@ -282,7 +282,6 @@ class FusedSqueeze(torch.autograd.Function):
             and conv.padding == (0, 0)
             and conv.groups == 1
             and conv.bias is not None
-            and conv.out_channels in (8, 16)
             and conv.in_channels % 16 == 0
             and conv.weight.dtype == conv.bias.dtype == torch.float32
             and type(pool) is nn.MaxPool2d
@@ -306,7 +305,7 @@ class FusedSqueeze(torch.autograd.Function):
         images, inputs, height, width = x.shape
         shape = images, len(filters), height // 2, width // 2
         y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        choice = torch.empty_like(y, dtype=torch.uint8)
+        choice = torch.empty_like(y)
         ctx.sizes = images, inputs, len(filters), height, width
         Call.of("squeeze_forward", ctx.sizes, x=x, z=choice, y=y, filters=filters, offsets=offsets)
         ctx.save_for_backward(x, choice, filters, offsets)
@@ -380,7 +379,7 @@ def kernel():
         source.write_text(KERNEL)
         try:
             # Linked without OpenMP's library, so that it shares PyTorch's threads and does not bring its own.
-            flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC"]
+            flags = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC"]
             subprocess.run([compiler, *flags, "-c", source, "-o", compiled], check=True, capture_output=True)
             subprocess.run([compiler, "-shared", compiled, "-o", library], check=True, capture_output=True)
             functions = ctypes.CDLL(library)
@@ -389,7 +388,6 @@ def kernel():
     for name in ("block_forward", "block_backward", "squeeze_forward", "squeeze_backward"):
         getattr(functions, name).argtypes = [ctypes.c_bool, ctypes.POINTER(Call)]
         getattr(functions, name).restype = None
-    functions.convolves.argtypes, functions.convolves.restype = [], ctypes.c_bool
     return functions
 
 
@@ -422,14 +420,21 @@ struct Call {
 
 namespace {
 
-constexpr int64_t LANES = 16;   // channels, which compilers turn into whatever vector instructions there are
-constexpr int64_t TILE = 8;     // pixels of a row that are convolved together
+// Values that are computed side by side, one of each channel, and how many such vectors the processor holds.
+#if defined __AVX512F__
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined __AVX2__
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#endif
+constexpr int64_t ROWS = REGISTERS / 4, WIDTH = 2;  // of a product's block: its sums fill half of them
 constexpr int64_t PIECES = 16;  // of a batch, each with sums of its own: the same ones for any number of threads
+constexpr int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 struct bfloat16 { uint16_t bits; };
 
@@ -450,187 +455,282 @@ inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to t
 #endif
   memcpy(to, &rounded, count * sizeof *to);
 }
-inline void store(bfloat16* to, float value) {
-  const uint32_t bits = read<uint32_t>(&value);
-  to->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 inline Floats where(Ints condition, Floats values) { return (Floats)(condition & (Ints)values); }
 
-// Of words of two bfloat16 each: sum + both products, those of the lower halves and of the upper ones.
-inline Floats dot(Floats sum, Words a, uint32_t b) {
-#ifdef __AVX512BF16__
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512i)a, (__m512bh)_mm512_set1_epi32(b));
-#else
-  const uint32_t low = b << 16, high = b & 0xffff0000;
-  return sum + (Floats)(a << 16) * read<float>(&low) + (Floats)(a & 0xffff0000) * read<float>(&high);
-#endif
+// The first `count` values, if there are as many lanes, and zeros in the others. More are read where the end allows it.
+template <typename T> inline Floats load(const T* from, int64_t count, const T* end) {
+  if (count >= LANES) return load(from);
+  T last[LANES] = {};
+  if (from + LANES > end) from = (const T*)memcpy(last, from, count * sizeof(T));
+  Ints lane = {};
+  for (int32_t i = 0; i < LANES; i++) lane[i] = i;
+  return where(lane < int32_t(count), load(from));
 }
 
-// A 3×3 convolution of an image with a border of zeros. In a thread's memory the image has that border, rows of whole
-// tiles, and for each pixel a multiple of four channels. Values are multiplied two by two, in words: of neighbouring
-// channels for the output and the gradient of the input, of neighbouring pixels for the gradient of the filters.
-struct Convolution {
-  static int64_t deep(int64_t channels) { return (channels + 3) / 4 * 4; }
+// Floats that nobody has written yet, in whole vectors and lying where these are fast to read.
+struct Room {
+  std::unique_ptr<Floats[]> vectors;
+  Room(int64_t count) : vectors(new Floats[count / LANES]) {}
+  operator float*() const { return (float*)vectors.get(); }
+};
+
+// A product of matrices: to (rows, columns) = a (rows, count) · b (count, columns), or that added to it. In a, rows are
+// `row` apart, neighbours in a row `next`. Whole blocks of rows are read and written.
+template <int64_t down, int64_t across>
+void multiply_in_blocks(const float* a, int64_t row, int64_t next, const float* b, float* to, int64_t rows,
+                        int64_t count, int64_t columns, bool add) {
+  for (int64_t r = 0; r < rows; r += down)
+    for (int64_t c = 0; c < columns; c += across * LANES) {
+      float* out = to + r * columns + c;
+      Floats sums[down][across];
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < down; i++)
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < across; j++) sums[i][j] = add ? load(out + i * columns + j * LANES) : Floats{};
+      for (int64_t k = 0; k < count; k++) {
+        Floats values[across];
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < across; j++) values[j] = load(b + k * columns + c + j * LANES);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < down; i++)
+#pragma GCC unroll 2
+          for (int64_t j = 0; j < across; j++) sums[i][j] += a[(r + i) * row + k * next] * values[j];
+      }
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < down; i++)
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < across; j++) store(out + i * columns + j * LANES, sums[i][j]);
+    }
+}
+inline void multiply(const float* a, int64_t row, int64_t next, const float* b, float* to, int64_t rows, int64_t count,
+                     int64_t columns, bool add = false) {
+  const auto product = columns % (WIDTH * LANES) ? multiply_in_blocks<ROWS, 1>
+                       : rows <= ROWS / 2        ? multiply_in_blocks<ROWS / 2, WIDTH>
+                                                 : multiply_in_blocks<ROWS, WIDTH>;
+  product(a, row, next, b, to, rows, count, columns, add);
+}
+
+// The transforms of Winograd's minimal filtering F(4, 3) (Lavin and Gray 2016) and their gradients, of values `s` apart
+// into values `r` apart. Pixels and filter are taken as polynomials, and multiplied by their values at 0, A, -A, B, -B
+// and infinity, here called points. With these A and B rounding errors stay small.
+constexpr float A = 0.70710678f, B = 1.41421356f, AA = 0.5f, BB = 2, BOTH = AA + BB;
+constexpr float IN_A = -2 / 3.f, IN_B = 1 / 6.f;  // 1 / the product of the distances to the other points
+
+inline void filter_points(const Floats* g, int64_t s, Floats* u, int64_t r) {
+  const Floats a = IN_A * (g[0] + AA * g[2 * s]), da = IN_A * A * g[s];
+  const Floats b = IN_B * (g[0] + BB * g[2 * s]), db = IN_B * B * g[s];
+  u[0] = g[0], u[r] = a + da, u[2 * r] = a - da, u[3 * r] = b + db, u[4 * r] = b - db, u[5 * r] = g[2 * s];
+}
+inline void filter_gradient(const Floats* u, int64_t s, Floats* g, int64_t r) {
+  const Floats a = IN_A * (u[s] + u[2 * s]), da = IN_A * A * (u[s] - u[2 * s]);
+  const Floats b = IN_B * (u[3 * s] + u[4 * s]), db = IN_B * B * (u[3 * s] - u[4 * s]);
+  g[0] = u[0] + a + b, g[r] = da + db, g[2 * r] = AA * a + BB * b + u[5 * s];
+}
+inline void image_points(const Floats* d, int64_t s, Floats* v, int64_t r) {
+  const Floats a = d[4 * s] - BB * d[2 * s], da = A * (d[3 * s] - BB * d[s]);
+  const Floats b = d[4 * s] - AA * d[2 * s], db = B * (d[3 * s] - AA * d[s]);
+  v[0] = d[0] - BOTH * d[2 * s] + d[4 * s], v[r] = a + da, v[2 * r] = a - da;
+  v[3 * r] = b + db, v[4 * r] = b - db, v[5 * r] = d[s] - BOTH * d[3 * s] + d[5 * s];
+}
+inline void image_gradient(const Floats* v, int64_t s, Floats* d, int64_t r) {
+  const Floats a = v[s] + v[2 * s], da = A * (v[s] - v[2 * s]);
+  const Floats b = v[3 * s] + v[4 * s], db = B * (v[3 * s] - v[4 * s]);
+  d[0] = v[0], d[r] = v[5 * s] - BB * da - AA * db, d[2 * r] = -BOTH * v[0] - BB * a - AA * b;
+  d[3 * r] = da + db - BOTH * v[5 * s], d[4 * r] = v[0] + a + b, d[5 * r] = v[5 * s];
+}
+inline void result(const Floats* m, int64_t s, Floats* y, int64_t r) {
+  const Floats a = m[s] + m[2 * s], da = A * (m[s] - m[2 * s]);
+  const Floats b = m[3 * s] + m[4 * s], db = B * (m[3 * s] - m[4 * s]);
+  y[0] = m[0] + a + b, y[r] = da + db, y[2 * r] = AA * a + BB * b, y[3 * r] = AA * da + BB * db + m[5 * s];
+}
+inline void result_gradient(const Floats* y, int64_t s, Floats* m, int64_t r) {
+  const Floats a = y[0] + AA * y[2 * s], da = A * (y[s] + AA * y[3 * s]);
+  const Floats b = y[0] + BB * y[2 * s], db = B * (y[s] + BB * y[3 * s]);
+  m[0] = y[0], m[r] = a + da, m[2 * r] = a - da, m[3 * r] = b + db, m[4 * r] = b - db, m[5 * r] = y[3 * s];
+}
+// One of them down the columns of a square, then along its rows.
+template <int64_t from, int64_t to, typename Line> inline void transform(const Floats* in, Floats* out, Line line) {
+  Floats half[to * from];
+#pragma GCC unroll 6
+  for (int64_t x = 0; x < from; x++) line(in + x, from, half + x, from);
+#pragma GCC unroll 6
+  for (int64_t y = 0; y < to; y++) line(half + y * from, 1, out + y * to, 1);
+}
+inline void gather(Floats* values, const float* from, int64_t step) {
+#pragma GCC unroll 36
+  for (int64_t p = 0; p < 36; p++) values[p] = load(from + p * step);
+}
+inline void scatter(const Floats* values, float* to, int64_t step) {
+#pragma GCC unroll 36
+  for (int64_t p = 0; p < 36; p++) store(to + p * step, values[p]);
+}
+
+// A 3×3 convolution of an image with a border of zeros, in float32 whatever T is. The image is cut into tiles of 6×6
+// pixels, four apart. Each becomes 36 points, as each filter does; their products, summed over the channels, become 4×4
+// pixels of the result: 36 multiplications where there would be 144. The gradients go back the same way, step by step.
+template <typename T> struct Convolution {
+  static constexpr int64_t CHUNK = 16;  // tiles, whose points fit into the cache
 
   const Call& call;
-  const int64_t columns = (call.width + TILE - 1) / TILE * TILE + 2, pixels = (call.height + 2) * columns;
-  const int64_t depth = deep(call.inputs), size = 9 * depth * call.outputs;  // of a sum of gradients of the filters
+  const int64_t inputs = call.inputs, outputs = call.outputs, height = call.height, width = call.width;
+  const int64_t depth = whole(inputs, std::max(LANES, ROWS));  // of the image where a thread keeps it, with its border
+  const int64_t down = (height + 3) / 4, across = (width + 3) / 4, tiles = down * across;
+  const int64_t columns = across * 4 + 2, padded = (down * 4 + 2) * columns * depth;
+  const int64_t size = 9 * inputs * outputs;  // of the gradients of the filters
 
-  struct Memory {
-    std::vector<bfloat16> image, gradient, dz;
-    std::vector<uint32_t> image_pairs[2], gradient_pairs;
-  };
+  // What a thread works in. Points and their products lie (36, tiles of a chunk, channels), gradients of the filters'
+  // points (36, depth, outputs).
+  struct Memory { Room image, points, products, dimage, dpoints, dfilters, dz; };
   Memory memory() const {
-    const int64_t spare = depth + call.outputs + LANES;  // sixteen values are read and written where four are needed
-    Memory memory;
-    memory.image.resize(pixels * depth + spare);
-    if (call.gradient) {
-      memory.gradient.resize(pixels * call.outputs + spare);
-      memory.dz.resize(call.height * call.width * call.outputs);
-      for (int64_t k = 0; k < 2; k++) memory.image_pairs[k].resize(pixels / 2 * depth + spare);
-      memory.gradient_pairs.resize(pixels / 2 * call.outputs + spare);
-    }
+    const int64_t on = call.filters != nullptr, back = on && call.gradient, most = std::max(depth, outputs);
+    Memory memory = {on * padded, on * 36 * plane(depth), on * 36 * plane(most), back * padded,
+                     back * 36 * plane(outputs), back * 36 * depth * outputs, back * height * width * outputs};
+    std::fill_n((float*)memory.image, on * padded, 0);
     return memory;
   }
+  // A bit more than the tiles need, or all planes would begin in the same set of the cache.
+  static int64_t plane(int64_t channels) { return CHUNK * channels + LANES; }
 
-  void pad(const bfloat16* image, int64_t channels, std::vector<bfloat16>& padded) const {
-    for (int64_t y = 0; y < call.height; y++) {
-      bfloat16* to = &padded[((y + 1) * columns + 1) * deep(channels)];
-      const bfloat16* from = image + y * call.width * channels;
-      if (deep(channels) == channels)
-        memcpy(to, from, call.width * channels * sizeof(bfloat16));
-      else
-        for (int64_t x = 0; x < call.width; x++)
-          for (int64_t c = 0; c < channels; c++) to[x * deep(channels) + c] = from[x * channels + c];
-    }
-  }
-
-  // The filters in the order in which correlate reads them: (to / 16, row, from / 2, column, 16, 2). On the way back,
-  // from outputs to inputs, they are turned by half a circle.
-  static std::vector<bfloat16> pack(const float* filters, int64_t from, int64_t to, bool back) {
-    const int64_t words = deep(from) / 2;
-    std::vector<bfloat16> packed((to + LANES - 1) / LANES * 9 * words * LANES * 2);
+  // The filters' points, (36, inputs, outputs), or for the way back (36, outputs, depth).
+  Room pack(bool back) const {
+    const int64_t rows = back ? outputs : inputs, columns = back ? depth : outputs, count = back ? inputs : outputs;
+    const int64_t row = back ? 9 * inputs : 1, column = back ? 1 : 9 * inputs;
+    Room packed(36 * rows * columns);
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < to; t++)
-      for (int64_t k = 0; k < 9; k++)
-        for (int64_t f = 0; f < from; f++) {
-          const float value = back ? filters[(f * 9 + 8 - k) * to + t] : filters[(t * 9 + k) * from + f];
-          const int64_t word = ((t / LANES * 3 + k / 3) * words + f / 2) * 3 + k % 3;
-          store(&packed[(word * LANES + t % LANES) * 2 + f % 2], value);
-        }
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t c = 0; c < columns; c += LANES) {
+        Floats taps[9] = {}, points[36];
+        for (int64_t k = 0; k < 9; k++)
+          for (int64_t l = 0; l < LANES && c + l < count; l++)
+            taps[k][l] = call.filters[r * row + k * inputs + (c + l) * column];
+        transform<3, 6>(taps, points, filter_points);
+        scatter(points, packed + r * columns + c, rows * columns);
+      }
     return packed;
   }
 
-  void correlate(const std::vector<bfloat16>& padded, const std::vector<bfloat16>& packed, int64_t from, int64_t to,
-                 const float* offsets, const bfloat16* skip, bfloat16* out) const {
-    const int64_t words = deep(from) / 2;
-    for (int64_t c = 0; c < to; c += LANES)
-      for (int64_t y = 0; y < call.height; y++)
-        for (int64_t x = 0; x < call.width; x += TILE) {
-          const Floats offset = offsets ? load(offsets + c) : Floats{};
-          Floats sums[TILE];
-#pragma GCC unroll 8
-          for (int64_t p = 0; p < TILE; p++) sums[p] = offset;
-          const Words* filter = (const Words*)packed.data() + c / LANES * 9 * words;
-          for (int64_t row = 0; row < 3; row++) {
-            const uint32_t* word = (const uint32_t*)padded.data() + ((y + row) * columns + x) * words;
-            for (int64_t w = 0; w < words; w++, word++, filter += 3) {
-              const Words weights[] = {read<Words>(filter), read<Words>(filter + 1), read<Words>(filter + 2)};
-#pragma GCC unroll 10
-              for (int64_t p = 0; p < TILE + 2; p++)  // a pixel is the left of one, the middle of one, the right of one
-#pragma GCC unroll 3
-                for (int64_t k = 0; k < 3; k++)
-                  if (k <= p && p < TILE + k)
-                    sums[p - k] = dot(sums[p - k], weights[k], read<uint32_t>(word + p * words));
-            }
-          }
-          const int64_t start = (y * call.width + x) * to + c;
-          const auto finish = [&](int64_t p, int64_t count) {
-            if (skip) sums[p] += load(skip + start + p * to);
-            store(out + start + p * to, sums[p], count);
-          };
-          if (c + LANES <= to && x + TILE <= call.width) {
-#pragma GCC unroll 8
-            for (int64_t p = 0; p < TILE; p++) finish(p, LANES);
-          } else {
-            for (int64_t p = 0; p < TILE && x + p < call.width; p++) finish(p, to - c < LANES ? to - c : LANES);
-          }
-        }
+  void pad(const T* image, float* to) const {
+    for (int64_t y = 0; y < height; y++) {
+      const T* row = image + y * width * inputs;
+      float* line = to + ((y + 1) * columns + 1) * depth;
+      if (inputs == depth)
+        for (int64_t i = 0; i < width * depth; i += LANES) store(line + i, load(row + i));
+      else
+        for (int64_t x = 0; x < width; x++)
+          for (int64_t i = 0; i < inputs; i += LANES)
+            store(line + x * depth + i, load(row + x * inputs + i, inputs - i, image + height * width * inputs));
+    }
   }
 
-  // Values of neighbouring pixels in one word, from the pixel `first` on.
-  void pair_up(const std::vector<bfloat16>& padded, int64_t first, int64_t channels,
-               std::vector<uint32_t>& pairs) const {
-    for (int64_t p = 0; p < pixels / 2 - first; p++)
-      for (int64_t c = 0; c < channels; c += LANES) {
-        const bfloat16* pixel = &padded[(p * 2 + first) * channels + c];
-        const Words words = (Words)load(pixel) >> 16 | (Words)load(pixel + channels);
-        memcpy(&pairs[p * channels + c], &words, sizeof words);
+  // Calls body(place of the first point, row, column, first channel) for each tile of a chunk and vector of channels.
+  template <typename Body> void tiles_of(int64_t start, int64_t channels, Body body) const {
+    for (int64_t t = start; t < std::min(start + CHUNK, tiles); t++)
+      for (int64_t c = 0; c < channels; c += LANES)
+        body((t - start) * channels + c, t / across * 4, t % across * 4, c);
+  }
+  // Calls body(which of the 16 pixels, place in the result) for those of a tile's that lie in the image.
+  template <typename Body> void pixels_of(int64_t y, int64_t x, Body body) const {
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < 16; k++)
+      if (y + k / 4 < height && x + k % 4 < width) body(k, ((y + k / 4) * width + x + k % 4) * outputs);
+  }
+  int64_t corner(int64_t y, int64_t x, int64_t k = 0) const { return ((y + k / 6) * columns + x + k % 6) * depth; }
+
+  void read_points(int64_t start, const Memory& memory) const {
+    tiles_of(start, depth, [&](int64_t place, int64_t y, int64_t x, int64_t c) {
+      Floats tile[36], points[36];
+#pragma GCC unroll 36
+      for (int64_t k = 0; k < 36; k++) tile[k] = load(memory.image + corner(y, x, k) + c);
+      transform<6, 6>(tile, points, image_points);
+      scatter(points, memory.points + place, plane(depth));
+    });
+  }
+
+  void forward(int64_t n, const float* packed, const Memory& memory) const {
+    const int64_t begin = n * height * width;
+    pad((const T*)call.x + begin * inputs, memory.image);
+    T* z = (T*)call.z + begin * outputs;
+    const T* skip = call.skip ? (const T*)call.skip + begin * outputs : nullptr;
+    for (int64_t start = 0; start < tiles; start += CHUNK) {
+      read_points(start, memory);
+      for (int64_t p = 0; p < 36; p++)
+        multiply(memory.points + p * plane(depth), depth, 1, packed + p * inputs * outputs,
+                 memory.products + p * plane(outputs), std::min(CHUNK, tiles - start), inputs, outputs);
+      tiles_of(start, outputs, [&](int64_t place, int64_t y, int64_t x, int64_t c) {
+        Floats products[36], pixels[16];
+        gather(products, memory.products + place, plane(outputs));
+        transform<6, 4>(products, pixels, result);
+        const Floats offsets = load(call.offsets + c);
+        pixels_of(y, x, [&](int64_t k, int64_t pixel) {
+          pixels[k] += offsets;
+          if (skip) pixels[k] += load(skip + pixel + c);
+          store(z + pixel + c, pixels[k]);
+        });
+      });
+    }
+  }
+
+  // From dz of an image, its dx and its share of the gradients of the filters' points: the first, or added to others.
+  void backward(int64_t n, const float* packed, const T* dz, const Memory& memory, bool first) const {
+    const int64_t begin = n * height * width;
+    pad((const T*)call.x + begin * inputs, memory.image);
+    std::fill_n((float*)memory.dimage, padded, 0);
+    for (int64_t start = 0; start < tiles; start += CHUNK) {
+      const int64_t count = std::min(CHUNK, tiles - start);
+      read_points(start, memory);
+      tiles_of(start, outputs, [&](int64_t place, int64_t y, int64_t x, int64_t c) {
+        Floats pixels[16] = {}, points[36];
+        pixels_of(y, x, [&](int64_t k, int64_t pixel) { pixels[k] = load(dz + pixel + c); });
+        transform<4, 6>(pixels, points, result_gradient);
+        scatter(points, memory.dpoints + place, plane(outputs));
+      });
+      for (int64_t p = 0; p < 36; p++)
+        multiply(memory.points + p * plane(depth), 1, depth, memory.dpoints + p * plane(outputs),
+                 memory.dfilters + p * depth * outputs, inputs, count, outputs, !first || start);
+      if (!call.dx) continue;
+      for (int64_t p = 0; p < 36; p++)
+        multiply(memory.dpoints + p * plane(outputs), outputs, 1, packed + p * outputs * depth,
+                 memory.products + p * plane(depth), count, outputs, depth);
+      tiles_of(start, depth, [&](int64_t place, int64_t y, int64_t x, int64_t c) {
+        Floats points[36], tile[36];
+        gather(points, memory.products + place, plane(depth));
+        transform<6, 6>(points, tile, image_gradient);
+#pragma GCC unroll 36
+        for (int64_t k = 0; k < 36; k++) {
+          float* to = memory.dimage + corner(y, x, k) + c;
+          store(to, load(to) + tile[k]);
+        }
+      });
+    }
+    if (!call.dx) return;
+    T* dx = (T*)call.dx + begin * inputs;
+    for (int64_t y = 0; y < height; y++)
+      for (int64_t x = 0; x < width; x++, dx += inputs)
+        for (int64_t i = 0; i < inputs; i += LANES)
+          store(dx + i, load(memory.dimage + corner(y + 1, x + 1) + i), std::min(LANES, inputs - i));
+  }
+
+  // The gradients of the filters themselves, (9, inputs, outputs), of the images that a thread has summed up.
+  void weigh(const Memory& memory, float* dfilters) const {
+    for (int64_t i = 0; i < inputs; i++)
+      for (int64_t c = 0; c < outputs; c += LANES) {
+        Floats points[36], taps[9];
+        gather(points, memory.dfilters + i * outputs + c, depth * outputs);
+        transform<6, 3>(points, taps, filter_gradient);
+        for (int64_t k = 0; k < 9; k++) store(dfilters + (k * inputs + i) * outputs + c, taps[k]);
       }
   }
 
-  // An image's gradient of the filters, (row, column, depth, outputs): the first of the sums, or added to them.
-  template <int64_t BLOCK> void weigh(const Memory& memory, bool first, float* sums) const {
-    const int64_t outputs = call.outputs, row_pairs = columns / 2;
-    for (int64_t c = 0; c < outputs; c += LANES)
-      for (int64_t row = 0; row < 3; row++)
-        for (int64_t i = 0; i < depth; i += BLOCK) {
-          float* to = sums + (row * 3 * depth + i) * outputs + c;
-          Floats sum[3][BLOCK];
-#pragma GCC unroll 3
-          for (int64_t k = 0; k < 3; k++)
-#pragma GCC unroll 8
-            for (int64_t b = 0; b < BLOCK; b++) sum[k][b] = first ? Floats{} : load(to + (k * depth + b) * outputs);
-          for (int64_t y = 0; y < call.height; y++) {
-            const uint32_t* gradient = &memory.gradient_pairs[(y + 1) * row_pairs * outputs + c];
-            const uint32_t* image[3];
-            for (int64_t k = 0; k < 3; k++)
-              image[k] = &memory.image_pairs[k % 2][((y + row) * row_pairs + k / 2) * depth + i];
-            for (int64_t p = 0; p < (columns - 2) / 2; p++) {
-              const Words words = read<Words>(gradient + p * outputs);
-#pragma GCC unroll 3
-              for (int64_t k = 0; k < 3; k++)
-#pragma GCC unroll 8
-                for (int64_t b = 0; b < BLOCK; b++) sum[k][b] = dot(sum[k][b], words, image[k][p * depth + b]);
-            }
-          }
-#pragma GCC unroll 3
-          for (int64_t k = 0; k < 3; k++)
-#pragma GCC unroll 8
-            for (int64_t b = 0; b < BLOCK; b++) store(to + (k * depth + b) * outputs, sum[k][b]);
-        }
-  }
-
-  void forward(int64_t n, const std::vector<bfloat16>& packed, Memory& memory) const {
-    const int64_t area = call.height * call.width, start = n * area * call.outputs;
-    pad((const bfloat16*)call.x + n * area * call.inputs, call.inputs, memory.image);
-    const bfloat16* skip = call.skip ? (const bfloat16*)call.skip + start : nullptr;
-    correlate(memory.image, packed, call.inputs, call.outputs, call.offsets, skip, (bfloat16*)call.z + start);
-  }
-
-  void backward(int64_t n, const std::vector<bfloat16>& packed, const void* dz, Memory& memory, bool first,
-                float* sums) const {
-    const int64_t start = n * call.height * call.width * call.inputs;
-    bfloat16* dx = (bfloat16*)call.dx + start;
-    pad((const bfloat16*)dz, call.outputs, memory.gradient);
-    if (call.dx) correlate(memory.gradient, packed, call.outputs, call.inputs, nullptr, nullptr, dx);
-    pad((const bfloat16*)call.x + start, call.inputs, memory.image);
-    for (int64_t k = 0; k < 2; k++) pair_up(memory.image, k, depth, memory.image_pairs[k]);
-    pair_up(memory.gradient, 1, call.outputs, memory.gradient_pairs);
-    depth % 8 ? weigh<4>(memory, first, sums) : weigh<8>(memory, first, sums);
-  }
-
-  // The sums of all pieces together, as filters lie.
+  // Those of all pieces together, as filters lie.
   void finish(int64_t pieces, const float* sums) const {
+    const int64_t places = 9 * inputs;
 #pragma omp parallel for schedule(static)
-    for (int64_t k = 0; k < 9; k++)
-      for (int64_t i = 0; i < call.inputs; i++)
-        for (int64_t c = 0; c < call.outputs; c += LANES) {
-          const float* from = sums + (k * depth + i) * call.outputs + c;
-          Floats total = {};
-          for (int64_t piece = 0; piece < pieces; piece++) total += load(from + piece * size);
-          for (int64_t o = 0; o < LANES; o++) call.dfilters[((c + o) * 9 + k) * call.inputs + i] = total[o];
-        }
+    for (int64_t place = 0; place < places; place++)
+      for (int64_t c = 0; c < outputs; c += LANES) {
+        Floats total = {};
+        for (int64_t piece = 0; piece < pieces; piece++) total += load(sums + piece * size + place * outputs + c);
+        for (int64_t o = 0; o < LANES; o++) call.dfilters[(c + o) * places + place] = total[o];
+      }
   }
 };
 
@@ -638,11 +738,11 @@ struct Convolution {
 // an image.
 template <typename T> struct Block {
   const Call& call;
-  const Convolution convolution = {call};
+  const Convolution<T> convolution = {call};
   const int64_t channels = call.outputs, area = call.height * call.width, length = area * channels;
   const int64_t pieces = std::min(call.images, PIECES);
 
-  // What becomes of sixteen channels of an image: slope * z + intercept, dropout's factor included.
+  // What becomes of a vector of channels of an image: slope * z + intercept, dropout's factor included.
   struct Line { Floats mean, rstd, keep, slope, intercept; };
   Line line(int64_t place, int64_t c) const {
     Line line = {load(call.mean + place), load(call.variance + place), load(call.keep + place)};
@@ -652,7 +752,7 @@ template <typename T> struct Block {
     return line;
   }
 
-  // Calls body(first value, place in the tables, first channel) for each sixteen channels of an image.
+  // Calls body(first value, place in the tables, first channel) for each vector of channels of an image.
   template <typename Body> void channels_of(int64_t n, Body body) const {
     for (int64_t c = 0; c < channels; c += LANES) body(n * length + c, n * channels + c, c);
   }
@@ -667,7 +767,7 @@ template <typename T> struct Block {
     const int64_t images = call.images, groups = call.groups;
 #pragma omp parallel
     {
-      auto memory = call.filters ? convolution.memory() : Convolution::Memory();
+      const auto memory = convolution.memory();
 #pragma omp for schedule(static)
       for (int64_t piece = 0; piece < pieces; piece++)
         for (int64_t n = images * piece / pieces; n < images * (piece + 1) / pieces; n++) {
@@ -688,8 +788,7 @@ template <typename T> struct Block {
   void forward() const {
     const T* z = (const T*)call.z;
     T* y = (T*)call.y;
-    std::vector<bfloat16> packed;
-    if (call.filters) packed = convolution.pack(call.filters, call.inputs, channels, false);
+    const Room packed = call.filters ? convolution.pack(false) : Room(0);
     run(
         [&](int64_t n, auto& memory) {
           if (call.filters) convolution.forward(n, packed, memory);
@@ -744,8 +843,7 @@ template <typename T> struct Block {
     const std::unique_ptr<float[]> sums(call.filters ? new float[pieces * convolution.size] : nullptr);
     float *sum_h = &tables[0], *sum_hv = sum_h + places, *mean_u = sum_hv + places, *mean_uv = mean_u + places;
     float* sum_dz = mean_uv + places;
-    std::vector<bfloat16> packed;
-    if (call.dx) packed = convolution.pack(call.filters, channels, call.inputs, true);
+    const Room packed = call.dx ? convolution.pack(true) : Room(0);
     run(
         [&](int64_t n, auto&) {
           channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
@@ -774,7 +872,7 @@ template <typename T> struct Block {
           });
         },
         [&](int64_t n, auto& memory, int64_t piece) {
-          T* dz = call.dz ? (T*)call.dz + n * length : (T*)memory.dz.data();
+          T* dz = call.dz ? (T*)call.dz + n * length : (T*)(float*)memory.dz;
           channels_of(n, [&](int64_t start, int64_t place, int64_t c) {
             const auto line = this->line(place, c);
             const Floats per_value = -line.rstd * line.rstd * load(mean_uv + place);
@@ -790,8 +888,8 @@ template <typename T> struct Block {
             store(sum_dz + place, sum);
           });
           if (call.filters) {
-            const bool first = n == call.images * piece / pieces;
-            convolution.backward(n, packed, dz, memory, first, &sums[piece * convolution.size]);
+            convolution.backward(n, packed, dz, memory, n == call.images * piece / pieces);
+            if (n + 1 == call.images * (piece + 1) / pieces) convolution.weigh(memory, &sums[piece * convolution.size]);
           }
         });
     const auto total = [&](const float* table, float* to) {
@@ -807,149 +905,95 @@ template <typename T> struct Block {
   }
 };
 
-// A word holds two bfloat16 or one float: of two values the word, and sum + the product of what the words hold.
-template <typename T> constexpr int64_t PER_WORD = sizeof(uint32_t) / sizeof(T);
-template <typename T> inline Words join(Floats first, Floats second) {
-  return PER_WORD<T> == 2 ? (Words)first >> 16 | (Words)second : (Words)first;
-}
-template <typename T> inline Floats multiply(Floats sum, Words a, uint32_t b) {
-  return PER_WORD<T> == 2 ? dot(sum, a, b) : sum + (Floats)a * read<float>(&b);
-}
-
-// A 1×1 convolution, then the largest of each 2×2 pixels; z keeps which of the four it was.
-template <typename T, int64_t outputs> struct Squeeze {
-  static constexpr int64_t PAIR = PER_WORD<T>;
+// A 1×1 convolution in float32, then the largest of each 2×2 pixels; z keeps which of the four it was. The images are
+// taken by strips, of two rows of pixels each.
+template <typename T> struct Squeeze {
   const Call& call;
-  const int64_t inputs = call.inputs, row = call.width * inputs;
-  const int64_t pieces = std::min(call.images, PIECES), size = outputs * inputs + LANES;  // of a sum of gradients
-  const T* x = (const T*)call.x;
-  uint8_t* choice = (uint8_t*)call.z;
+  const int64_t inputs = call.inputs, outputs = call.outputs, width = call.width, pixels = 2 * width;
+  const int64_t strips = call.images * call.height / 2, pieces = std::min(strips, PIECES);
+  const int64_t room = whole(pixels, ROWS), high = whole(outputs, ROWS), wide = whole(outputs, LANES);
+  const int64_t size = high * inputs + wide;  // of a sum of gradients
+  const int64_t offset[4] = {0, 1, width, width + 1};  // of the four pixels
 
-  const int64_t offset[4] = {0, inputs, row, row + inputs};  // of the four pixels
-  // Calls body(first value of the four pixels, first value of what becomes of them).
-  template <typename Body> void pixels_of(int64_t n, Body body) const {
-    const int64_t height = call.height / 2, width = call.width / 2;
-    for (int64_t y = 0; y < height; y++)
-      for (int64_t x = 0; x < width; x++)
-        body((n * height + y) * 2 * row + x * 2 * inputs, ((n * height + y) * width + x) * outputs);
+  // Calls body(first of the four pixels, place of what becomes of them, first channel, how many) for a strip.
+  template <typename Body> void results_of(int64_t strip, Body body) const {
+    for (int64_t x = 0; x < width / 2; x++)
+      for (int64_t o = 0; o < outputs; o += LANES)
+        body(2 * x, (strip * width / 2 + x) * outputs + o, o, std::min(LANES, outputs - o));
   }
-  static Floats rounded(Floats values) {
-    T kept[LANES];
-    store(kept, values);
-    return load(kept);
+  void widen(int64_t strip, float* image) const {
+    const T* x = (const T*)call.x + strip * pixels * inputs;
+    for (int64_t i = 0; i < pixels * inputs; i += LANES) store(image + i, load(x + i));
   }
 
   void forward() const {
-    std::vector<Words> filters(inputs / PAIR);
-    Floats offsets = {};
-    for (int64_t o = 0; o < outputs; o++) offsets[o] = call.offsets[o];
-    offsets = rounded(offsets);
-    for (int64_t i = 0; i < inputs; i += PAIR) {
-      Floats first = {}, second = {};
-      for (int64_t o = 0; o < outputs; o++) {
-        first[o] = call.filters[o * inputs + i];
-        second[o] = call.filters[o * inputs + i + PAIR - 1];
-      }
-      filters[i / PAIR] = join<T>(rounded(first), rounded(second));
+    const Room filters((inputs + 1) * wide);  // the last row are the offsets
+    std::fill_n((float*)filters, (inputs + 1) * wide, 0);
+    for (int64_t o = 0; o < outputs; o++) {
+      for (int64_t i = 0; i < inputs; i++) filters[i * wide + o] = call.filters[o * inputs + i];
+      filters[inputs * wide + o] = call.offsets[o];
     }
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < call.images; n++)
-      pixels_of(n, [&](int64_t from, int64_t to) {
-        Floats sums[4] = {offsets, offsets, offsets, offsets};
-        for (int64_t i = 0; i < inputs; i += PAIR)
+#pragma omp parallel
+    {
+      const Room image(room * inputs), convolved(room * wide);
+#pragma omp for schedule(static)
+      for (int64_t strip = 0; strip < strips; strip++) {
+        widen(strip, image);
+        multiply(image, inputs, 1, filters, convolved, pixels, inputs, wide);
+        results_of(strip, [&](int64_t first, int64_t place, int64_t o, int64_t count) {
+          Floats largest = {}, choice = {};
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < 4; k++)
-            sums[k] = multiply<T>(sums[k], filters[i / PAIR], read<uint32_t>(x + from + offset[k] + i));
-        Floats largest = {};
-        Ints place = {};
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < 4; k++) {
-          const Floats value = rounded(sums[k]);
-          const Ints larger = k ? (value > largest) | (value != value) : ~Ints{};
-          largest = (Floats)(((Ints)value & larger) | ((Ints)largest & ~larger));
-          place = (int32_t(k) & larger) | (place & ~larger);
-        }
-        store((T*)call.y + to, largest, outputs);
-        const Bytes places = __builtin_convertvector(place, Bytes);
-        memcpy(choice + to, &places, outputs);
-      });
+          for (int64_t k = 0; k < 4; k++) {
+            const Floats value = load(convolved + (first + offset[k]) * wide + o);
+            const Ints larger = k ? (value > largest) | (value != value) : ~Ints{};
+            largest = where(larger, value) + where(~larger, largest);
+            choice = where(larger, Floats{} + float(k)) + where(~larger, choice);
+          }
+          store((T*)call.y + place, largest + load(filters + inputs * wide + o), count);
+          store((T*)call.z + place, choice, count);
+        });
+      }
+    }
   }
 
   void backward() const {
-    const T* gradient = (const T*)call.gradient;
-    const int64_t end = call.images * call.height / 2 * call.width / 2 * outputs;
-    std::vector<float> sums(pieces * size);
-    std::vector<Words> filters(outputs / PAIR * inputs / LANES);
-    for (int64_t o = 0; o < outputs; o += PAIR)
-      for (int64_t i = 0; i < inputs; i += LANES) {
-        const float* filter = call.filters + o * inputs + i;
-        const Floats second = rounded(load(filter + (PAIR - 1) * inputs));
-        filters[(i / LANES * outputs + o) / PAIR] = join<T>(rounded(load(filter)), second);
-      }
-#pragma omp parallel for schedule(static)
-    for (int64_t piece = 0; piece < pieces; piece++) {
-      float *dfilters = &sums[piece * size], *doffsets = dfilters + outputs * inputs;
-      for (int64_t n = call.images * piece / pieces; n < call.images * (piece + 1) / pieces; n++)
-        for (int64_t i = 0; i < inputs; i += LANES) {
-          Floats sum[outputs], offsets = {};
-          for (int64_t o = 0; o < outputs; o++) sum[o] = load(dfilters + o * inputs + i);
-          pixels_of(n, [&](int64_t from, int64_t to) {
-            T passed[4][LANES];  // to each of the four pixels
-            Floats value;
-            Bytes places = {};
-            if (to + LANES <= end) {  // sixteen are read, the next pixel's with them, which nobody looks at
-              value = load(gradient + to);
-              places = read<Bytes>(choice + to);
-            } else {
-              T last[LANES] = {};
-              memcpy(last, gradient + to, sizeof(T[outputs]));
-              value = load(last);
-              memcpy(&places, choice + to, outputs);
-            }
-            offsets += value;
-            Floats parts[4], pixels[4];
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++) {
-              parts[k] = where(__builtin_convertvector(places, Ints) == int32_t(k), value);
-              store(passed[k], parts[k]);
-              pixels[k] = load(x + from + offset[k] + i);
-            }
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k += PAIR) {
-              uint32_t pair[LANES];
-              const Words joined = join<T>(parts[k], parts[k + PAIR - 1]);
-              memcpy(pair, &joined, sizeof joined);
-              const Words pixel = join<T>(pixels[k], pixels[k + PAIR - 1]);
-#pragma GCC unroll 16
-              for (int64_t o = 0; o < outputs; o++) sum[o] = multiply<T>(sum[o], pixel, pair[o]);
-            }
-            Floats dx[4] = {};
-#pragma GCC unroll 16
-            for (int64_t o = 0; o < outputs; o += PAIR)
-#pragma GCC unroll 4
-              for (int64_t k = 0; k < 4; k++)
-                dx[k] = multiply<T>(dx[k], filters[(i / LANES * outputs + o) / PAIR], read<uint32_t>(passed[k] + o));
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++) store((T*)call.dx + from + offset[k] + i, dx[k]);
+    const int64_t end = strips * width / 2 * outputs;
+    const T *gradient = (const T*)call.gradient, *choice = (const T*)call.z;
+    const Room sums(pieces * size);
+#pragma omp parallel
+    {
+      const Room image(room * inputs), dconvolved(room * wide), dimage(room * inputs);
+#pragma omp for schedule(static)
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        float *dfilters = sums + piece * size, *doffsets = dfilters + high * inputs;
+        std::fill_n(dfilters, size, 0);
+        for (int64_t strip = strips * piece / pieces; strip < strips * (piece + 1) / pieces; strip++) {
+          widen(strip, image);
+          results_of(strip, [&](int64_t first, int64_t place, int64_t o, int64_t count) {
+            const Floats value = load(gradient + place, count, gradient + end);
+            const Floats chosen = load(choice + place, count, choice + end);
+            store(doffsets + o, load(doffsets + o) + value);
+            for (int64_t k = 0; k < 4; k++)
+              store(dconvolved + (first + offset[k]) * wide + o, where(chosen == float(k), value));
           });
-          for (int64_t o = 0; o < outputs; o++) store(dfilters + o * inputs + i, sum[o]);
-          if (!i) store(doffsets, load(doffsets) + offsets);
+          multiply(dconvolved, 1, wide, image, dfilters, outputs, pixels, inputs, true);
+          multiply(dconvolved, wide, 1, call.filters, dimage, pixels, outputs, inputs);
+          T* dx = (T*)call.dx + strip * pixels * inputs;
+          for (int64_t i = 0; i < pixels * inputs; i += LANES) store(dx + i, load(dimage + i));
         }
+      }
     }
-    for (int64_t i = 0; i < outputs * (inputs + 1); i++) {
-      float& total = i < outputs * inputs ? call.dfilters[i] : call.doffsets[i - outputs * inputs];
-      total = 0;
-      for (int64_t piece = 0; piece < pieces; piece++) total += sums[piece * size + i];
+    for (int64_t o = 0; o < outputs; o++) {
+      call.doffsets[o] = 0;
+      std::fill_n(call.dfilters + o * inputs, inputs, 0);
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        const float *dfilters = sums + piece * size, *doffsets = dfilters + high * inputs;
+        call.doffsets[o] += doffsets[o];
+        for (int64_t i = 0; i < inputs; i++) call.dfilters[o * inputs + i] += dfilters[o * inputs + i];
+      }
     }
   }
 };
-
-template <typename Body> void with_squeeze(bool half, const Call& call, Body body) {
-  if (call.outputs == 8)
-    half ? body(Squeeze<bfloat16, 8>{call}) : body(Squeeze<float, 8>{call});
-  else
-    half ? body(Squeeze<bfloat16, 16>{call}) : body(Squeeze<float, 16>{call});
-}
 
 }  // namespace
 
@@ -961,18 +1005,10 @@ void block_backward(bool half, const Call* call) {
   half ? Block<bfloat16>{*call}.backward() : Block<float>{*call}.backward();
 }
 void squeeze_forward(bool half, const Call* call) {
-  with_squeeze(half, *call, [](const auto& squeeze) { squeeze.forward(); });
+  half ? Squeeze<bfloat16>{*call}.forward() : Squeeze<float>{*call}.forward();
 }
 void squeeze_backward(bool half, const Call* call) {
-  with_squeeze(half, *call, [](const auto& squeeze) { squeeze.backward(); });
-}
-// Whether there are the instructions with which the convolution is faster than PyTorch's.
-bool convolves() {
-#ifdef __AVX512BF16__
-  return true;
-#else
-  return false;
-#endif
+  half ? Squeeze<bfloat16>{*call}.backward() : Squeeze<float>{*call}.backward();
 }
 }
 """

@@ -210,7 +210,6 @@ def block_and_reference(norm, sizes, size, dtype, whole, dropout=0.3):
     block = model.ConvBlock(inputs, outputs, layer, dropout).to(memory_format=torch.channels_last)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    block.conv.weight.data = block.conv.weight.to(dtype).float()  # what the kernel rounds, is so already
     x, skip, gradient = (torch.randn(n, channels, *size).to(dtype) for channels in (inputs, outputs, outputs))
     exact = copy.deepcopy(block).double()
     found = []
@@ -238,11 +237,16 @@ def block_and_reference(norm, sizes, size, dtype, whole, dropout=0.3):
 
 
 @fused_only
-@pytest.mark.parametrize("sizes, size", [((1, 3, 16), (3, 5)), ((3, 8, 32), (8, 12)), ((33, 32, 32), (8, 8))])
+@pytest.mark.parametrize("sizes, size", [((1, 3, 16), (3, 5)), ((2, 12, 32), (18, 21)), ((33, 32, 32), (8, 8))])
 @pytest.mark.parametrize("norm", [1, 4, "channels", None])
 @pytest.mark.parametrize(
     "whole, dtype, tolerance",
-    [(False, torch.float32, 5e-6), (False, torch.bfloat16, 1e-2), (True, torch.bfloat16, 1e-2)],
+    [
+        (False, torch.float32, 1e-5),
+        (False, torch.bfloat16, 1e-2),
+        (True, torch.float32, 1e-5),
+        (True, torch.bfloat16, 1e-2),
+    ],
 )
 def test_the_kernel_computes_what_the_modules_do(whole, norm, dtype, tolerance, sizes, size):
     dropout = 0.3 if dtype == torch.float32 else 0.5  # whose factor, 2, bfloat16 does not round
@@ -305,20 +309,18 @@ def test_a_block_whose_parameters_are_frozen_passes_its_gradient_on():
 
 
 @fused_only
-@pytest.mark.parametrize("inputs, outputs", [(16, 8), (32, 16), (48, 8)])
+@pytest.mark.parametrize("inputs, outputs", [(16, 8), (32, 16), (48, 4), (16, 35)])
 @pytest.mark.parametrize("n, size", [(1, (2, 6)), (33, (8, 4))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
 def test_the_kernel_squeezes_as_the_modules_do(dtype, tolerance, n, size, inputs, outputs):
     torch.manual_seed(0)
     conv, pool = nn.Conv2d(inputs, outputs, 1), nn.MaxPool2d(2)
-    conv.weight.data, conv.bias.data = (p.to(dtype).float() for p in conv.parameters())  # rounded already
     exact, found = copy.deepcopy(conv).double(), []
     x, gradient = torch.randn(n, inputs, *size).to(dtype), torch.randn(n, outputs, size[0] // 2, size[1] // 2)
     for module, kind in ((conv, dtype), (exact, torch.float64)):
         own = x.to(kind, memory_format=torch.channels_last, copy=True).requires_grad_()
         if module is exact:
-            z = module(own)
-            output = pool(z + (z.to(dtype).double() - z).detach())
+            output = pool(module(own))
         else:
             assert model.FusedSqueeze.takes(module, pool, own)
             output = model.FusedSqueeze.of(module, own)
@@ -404,8 +406,6 @@ def test_what_the_kernel_cannot_read_it_leaves_to_the_modules(monkeypatch):
         monkeypatch.setattr(kind, "apply", None)
     net = model.Net("layer").to(**last)
     assert net(torch.zeros(0, 3, 8, 8)).shape == (0, 10)
-    for outputs in (4, 10, 32):  # a squeeze to 8 or 16 channels is all that the kernel has
-        assert net.squeeze(nn.Conv2d(16, outputs, 1), net.P1, torch.zeros(1, 16, 2, 2).to(**last)).shape[1] == outputs
 
 
 def test_without_a_compiler_the_modules_run(norm, monkeypatch):
