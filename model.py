@@ -457,14 +457,12 @@ inline void store(bfloat16* to, Floats values, int64_t count = LANES) {  // to t
 }
 inline Floats where(Ints condition, Floats values) { return (Floats)(condition & (Ints)values); }
 
-// The first `count` values, if there are as many lanes, and zeros in the others. More are read where the end allows it.
+// A vector of which `count` values matter: whatever lies behind them comes along, but nothing from behind the end.
 template <typename T> inline Floats load(const T* from, int64_t count, const T* end) {
-  if (count >= LANES) return load(from);
+  if (from + LANES <= end) return load(from);
   T last[LANES] = {};
-  if (from + LANES > end) from = (const T*)memcpy(last, from, count * sizeof(T));
-  Ints lane = {};
-  for (int32_t i = 0; i < LANES; i++) lane[i] = i;
-  return where(lane < int32_t(count), load(from));
+  memcpy(last, from, std::min(count, LANES) * sizeof(T));
+  return load(last);
 }
 
 // Floats that nobody has written yet, in whole vectors and lying where these are fast to read.
