@@ -1,6 +1,6 @@
 """Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py trials seeds batch_sizes groups notebook --processes 2
+CIFAR10_ROOT=folder python results/make.py trials seeds float32 batch_sizes groups notebook --processes 2
 
 Each name but "notebook" is a study of many runs. It goes on where it was stopped; once complete it takes no time.
 "notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures.
@@ -90,6 +90,11 @@ def seeds(data):
     return utils.grid(recipe=["best", "classic"], seed=range(5), norm=NORMS), data
 
 
+def float32(data):
+    """What bfloat16 costs in accuracy: the classic recipe once more, in float32, for three of its seeds."""
+    return utils.grid(seed=range(3), norm=NORMS, precision=["float32"]), data
+
+
 def batch_sizes(data):
     """Wu and He's question, with the classic recipe: its learning rate in proportion to the batch size.
 
@@ -109,8 +114,17 @@ def groups(data):
     return [run | fixed for run in runs], first(data, 5000)
 
 
-STUDIES = {study.__name__: study for study in (trials, seeds, batch_sizes, groups)}
+STUDIES = {study.__name__: study for study in (trials, seeds, float32, batch_sizes, groups)}
 PICTURES = {"seeds": utils.plot_seeds, "batch_sizes": utils.plot_batch_sizes, "groups": utils.plot_groups}
+
+
+def compare_precisions(folder):
+    """Last-epoch test accuracies of the runs that were made in both precisions, and how much higher bfloat16's are."""
+    default = utils.pd.read_csv(folder / "seeds.csv").query("recipe == 'classic'").assign(precision="bfloat16")
+    both = utils.pd.concat([default, utils.pd.read_csv(folder / "float32.csv")])
+    last = both[both["epoch"] == both["epoch"].max()]
+    table = last.pivot(index=["norm", "seed"], columns="precision", values="test_acc").dropna()
+    return table.assign(difference=table["bfloat16"] - table["float32"]).round(2)
 
 
 def run_notebook():
@@ -147,6 +161,8 @@ def main():
         rows = utils.run_many(runs, images, folder / f"{name}.csv", arguments.processes)
         if name in PICTURES:
             PICTURES[name](rows).savefig(folder / f"{name}.png", dpi=110)
+        if name == "float32":
+            compare_precisions(folder).to_csv(folder / "precision.csv")
     if "notebook" in arguments.what:
         run_notebook()
 

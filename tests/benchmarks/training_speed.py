@@ -93,6 +93,17 @@ def kit(norm, data, batch_size, device, precision="auto", augment=False, residen
     return floor
 
 
+def loading(norm, data, batch_size, device):
+    """A pass of the kit's loader alone, with augmentation: batches that nobody trains on."""
+    loader, _ = utils.get_loaders(data, batch_size, True, device)
+
+    def one_pass():
+        for _ in loader:
+            pass
+
+    return one_pass
+
+
 CONTENDERS = {
     "usual loop, 0 workers": lambda *args: usual_loop(*args, workers=0),
     "usual loop, 2 workers": lambda *args: usual_loop(*args, workers=2),
@@ -101,6 +112,7 @@ CONTENDERS = {
     "kit, augmentation": lambda *args: kit(*args, augment=True),
     "kit, compiled": lambda *args: kit(*args, compiled=True),
     "floor: one resident batch": lambda *args: kit(*args, resident=True),
+    "loader alone, augmentation": loading,
 }
 
 
@@ -164,8 +176,14 @@ def rows_of(norm, seconds, images):
             "seconds an epoch": round(epoch[contender], 2),
             "spread %": round(100 * (max(times) - min(times)) / statistics.median(times)),
             "times the usual loop": round(usual / epoch[contender], 2),
-            "floor's share %": round(100 * floor / epoch[contender], 1),
+            "floor's share %": None if contender.startswith("loader") else round(100 * floor / epoch[contender], 1),
         }
+
+
+def loaders_share(seconds):
+    """How much of the time of training with augmentation the loader takes, in percent."""
+    alone, training = (statistics.median(seconds[name]) for name in ("loader alone, augmentation", "kit, augmentation"))
+    return round(100 * alone / training, 1)
 
 
 def name_of(device):
@@ -208,7 +226,8 @@ def main():
     for norm in args.norm:
         seconds = race(contenders, norm, data, args.batch_size, args.device, args.rounds)
         rows += rows_of(norm, seconds, len(data.train_labels))
-        print("\n" + utils.pd.DataFrame(rows[-len(contenders) :]).to_string(index=False), flush=True)
+        print("\n" + utils.pd.DataFrame(rows[-len(contenders) :]).to_string(index=False))
+        print(f"loader's share of training with augmentation: {loaders_share(seconds)} %", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
