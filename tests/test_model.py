@@ -237,7 +237,7 @@ def block_and_reference(norm, sizes, size, dtype, whole, dropout=0.3):
 
 
 @fused_only
-@pytest.mark.parametrize("sizes, size", [((1, 3, 16), (3, 5)), ((2, 12, 32), (18, 21)), ((33, 32, 32), (8, 8))])
+@pytest.mark.parametrize("sizes, size", [((1, 3, 16), (3, 5)), ((2, 12, 32), (18, 26)), ((67, 32, 32), (9, 12))])
 @pytest.mark.parametrize("norm", [1, 4, "channels", None])
 @pytest.mark.parametrize(
     "whole, dtype, tolerance",
@@ -245,7 +245,7 @@ def block_and_reference(norm, sizes, size, dtype, whole, dropout=0.3):
         (False, torch.float32, 1e-5),
         (False, torch.bfloat16, 1e-2),
         (True, torch.float32, 1e-5),
-        (True, torch.bfloat16, 1e-2),
+        (True, torch.bfloat16, 3e-2),
     ],
 )
 def test_the_kernel_computes_what_the_modules_do(whole, norm, dtype, tolerance, sizes, size):
@@ -256,6 +256,29 @@ def test_the_kernel_computes_what_the_modules_do(whole, norm, dtype, tolerance, 
         torch.testing.assert_close(
             value.double(), reference.double(), rtol=0, atol=tolerance * float(reference.detach().abs().max())
         )
+
+
+@fused_only
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_in_bfloat16_the_kernel_is_no_further_from_float64_than_the_modules(norm):
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    net = model.Net(norm, dropout=0).to(memory_format=torch.channels_last)
+
+    def gradients(net, images, half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = net(images)
+        F.cross_entropy(logits.to(images.dtype), labels).backward()
+        return torch.cat([parameter.grad.flatten().double() for parameter in net.parameters()])
+
+    exact = gradients(copy.deepcopy(net).double(), images.double(), False)
+    errors = []
+    for fused in (True, False):
+        of_kind = copy.deepcopy(net)
+        for module in of_kind.modules():
+            module.fused = fused
+        errors.append((gradients(of_kind, images, True) - exact).norm())
+    assert errors[0] < 1.1 * errors[1]
 
 
 @fused_only
