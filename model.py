@@ -168,16 +168,16 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def takes(block, x):
         """Whether the kernel can stand in for norm and dropout of x, here and now; the modules work everywhere."""
-        norm, dropout = block.norm, block.dropout
+        _, norm, dropout = block
         return (
             block.fused
             and FusedBlock.knows(norm)
             and type(dropout) is nn.Dropout2d
             and norm.training
-            and norm.weight is not None
-            and norm.bias is not None
-            and norm.weight.dtype == norm.bias.dtype == torch.float32
-            and len(norm.weight) % 16 == 0
+            and (weight := norm.weight) is not None
+            and (bias := norm.bias) is not None
+            and weight.dtype == bias.dtype == torch.float32
+            and weight.shape[0] % 16 == 0
             and getattr(norm, "momentum", 0.1) is not None
             and not has_hooks(norm)
             and not has_hooks(dropout)
@@ -187,17 +187,17 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def takes_whole(block, x, skip):
         """Whether it can stand in for the convolution too, and is faster at it."""
-        conv = block.conv
+        conv, norm, _ = block
         return (
             type(conv) is nn.Conv2d
             and conv.kernel_size == (3, 3)
             and conv.stride == conv.padding == conv.dilation == (1, 1)
             and conv.groups == 1
             and conv.padding_mode == "zeros"
-            and conv.bias is not None
-            and conv.out_channels == len(block.norm.weight)
-            and conv.weight.dtype == conv.bias.dtype == torch.float32
-            and conv.weight.is_contiguous(memory_format=torch.channels_last)
+            and (offsets := conv.bias) is not None
+            and (filters := conv.weight).dtype == offsets.dtype == torch.float32
+            and filters.is_contiguous(memory_format=torch.channels_last)
+            and conv.out_channels == norm.weight.shape[0]
             and x.shape[1] == conv.in_channels
             and (skip is None or skip.shape == (len(x), conv.out_channels, *x.shape[2:]))
             and compute_dtype(x) in (torch.float32, torch.bfloat16)
@@ -216,13 +216,13 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def whole(block, x, skip=None):
         """What the block makes of x and the skip."""
-        conv, norm = block.conv, block.norm
+        conv, norm, dropout = block
         # One after the other: both at once take PyTorch twice as long.
         x, skip = (
             None if t is None else t.contiguous(memory_format=torch.channels_last).to(compute_dtype(x))
             for t in (x, skip)
         )
-        return FusedBlock.apply(x, skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, block.dropout)
+        return FusedBlock.apply(x, skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, dropout)
 
     @staticmethod
     def rest(block, z):
