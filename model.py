@@ -704,7 +704,8 @@ template <typename T, typename Factor> struct Convolution {
     for (int64_t k = 0; k < 36; k++) body(k, first + (k / 6 * columns + k % 6) * depth);
   }
 
-  void read_points(int64_t start, int64_t count, const Memory& memory) const {
+  // Flattened: with calls left in, each pixel would be looked up anew.
+  [[gnu::flatten]] void read_points(int64_t start, int64_t count, const Memory& memory) const {
     tiles_of(start, count, depth, [&](const Tile& tile, int64_t c) {
       Floats square[36], points[36];
       square_of(tile, [&](int64_t k, int64_t pixel) { square[k] = load(memory.image + pixel + c); });
@@ -713,7 +714,7 @@ template <typename T, typename Factor> struct Convolution {
     });
   }
 
-  void forward(int64_t n, int64_t end, const Factor* packed, const Memory& memory) const {
+  [[gnu::flatten]] void forward(int64_t n, int64_t end, const Factor* packed, const Memory& memory) const {
     const int64_t begin = n * height * width, total = (end - n) * tiles;
     pad(n, end, memory.image);
     T* z = (T*)call.z + begin * outputs;
@@ -739,7 +740,8 @@ template <typename T, typename Factor> struct Convolution {
   }
 
   // From dz of a stack, its dx and its share of the gradients of the filters' points: the first, or added to others.
-  void backward(int64_t n, int64_t end, const Factor* packed, const T* dz, const Memory& memory, bool first) const {
+  [[gnu::flatten]] void backward(int64_t n, int64_t end, const Factor* packed, const T* dz, const Memory& memory,
+                                 bool first) const {
     const int64_t total = (end - n) * tiles;
     pad(n, end, memory.image);
     std::fill_n((float*)memory.dimage, stack * padded, 0);

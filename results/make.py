@@ -1,6 +1,6 @@
 """Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py trials seeds float32 batch_sizes groups notebook --processes 2
+CIFAR10_ROOT=folder python results/make.py trials seeds bfloat16 float32 batch_sizes groups notebook --processes 2
 
 Each name but "notebook" is a study of many runs. It goes on where it was stopped; once complete it takes no time.
 "notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures.
@@ -90,9 +90,13 @@ def seeds(data):
     return utils.grid(recipe=["best", "classic"], seed=range(5), norm=NORMS), data
 
 
+def bfloat16(data, precision="bfloat16"):
+    """What bfloat16 costs in accuracy: the classic recipe in it, and once more in float32, for three seeds."""
+    return utils.grid(seed=range(3), norm=NORMS, precision=[precision]), data
+
+
 def float32(data):
-    """What bfloat16 costs in accuracy: the classic recipe once more, in float32, for three of its seeds."""
-    return utils.grid(seed=range(3), norm=NORMS, precision=["float32"]), data
+    return bfloat16(data, "float32")
 
 
 def batch_sizes(data):
@@ -114,14 +118,13 @@ def groups(data):
     return [run | fixed for run in runs], first(data, 5000)
 
 
-STUDIES = {study.__name__: study for study in (trials, seeds, float32, batch_sizes, groups)}
+STUDIES = {study.__name__: study for study in (trials, seeds, bfloat16, float32, batch_sizes, groups)}
 PICTURES = {"seeds": utils.plot_seeds, "batch_sizes": utils.plot_batch_sizes, "groups": utils.plot_groups}
 
 
 def compare_precisions(folder):
     """Last-epoch test accuracies of the runs that were made in both precisions, and how much higher bfloat16's are."""
-    default = utils.pd.read_csv(folder / "seeds.csv").query("recipe == 'classic'").assign(precision="bfloat16")
-    both = utils.pd.concat([default, utils.pd.read_csv(folder / "float32.csv")])
+    both = utils.pd.concat([utils.pd.read_csv(folder / f"{name}.csv") for name in ("bfloat16", "float32")])
     last = both[both["epoch"] == both["epoch"].max()]
     table = last.pivot(index=["norm", "seed"], columns="precision", values="test_acc").dropna()
     return table.assign(difference=table["bfloat16"] - table["float32"]).round(2)
