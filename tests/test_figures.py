@@ -64,6 +64,11 @@ def test_norm_sets_are_those_of_the_layers(layers):
         assert torch.equal(shared, expected)
 
 
+def test_norm_sets_hold_values_that_hardly_move_anything():
+    x = torch.tensor([100.0, -100.0]).repeat(2, 4, 3, 3)  # opposite ones cancel, but for the norm's epsilon
+    assert figures.moved_by(torch.nn.GroupNorm(1, 4), x, 0, 0)[0].all()
+
+
 def test_norm_sets_are_drawn_as_they_are(layers):
     figure = utils.plot_norm_sets(layers, images=6, channels=8, size=2)
     for ax, (name, (images, channels)) in zip(figure.axes, SHARED.items(), strict=True):
