@@ -3,7 +3,7 @@
 C is a 3×3 convolution block, c a 1×1 convolution, P a pooling:
 C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
 
-First the network, then a kernel that trains it on a CPU, a block at a time: the same figures, sooner.
+First the network, then a kernel that computes its layers on a CPU: the same figures, sooner.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class Net(nn.Module):
     dropout: probability that a block's output channel is zeroed in training.
     skip: add C3's activation to C5's convolution output, and C7's to C9's.
     head_gain: how many times PyTorch's default C10's weights start out as.
-    fused: each block in one kernel where there is one: see FusedBlock.
+    fused: all layers in one kernel where there is one: see FusedLayers.
     """
 
     def __init__(self, norm="batch", num_groups=4, dropout=0.01, skip=True, head_gain=3.0, fused=True):
@@ -51,7 +51,7 @@ class Net(nn.Module):
             raise ValueError(f"head_gain={head_gain!r}: expected a positive number")
 
         def block(in_channels, out_channels):
-            return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout, fused)
+            return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
 
         self.norm = norm
         self.fused = fused
@@ -92,21 +92,26 @@ class Net(nn.Module):
                 f"images of shape {tuple(images.shape)}: expected (N, 3, H, W) "
                 "with H and W multiples of 4 and at least 8"
             )
+        if self.fused and (logits := FusedLayers.of(self.layers(), images)) is not None:
+            return logits.flatten(1)
+
         x = self.C2(self.C1(images))
-        x = self.squeeze(self.c3, self.P1, x)
+        x = self.P1(self.c3(x))
 
         c3 = self.C3(x)
         x = self.C5(self.C4(c3), skip=c3 if self.skip else None)
-        x = self.squeeze(self.c6, self.P2, x)
+        x = self.P2(self.c6(x))
 
         c7 = self.C7(x)
         x = self.C9(self.C8(c7), skip=c7 if self.skip else None)
         return self.C10(self.GAP(x)).flatten(1)
 
-    def squeeze(self, conv, pool, x):
-        if self.fused and FusedSqueeze.takes(conv, pool, x):
-            return FusedSqueeze.of(conv, x)
-        return pool(conv(x))
+    def layers(self):
+        """The same, in the pairs that FusedLayers is made for."""
+        first = (self.C1, None), (self.C2, None), (self.c3, self.P1)
+        second = (self.C3, None), (self.C4, None), (self.C5, self.C3 if self.skip else None), (self.c6, self.P2)
+        third = (self.C7, None), (self.C8, None), (self.C9, self.C7 if self.skip else None), (self.GAP, self.C10)
+        return first + second + third
 
 
 class ConvBlock(nn.Sequential):
@@ -115,22 +120,16 @@ class ConvBlock(nn.Sequential):
     An nn.Sequential because torchsummary gives every other container a row of its own.
     """
 
-    def __init__(self, in_channels, out_channels, norm, dropout, fused=True):
+    def __init__(self, in_channels, out_channels, norm, dropout):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm = norm
         self.dropout = nn.Dropout2d(dropout, inplace=True)
-        self.fused = fused
 
     def forward(self, x, skip=None):
-        fused = FusedBlock.takes(self, x)
-        if fused and FusedBlock.takes_whole(self, x, skip):
-            return FusedBlock.whole(self, x, skip)
         x = self.conv(x)
         if skip is not None:
             x = x + skip
-        if fused and FusedBlock.takes_rest(self, x):
-            return FusedBlock.rest(self, x)
         # Dropout multiplies by 0 or more, so the ReLU may as well come after it; both then work in place, and a block
         # keeps two activations for its backward pass instead of three.
         return F.relu_(self.dropout(self.norm(x)))
@@ -150,9 +149,11 @@ class Conv2d(nn.Conv2d):
         return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
 
 
-class FusedBlock(torch.autograd.Function):
-    """relu(dropout(norm(conv(x) + skip))) in training, on a CPU, each image while it is in the processor's cache.
+class FusedLayers(torch.autograd.Function):
+    """The network's layers in one call of a kernel, on a CPU, each image while it is in the processor's cache.
 
+    They come in pairs: a ConvBlock with the one whose output it adds, or None; a 1×1 convolution with its max pooling;
+    average pooling with the 1×1 convolution of what it leaves. No output is added twice.
     One after the other, PyTorch's modules read and write every activation many times over, not all of them are made
     for channels_last or bfloat16, and its convolutions multiply four times as often as they have to. This kernel is
     compiled in a few seconds, when it is first needed, by the machine's own C++ compiler (the environment variable CXX,
@@ -161,211 +162,182 @@ class FusedBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def knows(norm):
-        """Whether the kernel computes this kind of norm."""
-        return type(norm) is nn.GroupNorm or (type(norm) is nn.BatchNorm2d and norm.track_running_stats)
+    def of(layers, images):
+        """What becomes of images, (N, C, H, W) both; None where the kernel cannot stand in for the modules."""
+        dtype = compute_dtype()
+        if (
+            not (images.is_cpu and len(images))
+            or dtype not in (torch.float32, torch.bfloat16)
+            or images.dtype not in (torch.float32, dtype)
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return None
+        parameters, width, widths = [], images.shape[1], {}
+        for layer, other in layers:
+            found = parameters_of(layer, other)
+            if found is None or found[0].shape[1] != width:
+                return None
+            width = widths[layer] = len(found[0])
+            if widths.get(other, width) != width:
+                return None
+            parameters += found
+        if kernel() is None:
+            return None
+        learns = torch.is_grad_enabled()
+        planes = not (learns and images.requires_grad)  # so they mostly come; but no gradient leads back to planes
+        images = images.float().contiguous() if planes else images.to(dtype, memory_format=torch.channels_last)
+        return FusedLayers.apply(layers, dtype, learns, planes, images, *parameters)
 
     @staticmethod
-    def takes(block, x):
-        """Whether the kernel can stand in for norm and dropout of x, here and now; the modules work everywhere."""
-        _, norm, dropout = block
-        return (
-            block.fused
-            and FusedBlock.knows(norm)
-            and type(dropout) is nn.Dropout2d
-            and norm.training
-            and (weight := norm.weight) is not None
-            and (bias := norm.bias) is not None
-            and weight.dtype == bias.dtype == torch.float32
-            and weight.shape[0] % 16 == 0
-            and getattr(norm, "momentum", 0.1) is not None
-            and not has_hooks(norm)
-            and not has_hooks(dropout)
-            and trains_with_kernel(x)
-        )
-
-    @staticmethod
-    def takes_whole(block, x, skip):
-        """Whether it can stand in for the convolution too, and is faster at it."""
-        conv, norm, _ = block
-        return (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == (3, 3)
-            and conv.stride == conv.padding == conv.dilation == (1, 1)
-            and conv.groups == 1
-            and conv.padding_mode == "zeros"
-            and (offsets := conv.bias) is not None
-            and (filters := conv.weight).dtype == offsets.dtype == torch.float32
-            and filters.is_contiguous(memory_format=torch.channels_last)
-            and conv.out_channels == norm.weight.shape[0]
-            and x.shape[1] == conv.in_channels
-            and (skip is None or skip.shape == (len(x), conv.out_channels, *x.shape[2:]))
-            and compute_dtype(x) in (torch.float32, torch.bfloat16)
-            and not has_hooks(conv)
-        )
-
-    @staticmethod
-    def takes_rest(block, z):
-        """Whether it can stand in for what comes after the convolution, whose output is z."""
-        return (
-            z.dtype in (torch.float32, torch.bfloat16)
-            and z.is_contiguous(memory_format=torch.channels_last)
-            and z.shape[1] == len(block.norm.weight)
-        )
-
-    @staticmethod
-    def whole(block, x, skip=None):
-        """What the block makes of x and the skip."""
-        conv, norm, dropout = block
-        # One after the other: both at once take PyTorch twice as long.
-        x, skip = (
-            None if t is None else t.contiguous(memory_format=torch.channels_last).to(compute_dtype(x))
-            for t in (x, skip)
-        )
-        return FusedBlock.apply(x, skip, conv.weight, conv.bias, norm.weight, norm.bias, norm, dropout)
-
-    @staticmethod
-    def rest(block, z):
-        """What the block makes of its convolution's output, the skip added."""
-        norm = block.norm
-        return FusedBlock.apply(z, None, None, None, norm.weight, norm.bias, norm, block.dropout)
-
-    @staticmethod
-    def forward(ctx, x, skip, filters, offsets, weight, bias, norm, dropout):
+    def forward(ctx, layers, dtype, learns, planes, x, *parameters):
+        steps, places, parameters = (Step * len(layers))(), {None: -1}, iter(parameters)
+        steps[0].planes = planes
+        fields, tensors = [(steps[0], "x")], [x]
         images, inputs, height, width = x.shape
-        z = x
-        if filters is not None:
-            shape = images, len(filters), height, width
-            z = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        y = torch.empty_like(z)
-        keep = dropout(torch.ones(*z.shape[:2], 1, 1))  # the very random numbers of the module
-        mean, variance = torch.empty(z.shape[:2]), torch.empty(z.shape[:2])
-        saved = {"x": x, "z": z, "filters": filters, "weight": weight, "bias": bias}
-        saved |= {"keep": keep, "mean": mean, "variance": variance}
-        running = {}
-        if isinstance(norm, nn.BatchNorm2d):
-            running = {"running_mean": norm.running_mean, "running_variance": norm.running_var}
-            norm.num_batches_tracked.add_(1)
-        groups, momentum = getattr(norm, "num_groups", 0), getattr(norm, "momentum", 0)
-        ctx.sizes = images, inputs, z.shape[1], height, width, groups, norm.eps, momentum
-        Call.of("block_forward", ctx.sizes, **saved, **running, skip=skip, offsets=offsets, y=y)
-        ctx.names = list(saved)
-        ctx.save_for_backward(*saved.values())
+        for place, (step, (layer, other)) in enumerate(zip(steps, layers)):
+            names = Step.PARAMETERS if type(layer) is ConvBlock else Step.PARAMETERS[:2]
+            fields += [(step, name) for name in names]
+            tensors += [next(parameters) for _ in names]
+            outputs = len(tensors[-1])
+            step.images, step.inputs, step.outputs, step.height, step.width = images, inputs, outputs, height, width
+            if type(layer) is ConvBlock:
+                _, norm, dropout = layer
+                step.kind, step.source = Step.BLOCK, places[other]
+                step.set_norm(norm)
+                fields.append((step, "keep"))
+                keep = torch.ones(images, outputs, 1, 1)  # from the very random numbers that the module would draw
+                tensors.append(torch.feature_dropout_(keep, dropout.p, dropout.training))
+            elif type(layer) is AvgPool2d:
+                step.kind, height, width = Step.HEAD, 1, 1
+            else:
+                step.kind, height, width = Step.SQUEEZE, height // 2, width // 2
+            inputs, places[layer] = outputs, place
+        kind = torch.float32 if step.kind == Step.HEAD else dtype
+        y = torch.empty(images, outputs, height, width, dtype=kind, memory_format=torch.channels_last)
+        point([*fields, (step, "y")], [*tensors, y])
+        half = dtype == torch.bfloat16
+        room = in_room(kernel().forward, half, steps, len(steps), learns)
+        if learns:
+            ctx.half, ctx.steps, ctx.fields = half, steps, fields
+            ctx.save_for_backward(room, *tensors)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        saved = dict(zip(ctx.names, ctx.saved_tensors))
-        x, z, filters, weight, bias = (saved[name] for name in ("x", "z", "filters", "weight", "bias"))
-        grads = {"dweight": torch.empty_like(weight), "dbias": torch.empty_like(bias)}
-        if filters is None or ctx.needs_input_grad[1]:
-            grads["dz"] = torch.empty_like(z)  # which is the skip's, too
-        if filters is not None:
-            grads |= {"dfilters": torch.empty_like(filters), "doffsets": torch.empty_like(bias)}
-            if ctx.needs_input_grad[0]:
-                grads["dx"] = torch.empty_like(x)
+        room, *tensors = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        Call.of("block_backward", ctx.sizes, **saved, gradient=gradient, **grads)
-        inputs = ["dx", "dz"] if filters is not None else ["dz", "nothing"]
-        return *map(grads.get, [*inputs, "dfilters", "doffsets", "dweight", "dbias"]), None, None
+        places = [place for place, (_, name) in enumerate(ctx.fields) if name in Step.PARAMETERS]
+        gradients = [torch.empty_like(tensors[place]) for place in places]
+        dx = torch.empty_like(tensors[0]) if ctx.needs_input_grad[4] else None
+        point(ctx.fields, tensors)
+        point([(ctx.steps[-1], "gradient"), (ctx.steps[0], "dx")], [gradient, dx])
+        point([(ctx.fields[place][0], f"d{ctx.fields[place][1]}") for place in places], gradients)
+        in_room(kernel().backward, ctx.half, ctx.steps, len(ctx.steps), room.data_ptr())
+        return None, None, None, None, dx, *gradients
 
 
-class FusedSqueeze(torch.autograd.Function):
-    """pool(conv(x)) in training, on a CPU: a 1×1 convolution, then the largest of 2×2 pixels."""
+def compute_dtype():
+    """In which autocast, or else the network itself, has convolutions computed."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
-    @staticmethod
-    def takes(conv, pool, x):
-        """Whether the kernel can stand in for the modules, here and now; they themselves work everywhere."""
-        return (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
-            and conv.padding == (0, 0)
-            and conv.groups == 1
-            and conv.bias is not None
-            and conv.in_channels % 16 == 0
-            and conv.weight.dtype == conv.bias.dtype == torch.float32
-            and type(pool) is nn.MaxPool2d
-            and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (2, 2, 0, 1)
-            and not pool.return_indices
-            and x.shape[1] == conv.in_channels
-            and x.shape[2] % 2 == x.shape[3] % 2 == 0
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and compute_dtype(x) in (torch.float32, torch.bfloat16)
-            and not has_hooks(conv)
-            and not has_hooks(pool)
-            and trains_with_kernel(x)
+
+def point(fields, tensors):
+    """Has each of the steps' fields point to a tensor's values."""
+    for (step, name), tensor in zip(fields, tensors, strict=True):
+        setattr(step, name, None if tensor is None else tensor.data_ptr())
+
+
+def in_room(function, *args):
+    """Calls one of the kernel's functions with a room as large as it asks for, and returns that."""
+    room = torch.empty(max(1, function(*args, None)), dtype=torch.uint8)  # an empty tensor has no address
+    function(*args, room.data_ptr())
+    return room
+
+
+def parameters_of(layer, other):
+    """A pair's filters and offsets, with a block's norm's weight and bias; None if the kernel cannot compute it."""
+    block = type(layer) is ConvBlock
+    if block:
+        modules = layer.conv, layer.norm, layer.dropout, layer
+        fits = is_plain(layer.conv, nn.Conv2d, 3) and computes_norm(layer.norm) and type(layer.dropout) is nn.Dropout2d
+    elif type(layer) is AvgPool2d:
+        modules = other, layer
+        fits = is_plain(other, Conv2d, 1)
+    else:
+        modules = layer, other
+        fits = (
+            is_plain(layer, nn.Conv2d, 1)
+            and type(other) is nn.MaxPool2d
+            and (other.kernel_size, other.stride, other.padding, other.dilation) == (2, 2, 0, 1)
+            and not other.return_indices
         )
-
-    @staticmethod
-    def of(conv, x):
-        return FusedSqueeze.apply(x.to(compute_dtype(x)), conv.weight, conv.bias)
-
-    @staticmethod
-    def forward(ctx, x, filters, offsets):
-        images, inputs, height, width = x.shape
-        shape = images, len(filters), height // 2, width // 2
-        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        choice = torch.empty_like(y)
-        ctx.sizes = images, inputs, len(filters), height, width
-        Call.of("squeeze_forward", ctx.sizes, x=x, z=choice, y=y, filters=filters, offsets=offsets)
-        ctx.save_for_backward(x, choice, filters, offsets)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        x, choice, filters, offsets = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        grads = {
-            "dx": torch.empty_like(x),
-            "dfilters": torch.empty_like(filters),
-            "doffsets": torch.empty_like(offsets),
-        }
-        Call.of("squeeze_backward", ctx.sizes, x=x, z=choice, filters=filters, gradient=gradient, **grads)
-        return tuple(grads.values())
+    if not fits or any(map(is_watched, modules)):
+        return None
+    filters, *others = [p for module in modules[: 2 if block else 1] for p in (module.weight, module.bias)]
+    if not is_readable(filters, torch.channels_last) or not all(map(is_readable, others)):
+        return None
+    fits = filters.shape[0 if block else 1] % 16 == 0 and all(len(values) == len(filters) for values in others)
+    return [filters, *others] if fits else None
 
 
-def trains_with_kernel(x):
+def is_plain(conv, kind, size):
+    """Whether this is a convolution of size×size pixels that leaves an image its size."""
+    if type(conv) is not kind:
+        return False
+    given = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return given == ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
+
+
+def computes_norm(norm):
+    """Whether the kernel computes this norm. Gradients through statistics that stay as they are, it does not."""
+    if type(norm) is nn.BatchNorm2d:
+        moves = norm.training or not torch.is_grad_enabled()
+        return norm.track_running_stats and norm.momentum is not None and moves
+    return type(norm) is nn.GroupNorm
+
+
+def is_readable(parameter, memory_format=torch.contiguous_format):
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dim() == 4
-        and x.numel() > x.shape[1]  # no image, or one value a channel: the modules know what is wrong
-        and kernel() is not None
+        parameter is not None
+        and parameter.is_cpu
+        and parameter.dtype == torch.float32
+        and parameter.is_contiguous(memory_format=memory_format)
     )
 
 
-def has_hooks(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def is_watched(module):
+    """Whether somebody has hooks in this module, or gave it a forward pass of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
-def compute_dtype(x):
-    """In which autocast, or else x itself, has convolutions computed."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-class Call(ctypes.Structure):
+class Step(ctypes.Structure):
     """The struct of this name in the kernel."""
 
-    SIZES = "images inputs outputs height width groups".split()
+    BLOCK, SQUEEZE, HEAD = range(3)
+    NUMBERS = "kind source images inputs outputs height width groups planes fixed added".split()
+    PARAMETERS = "filters offsets weight bias".split()
     POINTERS = (
         "x skip z y filters offsets weight bias keep mean variance running_mean running_variance "
         "gradient dx dz dfilters doffsets dweight dbias"
     ).split()
     _fields_ = (
-        [(name, ctypes.c_int64) for name in SIZES]
+        [(name, ctypes.c_int64) for name in NUMBERS]
         + [("eps", ctypes.c_double), ("momentum", ctypes.c_double)]
         + [(name, ctypes.c_void_p) for name in POINTERS]
     )
 
-    @classmethod
-    def of(cls, function, sizes, **tensors):
-        """Calls the kernel's function; tensors that are missing or None are null pointers to it."""
-        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
-        half = tensors["x"].dtype == torch.bfloat16
-        getattr(kernel(), function)(half, ctypes.byref(cls(*sizes, **pointers)))
+    def set_norm(self, norm):
+        self.eps = norm.eps
+        if type(norm) is nn.GroupNorm:
+            self.groups = norm.num_groups
+            return
+        self.fixed, self.momentum = not norm.training, norm.momentum
+        self.running_mean, self.running_variance = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
 
 
 @functools.cache
@@ -386,9 +358,10 @@ def kernel():
             functions = ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError):
             return None
-    for name in ("block_forward", "block_backward", "squeeze_forward", "squeeze_backward"):
-        getattr(functions, name).argtypes = [ctypes.c_bool, ctypes.POINTER(Call)]
-        getattr(functions, name).restype = None
+    steps = [ctypes.c_bool, ctypes.POINTER(Step), ctypes.c_int64]
+    functions.forward.argtypes = [*steps, ctypes.c_bool, ctypes.c_void_p]
+    functions.backward.argtypes = [*steps, ctypes.c_void_p, ctypes.c_void_p]
+    functions.forward.restype = functions.backward.restype = ctypes.c_int64
     return functions
 
 
@@ -404,13 +377,19 @@ KERNEL = r"""
 #include <immintrin.h>
 #endif
 
-// What Python passes: sizes, and where the values are. Images lie pixel by pixel, each with its channels side by side.
-struct Call {
+// What Python passes for each pair of layers: sizes, and where the values are. Images lie pixel by pixel, each with its
+// channels side by side.
+enum { BLOCK, SQUEEZE, HEAD };
+struct Step {
+  int64_t kind, source;  // source: the step whose output is added, or -1
   int64_t images, inputs, outputs, height, width, groups;  // no groups: batch norm
+  int64_t planes;  // whether x lies channel by channel instead, in float32
+  int64_t fixed;   // whether batch norm takes its running statistics
+  int64_t added;   // whether a block's dx is added to what is there
   double eps, momentum;
   const void *x, *skip;            // (images, height, width, inputs); skip, z and y with as many as outputs
-  void *z, *y;                     // convolved, and what becomes of it
-  const float *filters, *offsets;  // (outputs, 3, 3, inputs), (outputs); without them z is there already
+  void *z, *y;                     // convolved, and what becomes of it; the same place where nothing is learnt
+  const float *filters, *offsets;  // (outputs, 3, 3, inputs), (outputs)
   const float *weight, *bias;      // of the norm, (outputs)
   const float* keep;               // dropout's factors, (images, outputs)
   float *mean, *variance;          // (images, outputs), each set's in all its places
@@ -617,15 +596,15 @@ inline void scatter(const Floats* values, Factor* to, int64_t step, int64_t row,
 // Factors are pairs on the way back alone. There, rounded points hardly add to what rounded activations do (to a batch
 // of CIFAR-10, 6.9 % of the gradient with batch norm, 1.4 % with group norm, before and after); on the way there they
 // would put each convolution off by 1 %, four times as much as bfloat16 does otherwise.
-template <typename T, typename Factor> struct Convolution {
+template <typename T, typename Factor> struct Winograd {
   static constexpr int64_t CHUNK = 32;  // tiles, whose points fit into the cache
   static constexpr int64_t EACH = paired<Factor> ? 2 : 1;  // values in a factor
 
-  const Call& call;
-  const int64_t inputs = call.inputs, outputs = call.outputs, height = call.height, width = call.width;
+  const Step& step;
+  const int64_t inputs = step.inputs, outputs = step.outputs, height = step.height, width = step.width;
   const int64_t depth = whole(inputs, std::max(LANES, ROWS));  // of the image where a thread keeps it, with its border
   const int64_t down = (height + 3) / 4, across = (width + 3) / 4, tiles = down * across;
-  const int64_t stack = std::clamp(CHUNK / tiles, int64_t(1), call.images);  // images that fill a chunk together
+  const int64_t stack = std::clamp(CHUNK / tiles, int64_t(1), step.images);  // images that fill a chunk together
   const int64_t columns = across * 4 + 2, padded = (down * 4 + 2) * columns * depth;
   const int64_t size = 9 * inputs * outputs;  // of the gradients of the filters
 
@@ -639,11 +618,11 @@ template <typename T, typename Factor> struct Convolution {
     Room<> dfilters, dz;
   };
   Memory memory() const {
-    const int64_t on = call.filters != nullptr, back = on && call.gradient, most = std::max(depth, outputs);
-    Memory memory = {on * stack * padded, on * 36 * plane(depth), on * 36 * plane(most), back * stack * padded,
+    const int64_t back = step.gradient != nullptr, most = std::max(depth, outputs);
+    Memory memory = {stack * padded, 36 * plane(depth), 36 * plane(most), back * stack * padded,
                      back * 36 * plane(outputs), paired<Factor> * back * 36 * plane(outputs),
                      back * 36 * depth * outputs, back * stack * height * width * outputs};
-    std::fill_n((float*)memory.image, on * stack * padded, 0);
+    std::fill_n((float*)memory.image, stack * padded, 0);
     return memory;
   }
   // A bit more than the tiles need, or all planes would begin in the same set of the cache.
@@ -660,7 +639,7 @@ template <typename T, typename Factor> struct Convolution {
         Floats taps[9] = {}, points[36];
         for (int64_t k = 0; k < 9; k++)
           for (int64_t l = 0; l < LANES && c + l < count; l++)
-            taps[k][l] = call.filters[r * row + k * inputs + (c + l) * column];
+            taps[k][l] = step.filters[r * row + k * inputs + (c + l) * column];
         transform<3, 6>(taps, points, filter_points);
         scatter(points, packed + c, rows / EACH * columns, r, columns);
       }
@@ -668,10 +647,10 @@ template <typename T, typename Factor> struct Convolution {
   }
 
   void pad(int64_t begin, int64_t end, float* to) const {
-    const T* last = (const T*)call.x + end * height * width * inputs;
+    const T* last = (const T*)step.x + end * height * width * inputs;
     for (int64_t n = begin; n < end; n++, to += padded)
       for (int64_t y = 0; y < height; y++) {
-        const T* row = (const T*)call.x + (n * height + y) * width * inputs;
+        const T* row = (const T*)step.x + (n * height + y) * width * inputs;
         float* line = to + ((y + 1) * columns + 1) * depth;
         if (inputs == depth)
           for (int64_t i = 0; i < width * depth; i += LANES) store(line + i, load(row + i));
@@ -717,8 +696,8 @@ template <typename T, typename Factor> struct Convolution {
   [[gnu::flatten]] void forward(int64_t n, int64_t end, const Factor* packed, const Memory& memory) const {
     const int64_t begin = n * height * width, total = (end - n) * tiles;
     pad(n, end, memory.image);
-    T* z = (T*)call.z + begin * outputs;
-    const T* skip = call.skip ? (const T*)call.skip + begin * outputs : nullptr;
+    T* z = (T*)step.z + begin * outputs;
+    const T* skip = step.skip ? (const T*)step.skip + begin * outputs : nullptr;
     for (int64_t start = 0; start < total; start += CHUNK) {
       const int64_t count = std::min(CHUNK, total - start);
       read_points(start, count, memory);
@@ -729,7 +708,7 @@ template <typename T, typename Factor> struct Convolution {
         Floats products[36], pixels[16];
         gather(products, memory.products + tile.place * outputs + c, plane(outputs));
         transform<6, 4>(products, pixels, result);
-        const Floats offsets = load(call.offsets + c);
+        const Floats offsets = load(step.offsets + c);
         pixels_of(tile, [&](int64_t k, int64_t pixel) {
           pixels[k] += offsets;
           if (skip) pixels[k] += load(skip + pixel + c);
@@ -760,7 +739,7 @@ template <typename T, typename Factor> struct Convolution {
         multiply<Factor>(memory.points + p * plane(depth), 1, depth, memory.dpoints + p * plane(outputs),
                          memory.dfilters + p * depth * outputs, inputs, (count + EACH - 1) / EACH, outputs,
                          !first || start);
-      if (!call.dx) continue;
+      if (!step.dx) continue;
       for (int64_t p = 0; p < 36; p++)
         multiply<Factor>((paired<Factor> ? memory.dacross : memory.dpoints) + p * plane(outputs), outputs / EACH, 1,
                          packed + p * outputs / EACH * depth, memory.products + p * plane(depth), count, outputs / EACH,
@@ -775,13 +754,16 @@ template <typename T, typename Factor> struct Convolution {
         });
       });
     }
-    if (!call.dx) return;
-    T* dx = (T*)call.dx + n * height * width * inputs;
+    if (!step.dx) return;
+    T *dx = (T*)step.dx + n * height * width * inputs, *last = (T*)step.dx + end * height * width * inputs;
     for (const float* image = memory.dimage; image < memory.dimage + (end - n) * padded; image += padded)
       for (int64_t y = 1; y <= height; y++)
         for (int64_t x = 1; x <= width; x++, dx += inputs)
-          for (int64_t i = 0; i < inputs; i += LANES)
-            store(dx + i, load(image + (y * columns + x) * depth + i), std::min(LANES, inputs - i));
+          for (int64_t i = 0; i < inputs; i += LANES) {
+            Floats values = load(image + (y * columns + x) * depth + i);
+            if (step.added) values += load(dx + i, inputs - i, last);
+            store(dx + i, values, std::min(LANES, inputs - i));
+          }
   }
 
   // The gradients of the filters themselves, (9, inputs, outputs), of the images that a thread has summed up.
@@ -794,35 +776,82 @@ template <typename T, typename Factor> struct Convolution {
         for (int64_t k = 0; k < 9; k++) store(dfilters + (k * inputs + i) * outputs + c, taps[k]);
       }
   }
+};
 
-  // Those of all pieces together, as filters lie.
-  void finish(int64_t pieces, const float* sums) const {
-    const int64_t places = 9 * inputs;
-#pragma omp parallel for schedule(static)
+// The same with few inputs, whose vectors would stay mostly empty: of images in planes, each row of the result as a
+// product. Its factors are the rows that it is made of, in three copies, a pixel apart.
+template <typename T> struct Direct {
+  const Step& step;
+  const int64_t inputs = step.inputs, outputs = step.outputs, height = step.height, width = step.width;
+  const int64_t wide = whole(width, std::max(LANES, ROWS)), row = 3 * inputs * wide;
+  const int64_t places = 9 * inputs, size = places * outputs;  // of the gradients of the filters
+  const int64_t stack = 1;
+
+  struct Memory { Room<> line, rows, products, dfilters, dz; };  // rows: (height + 2, 3, inputs, wide)
+  Memory memory() const {
+    const int64_t room = (height + 2) * row + ROWS * wide;
+    Memory memory = {wide + 2 * LANES, room, wide * outputs, whole(places, ROWS) * outputs, height * width * outputs};
+    std::fill_n((float*)memory.line, wide + 2 * LANES, 0);
+    std::fill_n((float*)memory.rows, room, 0);
+    return memory;
+  }
+  Room<> pack(bool) const {
+    Room<> packed(size);
     for (int64_t place = 0; place < places; place++)
-      for (int64_t c = 0; c < outputs; c += LANES) {
-        Floats total = {};
-        for (int64_t piece = 0; piece < pieces; piece++) total += load(sums + piece * size + place * outputs + c);
-        for (int64_t o = 0; o < LANES; o++) call.dfilters[(c + o) * places + place] = total[o];
+      for (int64_t o = 0; o < outputs; o++) packed[place * outputs + o] = step.filters[o * places + place];
+    return packed;
+  }
+  void read(int64_t n, const Memory& memory) const {
+    const float* from = (const float*)step.x + n * inputs * height * width;
+    float *line = memory.line + LANES, *to = memory.rows + row;
+    for (int64_t i = 0; i < inputs; i++)
+      for (int64_t y = 0; y < height; y++, from += width) {
+        std::copy_n(from, width, line);
+        for (int64_t k = 0; k < 3; k++)
+          for (int64_t x = 0; x < wide; x += LANES)
+            store(to + y * row + (k * inputs + i) * wide + x, load(line + x + k - 1));
       }
   }
+  void forward(int64_t begin, int64_t end, const float* packed, const Memory& memory) const {
+    for (int64_t n = begin; n < end; n++) {
+      read(n, memory);
+      T* z = (T*)step.z + n * height * width * outputs;
+      for (int64_t y = 0; y < height; y++, z += width * outputs) {
+        multiply<float>(memory.rows + y * row, 1, wide, packed, memory.products, width, places, outputs);
+        for (int64_t i = 0; i < width * outputs; i += outputs)
+          for (int64_t c = 0; c < outputs; c += LANES)
+            store(z + i + c, load(memory.products + i + c) + load(step.offsets + c));
+      }
+    }
+  }
+  void backward(int64_t begin, int64_t end, const float*, const T* dz, const Memory& memory, bool first) const {
+    for (int64_t n = begin; n < end; n++) {
+      read(n, memory);
+      for (int64_t y = 0; y < height; y++, dz += width * outputs, first = false) {
+        for (int64_t i = 0; i < width * outputs; i += LANES) store(memory.products + i, load(dz + i));
+        multiply<float>(memory.rows + y * row, wide, 1, memory.products, memory.dfilters, places, width, outputs,
+                        !first);
+      }
+    }
+  }
+  void weigh(const Memory& memory, float* dfilters) const { std::copy_n((float*)memory.dfilters, size, dfilters); }
 };
 
 // A set of a norm is a rectangle in the table of (image, channel): all images of a channel, or a group of channels of
 // an image.
-template <typename T, typename Factor = float> struct Block {
-  const Call& call;
-  const Convolution<T, Factor> convolution = {call};
-  const int64_t channels = call.outputs, area = call.height * call.width, length = area * channels;
-  const int64_t pieces = std::min(call.images, PIECES);
+template <typename T, typename Convolution> struct Block {
+  const Step& step;
+  const Convolution convolution = {step};
+  const int64_t channels = step.outputs, area = step.height * step.width, length = area * channels;
+  const int64_t pieces = std::min(step.images, PIECES);
 
   // What becomes of a vector of channels of an image: slope * z + intercept, dropout's factor included.
   struct Line { Floats mean, rstd, keep, slope, intercept; };
   Line line(int64_t place, int64_t c) const {
-    Line line = {load(call.mean + place), load(call.variance + place), load(call.keep + place)};
-    for (int64_t i = 0; i < LANES; i++) line.rstd[i] = 1 / std::sqrt(line.rstd[i] + float(call.eps));
-    line.slope = load(call.weight + c) * line.rstd * line.keep;
-    line.intercept = load(call.bias + c) * line.keep - line.mean * line.slope;
+    Line line = {load(step.mean + place), load(step.variance + place), load(step.keep + place)};
+    for (int64_t i = 0; i < LANES; i++) line.rstd[i] = 1 / std::sqrt(line.rstd[i] + float(step.eps));
+    line.slope = load(step.weight + c) * line.rstd * line.keep;
+    line.intercept = load(step.bias + c) * line.keep - line.mean * line.slope;
     return line;
   }
 
@@ -837,15 +866,16 @@ template <typename T, typename Factor = float> struct Block {
       for (int64_t c = c0; c < c1; c++) body(n * channels + c, c);
   }
   // Calls body(first image, end) for each stack of a piece.
-  int64_t start_of(int64_t piece) const { return call.images * piece / pieces; }
+  int64_t start_of(int64_t piece) const { return step.images * piece / pieces; }
   template <typename Body> void stacks_of(int64_t piece, Body body) const {
     const int64_t end = start_of(piece + 1);
     for (int64_t n = start_of(piece); n < end; n += convolution.stack) body(n, std::min(n + convolution.stack, end));
   }
-  // Does first for every stack of images, then middle for every set, then last for every stack; where the sets lie
-  // within an image, all three while the stack is in the cache.
+  // Does first for every stack of images, then middle for every set, then last for every stack; where the images do not
+  // depend on each other, all three while the stack is in the cache.
   template <typename First, typename Middle, typename Last> void run(First first, Middle middle, Last last) const {
-    const int64_t groups = call.groups;
+    const int64_t sets = step.groups ? step.groups : channels;
+    const bool apart = step.groups || step.fixed;
 #pragma omp parallel
     {
       const auto memory = convolution.memory();
@@ -853,14 +883,14 @@ template <typename T, typename Factor = float> struct Block {
       for (int64_t piece = 0; piece < pieces; piece++)
         stacks_of(piece, [&](int64_t begin, int64_t end) {
           first(begin, end, memory);
-          if (!groups) return;
+          if (!apart) return;
           for (int64_t n = begin; n < end; n++)
-            for (int64_t g = 0; g < groups; g++) middle(n, n + 1, g * channels / groups, (g + 1) * channels / groups);
+            for (int64_t s = 0; s < sets; s++) middle(n, n + 1, s * channels / sets, (s + 1) * channels / sets);
           last(begin, end, memory, piece);
         });
-      if (!groups) {
+      if (!apart) {
 #pragma omp for schedule(static)
-        for (int64_t c = 0; c < channels; c++) middle(0, call.images, c, c + 1);
+        for (int64_t c = 0; c < channels; c++) middle(0, step.images, c, c + 1);
 #pragma omp for schedule(static)
         for (int64_t piece = 0; piece < pieces; piece++)
           stacks_of(piece, [&](int64_t begin, int64_t end) { last(begin, end, memory, piece); });
@@ -869,12 +899,13 @@ template <typename T, typename Factor = float> struct Block {
   }
 
   void forward() const {
-    const T* z = (const T*)call.z;
-    T* y = (T*)call.y;
-    const auto packed = call.filters ? convolution.pack(false) : Room<Factor>(0);
+    const T* z = (const T*)step.z;
+    T* y = (T*)step.y;
+    const auto packed = convolution.pack(false);
     run(
         [&](int64_t begin, int64_t end, auto& memory) {
-          if (call.filters) convolution.forward(begin, end, packed, memory);
+          convolution.forward(begin, end, packed, memory);
+          if (step.fixed) return;
           channels_of(begin, end, [&](int64_t start, int64_t place, int64_t) {
             const Floats pivot = load(z + start);  // near the mean, so that the squares do not swallow the variance
             Floats sum = {}, squares = {};
@@ -884,26 +915,31 @@ template <typename T, typename Factor = float> struct Block {
               squares += distance * distance;
             }
             sum /= float(area);
-            store(call.mean + place, pivot + sum);
-            store(call.variance + place, squares / float(area) - sum * sum);
+            store(step.mean + place, pivot + sum);
+            store(step.variance + place, squares / float(area) - sum * sum);
           });
         },
         [&](int64_t n0, int64_t n1, int64_t c0, int64_t c1) {
           const float count = (n1 - n0) * (c1 - c0);
           float mean = 0, variance = 0;
-          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) { mean += call.mean[place] / count; });
+          if (step.fixed) {
+            step.mean[n0 * channels + c0] = step.running_mean[c0];
+            step.variance[n0 * channels + c0] = step.running_variance[c0];
+            return;
+          }
+          places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) { mean += step.mean[place] / count; });
           places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
-            const float distance = call.mean[place] - mean;
-            variance += (call.variance[place] + distance * distance) / count;
+            const float distance = step.mean[place] - mean;
+            variance += (step.variance[place] + distance * distance) / count;
           });
           places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
-            call.mean[place] = mean;
-            call.variance[place] = variance;
+            step.mean[place] = mean;
+            step.variance[place] = variance;
           });
-          if (call.running_mean) {
+          if (step.running_mean) {
             const float unbiased = variance * (count * area / (count * area - 1));
-            call.running_mean[c0] += float(call.momentum) * (mean - call.running_mean[c0]);
-            call.running_variance[c0] += float(call.momentum) * (unbiased - call.running_variance[c0]);
+            step.running_mean[c0] += float(step.momentum) * (mean - step.running_mean[c0]);
+            step.running_variance[c0] += float(step.momentum) * (unbiased - step.running_variance[c0]);
           }
         },
         [&](int64_t begin, int64_t end, auto&, int64_t) {
@@ -920,13 +956,13 @@ template <typename T, typename Factor = float> struct Block {
   // With h the gradient that passes ReLU and dropout, u = weight * h and v the normalised z, all of a set:
   // dz = (u - mean(u) - v * mean(u * v)) / deviation.
   void backward() const {
-    const T *z = (const T*)call.z, *gradient = (const T*)call.gradient;
-    const int64_t places = call.images * channels;
+    const T *z = (const T*)step.z, *gradient = (const T*)step.gradient;
+    const int64_t places = step.images * channels;
     std::vector<float> tables(5 * places);
-    const std::unique_ptr<float[]> sums(call.filters ? new float[pieces * convolution.size] : nullptr);
+    const std::unique_ptr<float[]> sums(new float[pieces * convolution.size]);
     float *sum_h = &tables[0], *sum_hv = sum_h + places, *mean_u = sum_hv + places, *mean_uv = mean_u + places;
     float* sum_dz = mean_uv + places;
-    const auto packed = call.dx ? convolution.pack(true) : Room<Factor>(0);
+    const auto packed = convolution.pack(true);
     run(
         [&](int64_t begin, int64_t end, auto&) {
           channels_of(begin, end, [&](int64_t start, int64_t place, int64_t c) {
@@ -946,8 +982,8 @@ template <typename T, typename Factor = float> struct Block {
           const float count = (n1 - n0) * (c1 - c0) * area;
           float u = 0, uv = 0;
           places_of(n0, n1, c0, c1, [&](int64_t place, int64_t c) {
-            u += call.weight[c] * sum_h[place];
-            uv += call.weight[c] * sum_hv[place];
+            u += step.weight[c] * sum_h[place];
+            uv += step.weight[c] * sum_hv[place];
           });
           places_of(n0, n1, c0, c1, [&](int64_t place, int64_t) {
             mean_u[place] = u / count;
@@ -955,7 +991,7 @@ template <typename T, typename Factor = float> struct Block {
           });
         },
         [&](int64_t begin, int64_t end, auto& memory, int64_t piece) {
-          T* dz = call.dz ? (T*)call.dz + begin * length : (T*)(float*)memory.dz;
+          T* dz = step.dz ? (T*)step.dz + begin * length : (T*)(float*)memory.dz;
           channels_of(begin, end, [&](int64_t start, int64_t place, int64_t c) {
             const auto line = this->line(place, c);
             const Floats per_value = -line.rstd * line.rstd * load(mean_uv + place);
@@ -970,30 +1006,33 @@ template <typename T, typename Factor = float> struct Block {
             }
             store(sum_dz + place, sum);
           });
-          if (call.filters) {
-            convolution.backward(begin, end, packed, dz, memory, begin == start_of(piece));
-            if (end == start_of(piece + 1)) convolution.weigh(memory, &sums[piece * convolution.size]);
-          }
+          convolution.backward(begin, end, packed, dz, memory, begin == start_of(piece));
+          if (end == start_of(piece + 1)) convolution.weigh(memory, &sums[piece * convolution.size]);
         });
     const auto total = [&](const float* table, float* to) {
       for (int64_t c = 0; c < channels; c++) to[c] = 0;
-      places_of(0, call.images, 0, channels, [&](int64_t place, int64_t c) { to[c] += table[place]; });
+      places_of(0, step.images, 0, channels, [&](int64_t place, int64_t c) { to[c] += table[place]; });
     };
-    total(sum_h, call.dbias);
-    total(sum_hv, call.dweight);
-    if (call.filters) {
-      total(sum_dz, call.doffsets);
-      convolution.finish(pieces, sums.get());
-    }
+    total(sum_h, step.dbias);
+    total(sum_hv, step.dweight);
+    total(sum_dz, step.doffsets);
+    const int64_t factors = 9 * step.inputs;  // of a value
+#pragma omp parallel for schedule(static)
+    for (int64_t f = 0; f < factors; f++)  // the pieces' gradients together, as filters lie
+      for (int64_t c = 0; c < channels; c += LANES) {
+        Floats total = {};
+        for (int64_t p = 0; p < pieces; p++) total += load(&sums[p * convolution.size + f * channels + c]);
+        for (int64_t o = 0; o < LANES; o++) step.dfilters[(c + o) * factors + f] = total[o];
+      }
   }
 };
 
 // A 1×1 convolution in float32, then the largest of each 2×2 pixels; z keeps which of the four it was. The images are
 // taken by strips, of two rows of pixels each.
 template <typename T> struct Squeeze {
-  const Call& call;
-  const int64_t inputs = call.inputs, outputs = call.outputs, width = call.width, pixels = 2 * width;
-  const int64_t strips = call.images * call.height / 2, pieces = std::min(strips, PIECES);
+  const Step& step;
+  const int64_t inputs = step.inputs, outputs = step.outputs, width = step.width, pixels = 2 * width;
+  const int64_t strips = step.images * step.height / 2, pieces = std::min(strips, PIECES);
   const int64_t room = whole(pixels, ROWS), high = whole(outputs, ROWS), wide = whole(outputs, LANES);
   const int64_t size = high * inputs + wide;  // of a sum of gradients
   const int64_t offset[4] = {0, 1, width, width + 1};  // of the four pixels
@@ -1005,7 +1044,7 @@ template <typename T> struct Squeeze {
         body(2 * x, (strip * width / 2 + x) * outputs + o, o, std::min(LANES, outputs - o));
   }
   void widen(int64_t strip, float* image) const {
-    const T* x = (const T*)call.x + strip * pixels * inputs;
+    const T* x = (const T*)step.x + strip * pixels * inputs;
     for (int64_t i = 0; i < pixels * inputs; i += LANES) store(image + i, load(x + i));
   }
 
@@ -1013,8 +1052,8 @@ template <typename T> struct Squeeze {
     const Room<> filters((inputs + 1) * wide);  // the last row are the offsets
     std::fill_n((float*)filters, (inputs + 1) * wide, 0);
     for (int64_t o = 0; o < outputs; o++) {
-      for (int64_t i = 0; i < inputs; i++) filters[i * wide + o] = call.filters[o * inputs + i];
-      filters[inputs * wide + o] = call.offsets[o];
+      for (int64_t i = 0; i < inputs; i++) filters[i * wide + o] = step.filters[o * inputs + i];
+      filters[inputs * wide + o] = step.offsets[o];
     }
 #pragma omp parallel
     {
@@ -1032,8 +1071,8 @@ template <typename T> struct Squeeze {
             largest = where(larger, value) + where(~larger, largest);
             choice = where(larger, Floats{} + float(k)) + where(~larger, choice);
           }
-          store((T*)call.y + place, largest + load(filters + inputs * wide + o), count);
-          store((T*)call.z + place, choice, count);
+          store((T*)step.y + place, largest + load(filters + inputs * wide + o), count);
+          if (step.z) store((T*)step.z + place, choice, count);
         });
       }
     }
@@ -1041,7 +1080,7 @@ template <typename T> struct Squeeze {
 
   void backward() const {
     const int64_t end = strips * width / 2 * outputs;
-    const T *gradient = (const T*)call.gradient, *choice = (const T*)call.z;
+    const T *gradient = (const T*)step.gradient, *choice = (const T*)step.z;
     const Room<> sums(pieces * size);
 #pragma omp parallel
     {
@@ -1060,38 +1099,179 @@ template <typename T> struct Squeeze {
               store(dconvolved + (first + offset[k]) * wide + o, where(chosen == float(k), value));
           });
           multiply<float>(dconvolved, 1, wide, image, dfilters, outputs, pixels, inputs, true);
-          multiply<float>(dconvolved, wide, 1, call.filters, dimage, pixels, outputs, inputs);
-          T* dx = (T*)call.dx + strip * pixels * inputs;
+          multiply<float>(dconvolved, wide, 1, step.filters, dimage, pixels, outputs, inputs);
+          T* dx = (T*)step.dx + strip * pixels * inputs;
           for (int64_t i = 0; i < pixels * inputs; i += LANES) store(dx + i, load(dimage + i));
         }
       }
     }
     for (int64_t o = 0; o < outputs; o++) {
-      call.doffsets[o] = 0;
-      std::fill_n(call.dfilters + o * inputs, inputs, 0);
+      step.doffsets[o] = 0;
+      std::fill_n(step.dfilters + o * inputs, inputs, 0);
       for (int64_t piece = 0; piece < pieces; piece++) {
         const float *dfilters = sums + piece * size, *doffsets = dfilters + high * inputs;
-        call.doffsets[o] += doffsets[o];
-        for (int64_t i = 0; i < inputs; i++) call.dfilters[o * inputs + i] += dfilters[o * inputs + i];
+        step.doffsets[o] += doffsets[o];
+        for (int64_t i = 0; i < inputs; i++) step.dfilters[o * inputs + i] += dfilters[o * inputs + i];
       }
     }
+  }
+};
+
+// The mean of each map, kept in z, and what a linear layer makes of these; y is in float32.
+template <typename T> struct Head {
+  const Step& step;
+  const int64_t inputs = step.inputs, outputs = step.outputs, area = step.height * step.width;
+
+  void forward() const {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < step.images; n++) {
+      const T* x = (const T*)step.x + n * area * inputs;
+      float *means = (float*)step.z + n * inputs, *y = (float*)step.y + n * outputs;
+      for (int64_t i = 0; i < inputs; i += LANES) {
+        Floats sum = {};
+        for (int64_t pixel = 0; pixel < area; pixel++) sum += load(x + pixel * inputs + i);
+        store(means + i, sum / float(area));
+      }
+      for (int64_t o = 0; o < outputs; o++) {
+        Floats products = {};
+        for (int64_t i = 0; i < inputs; i += LANES) products += load(means + i) * load(step.filters + o * inputs + i);
+        y[o] = step.offsets[o];
+        for (int64_t l = 0; l < LANES; l++) y[o] += products[l];
+      }
+    }
+  }
+
+  void backward() const {
+    const float *gradient = (const float*)step.gradient, *means = (const float*)step.z;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < step.images; n++)
+      for (int64_t i = 0; i < inputs; i += LANES) {
+        Floats sum = {};
+        for (int64_t o = 0; o < outputs; o++) sum += gradient[n * outputs + o] * load(step.filters + o * inputs + i);
+        T* dx = (T*)step.dx + n * area * inputs + i;
+        for (int64_t pixel = 0; pixel < area; pixel++) store(dx + pixel * inputs, sum / float(area));
+      }
+    for (int64_t o = 0; o < outputs; o++) {
+      step.doffsets[o] = 0;
+      for (int64_t n = 0; n < step.images; n++) step.doffsets[o] += gradient[n * outputs + o];
+      for (int64_t i = 0; i < inputs; i += LANES) {
+        Floats sum = {};
+        for (int64_t n = 0; n < step.images; n++) sum += gradient[n * outputs + o] * load(means + n * inputs + i);
+        store(step.dfilters + o * inputs + i, sum);
+      }
+    }
+  }
+};
+
+// Gives out one place after another in a room.
+struct Places {
+  int64_t next;
+  template <typename Value> void take(Value*& place, int64_t bytes) {
+    place = (Value*)next;
+    next += whole(bytes, 64);  // of a line of the cache
+  }
+};
+
+template <typename T> struct Network {
+  Step* const steps;
+  const int64_t count;
+
+  static int64_t bytes_of_y(const Step& step) {
+    const int64_t values = step.images * step.outputs;
+    return step.kind == HEAD      ? values * sizeof(float)
+           : step.kind == SQUEEZE ? values * (step.height / 2 * step.width / 2) * sizeof(T)
+                                  : values * step.height * step.width * sizeof(T);
+  }
+  // Where what the steps compute lies in a room, but for the last y; returns the room's size.
+  int64_t lay_out(bool learns, int64_t room) const {
+    Places places = {room};
+    for (int64_t i = 0; i < count; i++) {
+      Step& step = steps[i];
+      if (i) step.x = steps[i - 1].y;
+      if (i < count - 1) places.take(step.y, bytes_of_y(step));
+      if (step.kind == HEAD) {
+        places.take(step.z, step.images * step.inputs * sizeof(float));
+      } else if (learns) {
+        places.take(step.z, bytes_of_y(step));
+      } else if (step.kind == BLOCK) {
+        step.z = step.y;
+      }
+      if (step.kind == BLOCK) {
+        step.skip = step.source < 0 ? nullptr : steps[step.source].y;
+        for (float** table : {&step.mean, &step.variance})
+          places.take(*table, step.images * step.outputs * sizeof(float));
+      }
+    }
+    return places.next - room;
+  }
+  // The same for the gradients. Those of two steps next to each other are needed at a time, and those of a skip.
+  int64_t lay_out_gradients(int64_t room) const {
+    Places places = {room};
+    int64_t most = 0;
+    for (int64_t i = 0; i < count - 1; i++) {
+      steps[i].gradient = nullptr;
+      most = std::max(most, bytes_of_y(steps[i]));
+    }
+    const void* halves[2];
+    for (const void*& half : halves) places.take(half, most);
+    for (int64_t i = count; i--;) {
+      Step& step = steps[i];
+      if (step.kind == BLOCK && step.skip) {
+        places.take(step.dz, bytes_of_y(step));
+        steps[step.source].gradient = step.dz;
+      }
+      if (!i) continue;
+      step.added = steps[i - 1].gradient != nullptr;
+      if (!step.added) steps[i - 1].gradient = halves[i % 2];
+      step.dx = (void*)steps[i - 1].gradient;
+    }
+    return places.next - room;
+  }
+
+  // Both return how much room they want, and where none is given, do no more.
+  int64_t forward(bool learns, int64_t room) const {
+    const int64_t size = lay_out(learns, room);
+    for (int64_t i = 0; room && i < count; i++) {
+      const Step& step = steps[i];
+      if (step.kind == HEAD)
+        Head<T>{step}.forward();
+      else if (step.kind == SQUEEZE)
+        Squeeze<T>{step}.forward();
+      else if (step.planes)
+        Block<T, Direct<T>>{step}.forward();
+      else
+        Block<T, Winograd<T, float>>{step}.forward();
+    }
+    return size;
+  }
+  template <typename Factor> int64_t backward(int64_t activations, int64_t room) const {
+    lay_out(true, activations);
+    const int64_t size = lay_out_gradients(room);
+    for (int64_t i = count; room && i--;) {
+      const Step& step = steps[i];
+      if (step.kind == HEAD)
+        Head<T>{step}.backward();
+      else if (step.kind == SQUEEZE)
+        Squeeze<T>{step}.backward();
+      else if (step.planes)
+        Block<T, Direct<T>>{step}.backward();
+      else
+        Block<T, Winograd<T, Factor>>{step}.backward();
+    }
+    return size;
   }
 };
 
 }  // namespace
 
 extern "C" {
-void block_forward(bool half, const Call* call) {
-  half ? Block<bfloat16>{*call}.forward() : Block<float>{*call}.forward();
+int64_t forward(bool half, Step* steps, int64_t count, bool learns, int64_t room) {
+  return half ? Network<bfloat16>{steps, count}.forward(learns, room)
+              : Network<float>{steps, count}.forward(learns, room);
 }
-void block_backward(bool half, const Call* call) {
-  half ? Block<bfloat16, Pair>{*call}.backward() : Block<float>{*call}.backward();
-}
-void squeeze_forward(bool half, const Call* call) {
-  half ? Squeeze<bfloat16>{*call}.forward() : Squeeze<float>{*call}.forward();
-}
-void squeeze_backward(bool half, const Call* call) {
-  half ? Squeeze<bfloat16>{*call}.backward() : Squeeze<float>{*call}.backward();
+int64_t backward(bool half, Step* steps, int64_t count, int64_t activations, int64_t room) {
+  return half ? Network<bfloat16>{steps, count}.backward<Pair>(activations, room)
+              : Network<float>{steps, count}.backward<float>(activations, room);
 }
 }
 """

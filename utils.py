@@ -445,7 +445,7 @@ def choose_memory_format(memory_format, model, device, dtype):
 
     Measured on two Zen 4 cores, ms a step at batch size 64, channels_last / contiguous: bfloat16 batch 21 / 25,
     group 34 / 25 (PyTorch's kernel is not vectorised there), layer 20 / not tried; float32 batch 31 / 45, group
-    32 / 42. The kit's own kernel (model.FusedBlock) is for channels_last.
+    32 / 42. The kit's own kernel (model.FusedLayers) is for channels_last.
     """
     check_choice("memory_format", memory_format, ["auto", *MEMORY_FORMATS])
     if memory_format == "auto":
@@ -457,11 +457,10 @@ def choose_memory_format(memory_format, model, device, dtype):
 
 
 def is_fused(model):
-    """Whether there is a kernel for norm, dropout and ReLU, and the model's blocks may use it."""
-    from model import ConvBlock, FusedBlock, kernel  # here, so that the two modules stay independent
+    """Whether there is a kernel for the model's layers, and it may use it."""
+    from model import Net, computes_norm, kernel  # here, so that the two modules stay independent
 
-    blocks = [module for module in model.modules() if isinstance(module, ConvBlock)]
-    return any(block.fused and FusedBlock.knows(block.norm) for block in blocks) and kernel() is not None
+    return isinstance(model, Net) and model.fused and computes_norm(model.C1.norm) and kernel() is not None
 
 
 class Figures(NamedTuple):
@@ -541,10 +540,10 @@ def check_labels(labels, logits, batch_id=0):
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
         given = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"the loader yields labels of {given}: expected int64 ({len(logits)},), one for each image")
-    if (labels.device.type == "cpu" or not batch_id) and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}: the network tells 0 to {logits.shape[1] - 1} apart"
-        )
+    if labels.device.type == "cpu" or not batch_id:
+        low, high = (int(label) for label in labels.aminmax())
+        if not 0 <= low <= high < logits.shape[1]:
+            raise ValueError(f"labels run from {low} to {high}: the network tells 0 to {logits.shape[1] - 1} apart")
 
 
 def first_non_finite(model, images):
@@ -953,7 +952,7 @@ def run(
     of the training, then lowers it to zero, both in a straight line.
     num_groups, dropout, skip, head_gain: see model.Net.
     precision: "float32" or "bfloat16"; memory_format: "contiguous" or "channels_last", each chosen for the machine
-    unless named. fused: step SGD in one kernel, and compute each block in one, where there are such.
+    unless named. fused: compute all layers in one kernel, and step SGD in one, where there are such.
     compile: see compile_network.
     checkpoint, on_epoch: see fit. self_check: compare the norms' results on the device with the CPU's first; on for
     Apple's MPS.
@@ -987,7 +986,7 @@ def run(
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         fused = "fused " if optimizer.defaults.get("fused") else ""
         choices = [f"{device}{threads}", dtype, memory_format, fused + type(optimizer).__name__]
-        choices[3:3] = ["fused norm"] if kernel_used else []
+        choices[3:3] = ["fused layers"] if kernel_used else []
         choices += ["compiled"] if compile else []
         print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
     history = fit(

@@ -266,7 +266,7 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_figures(data, norm, precision, capsys):
     losses = []
-    kernel = "" if model.kernel() is None else "fused norm, "
+    kernel = "" if model.kernel() is None else "fused layers, "
     ways = (
         ("contiguous", False, "contiguous_format, SGD"),
         ("channels_last", True, f"channels_last, {kernel}fused SGD"),
