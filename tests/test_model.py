@@ -472,7 +472,10 @@ ALTERATIONS = {
     "another convolution": lambda net: setattr(net.C4, "conv", nn.Conv2d(32, 32, 5, padding=2)),
     "another padding": lambda net: setattr(net.C4.conv, "padding_mode", "reflect"),
     "another width": lambda net: setattr(net, "C8", model.ConvBlock(32, 48, nn.GroupNorm(4, 48), 0)),
-    "another width to add": lambda net: setattr(net, "C5", model.ConvBlock(32, 16, nn.GroupNorm(4, 16), 0)),
+    "another width to add": lambda net: (
+        setattr(net, "C9", model.ConvBlock(32, 16, nn.GroupNorm(4, 16), 0)),
+        setattr(net, "C10", model.Conv2d(16, 10, 1)),
+    ),
     "another norm": lambda net: setattr(net.C9, "norm", nn.InstanceNorm2d(32, affine=True)),
     "a norm without a bias": lambda net: setattr(net.C9, "norm", nn.GroupNorm(4, 32, bias=False)),
     "a cumulative average": lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)),
@@ -498,6 +501,14 @@ def test_where_the_kernel_cannot_do_all_that_is_asked_the_modules_run(name, call
     except RuntimeError as error:
         assert "width" in name, error  # which PyTorch's modules cannot compute either
     assert len(calls) == 1
+
+
+@fused_only
+@pytest.mark.parametrize("of_images, of_net", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_images_of_another_precision_than_the_network_are_an_error_as_ever(of_images, of_net):
+    net = model.Net().to(of_net, memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="type"):
+        net(images().to(of_images))
 
 
 @fused_only
