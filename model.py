@@ -372,7 +372,6 @@ KERNEL = r"""
 #include <cstring>
 #include <memory>
 #include <type_traits>
-#include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -958,10 +957,8 @@ template <typename T, typename Convolution> struct Block {
   void backward() const {
     const T *z = (const T*)step.z, *gradient = (const T*)step.gradient;
     const int64_t places = step.images * channels;
-    std::vector<float> tables(5 * places);
-    const std::unique_ptr<float[]> sums(new float[pieces * convolution.size]);
-    float *sum_h = &tables[0], *sum_hv = sum_h + places, *mean_u = sum_hv + places, *mean_uv = mean_u + places;
-    float* sum_dz = mean_uv + places;
+    const Room<> sum_h(places), sum_hv(places), mean_u(places), mean_uv(places), sum_dz(places);
+    const Room<> sums(pieces * convolution.size);
     const auto packed = convolution.pack(true);
     run(
         [&](int64_t begin, int64_t end, auto&) {
@@ -1007,11 +1004,14 @@ template <typename T, typename Convolution> struct Block {
             store(sum_dz + place, sum);
           });
           convolution.backward(begin, end, packed, dz, memory, begin == start_of(piece));
-          if (end == start_of(piece + 1)) convolution.weigh(memory, &sums[piece * convolution.size]);
+          if (end == start_of(piece + 1)) convolution.weigh(memory, sums + piece * convolution.size);
         });
     const auto total = [&](const float* table, float* to) {
-      for (int64_t c = 0; c < channels; c++) to[c] = 0;
-      places_of(0, step.images, 0, channels, [&](int64_t place, int64_t c) { to[c] += table[place]; });
+      for (int64_t c = 0; c < channels; c += LANES) {
+        Floats sum = {};
+        for (int64_t n = 0; n < step.images; n++) sum += load(table + n * channels + c);
+        store(to + c, sum);
+      }
     };
     total(sum_h, step.dbias);
     total(sum_hv, step.dweight);
@@ -1021,7 +1021,7 @@ template <typename T, typename Convolution> struct Block {
     for (int64_t f = 0; f < factors; f++)  // the pieces' gradients together, as filters lie
       for (int64_t c = 0; c < channels; c += LANES) {
         Floats total = {};
-        for (int64_t p = 0; p < pieces; p++) total += load(&sums[p * convolution.size + f * channels + c]);
+        for (int64_t p = 0; p < pieces; p++) total += load(sums + p * convolution.size + f * channels + c);
         for (int64_t o = 0; o < LANES; o++) step.dfilters[(c + o) * factors + f] = total[o];
       }
   }
@@ -1228,36 +1228,23 @@ template <typename T> struct Network {
     return places.next - room;
   }
 
+  // Calls body(what computes a step).
+  template <typename Factor, typename Body> static void kind_of(const Step& step, Body body) {
+    step.kind == HEAD      ? body(Head<T>{step})
+    : step.kind == SQUEEZE ? body(Squeeze<T>{step})
+    : step.planes          ? body(Block<T, Direct<T>>{step})
+                           : body(Block<T, Winograd<T, Factor>>{step});
+  }
   // Both return how much room they want, and where none is given, do no more.
   int64_t forward(bool learns, int64_t room) const {
     const int64_t size = lay_out(learns, room);
-    for (int64_t i = 0; room && i < count; i++) {
-      const Step& step = steps[i];
-      if (step.kind == HEAD)
-        Head<T>{step}.forward();
-      else if (step.kind == SQUEEZE)
-        Squeeze<T>{step}.forward();
-      else if (step.planes)
-        Block<T, Direct<T>>{step}.forward();
-      else
-        Block<T, Winograd<T, float>>{step}.forward();
-    }
+    for (int64_t i = 0; room && i < count; i++) kind_of<float>(steps[i], [](const auto& layer) { layer.forward(); });
     return size;
   }
   template <typename Factor> int64_t backward(int64_t activations, int64_t room) const {
     lay_out(true, activations);
     const int64_t size = lay_out_gradients(room);
-    for (int64_t i = count; room && i--;) {
-      const Step& step = steps[i];
-      if (step.kind == HEAD)
-        Head<T>{step}.backward();
-      else if (step.kind == SQUEEZE)
-        Squeeze<T>{step}.backward();
-      else if (step.planes)
-        Block<T, Direct<T>>{step}.backward();
-      else
-        Block<T, Winograd<T, Factor>>{step}.backward();
-    }
+    for (int64_t i = count; room && i--;) kind_of<Factor>(steps[i], [](const auto& layer) { layer.backward(); });
     return size;
   }
 };
