@@ -6,11 +6,13 @@ C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10.
 First the network, then a kernel that computes its layers on a CPU: the same figures, sooner.
 """
 
+import collections
 import ctypes
 import functools
 import os
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -250,10 +252,30 @@ def point(fields, tensors):
 
 
 def in_room(function, *args):
-    """Calls one of the kernel's functions with a room as large as it asks for, and returns that."""
-    room = torch.empty(max(1, function(*args, None)), dtype=torch.uint8)  # an empty tensor has no address
+    """Calls one of the kernel's functions with as much room as it asks for, and returns that."""
+    room = lend(function(*args, None))
     function(*args, room.data_ptr())
     return room
+
+
+def lend(size):
+    """A tensor of at least size bytes, whose memory goes back to SPARE once nobody holds it any more.
+
+    Were it asked of the system at each step, the processor would spend a tenth of the time on having it mapped; and in
+    what the C library keeps, small things settle, so that a large room no longer fits and the peak rises.
+    """
+    try:
+        memory = SPARE.pop()
+    except IndexError:
+        memory = torch.empty(0, dtype=torch.uint8)
+    if len(memory) < max(1, size):  # an empty tensor has no address
+        memory = torch.empty(max(1, size), dtype=torch.uint8)
+    lent = memory.numpy()
+    weakref.finalize(lent, SPARE.append, memory).atexit = False
+    return torch.from_numpy(lent)
+
+
+SPARE = collections.deque(maxlen=2)  # what a forward and a backward pass need
 
 
 def parameters_of(layer, other):

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import ctypes
 import hashlib
 import io
 import itertools
@@ -647,7 +646,6 @@ def fit(
     for loader in (train_loader, test_loader):
         if not len(loader):
             raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
-    keep_freed_memory()
     options = {"criterion": criterion, "precision": precision}
     log = print if progress else lambda *args, **kwargs: None
     history = History()
@@ -814,20 +812,6 @@ def check_epochs(epochs, limit=None):
         raise ValueError(f"epochs={epochs!r}: expected a whole number of at least 1")
     if limit is not None and epochs > limit:
         raise ValueError(f"epochs={epochs}: the assignment allows {limit}; set EPOCH_LIMIT higher to lift that")
-
-
-def keep_freed_memory():
-    """Lets glibc reuse the activations' memory from step to step instead of returning it to the kernel.
-
-    Every page would be faulted in anew by the next step: an epoch on the CPU takes a tenth less this way.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not Linux, or another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(parameter, 2**30)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 # ---------------------------------------------------------------------------------- experiment

@@ -453,6 +453,32 @@ def test_evaluation_in_the_kernel_leaves_the_network_as_it_is_and_images_to_them
 
 
 @fused_only
+def test_passes_that_are_open_at_once_keep_their_activations_apart(norm):
+    net = model.Net(norm, dropout=0).to(memory_format=torch.channels_last)
+    parameters, batches = list(net.parameters()), images(6).split(3)
+    alone = [torch.autograd.grad(net(batch).square().sum(), parameters) for batch in batches]
+    losses = [net(batch).square().sum() for batch in batches]
+    for _ in range(2):
+        for loss, expected in zip(losses, alone):
+            found = torch.autograd.grad(loss, parameters, retain_graph=True)
+            assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+@fused_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_share_their_memory_and_what_it_held_does_not_matter(norm, dtype):
+    net, found, rooms = model.Net(norm, dropout=0).to(memory_format=torch.channels_last), [], []
+    for _ in range(2):
+        with utils.autocast(torch.device("cpu"), dtype):
+            found.append([*gradients(net, images()), net(images()).detach()])
+        for memory in model.SPARE:
+            memory.fill_(255)  # a NaN in either
+        rooms.append({memory.data_ptr() for memory in model.SPARE})
+    assert rooms[0] == rooms[1] and len(rooms[0]) == 2
+    assert all(torch.equal(*pair) for pair in zip(*found))
+
+
+@fused_only
 def test_logits_do_not_hold_the_activations(norm):
     with torch.no_grad():
         logits = model.Net(norm).to(memory_format=torch.channels_last)(images())

@@ -75,7 +75,6 @@ def kit(norm, data, batch_size, device, precision="auto", augment=False, residen
     if compiled:
         net = utils.compile_network(net, loader, dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
-    utils.keep_freed_memory()
     if not resident:
         return lambda: utils.train(net, loader, optimizer, precision=precision, progress=False)
 
