@@ -349,6 +349,7 @@ class Loader:
         self.seed, self.epoch = seed, 0
         self.mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1) * 255
         self.scale = 1 / (torch.tensor(STD, device=self.device).view(3, 1, 1) * 255)
+        self.moves = list_moves(*images.shape[2:]).to(self.device)
 
     def __repr__(self):
         options = ("batch_size", "shuffle", "augment", "seed")
@@ -362,28 +363,32 @@ class Loader:
         # Drawn on the CPU for the whole epoch: the same on every device, and no small transfers on the way.
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        flips = torch.rand(n, 1, generator=generator) < 0.5
-        shifts = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, n, 1), generator=generator)
-        order, flips, (down, right) = order.to(self.device), flips.to(self.device), shifts.to(self.device)
+        moves = torch.randint(len(self.moves), (n,), generator=generator)
+        order, moves = order.to(self.device), moves.to(self.device)
         for start in range(0, n, self.batch_size):
             batch = slice(start, start + self.batch_size)
             images = self.images.index_select(0, order[batch])
             if self.augment:
-                images = shift_and_flip(images, down[batch], right[batch], flips[batch])
+                images = move(images, self.moves.index_select(0, moves[batch]))
             yield images.float().sub_(self.mean).mul_(self.scale), self.labels[order[batch]]
         self.epoch += 1
 
 
-def shift_and_flip(images, down, right, flip):
-    """Each image (B, C, H, W) moved by its own offset (B, 1), edges mirrored, and flipped where asked (B, 1)."""
-    height, width = images.shape[2:]
-    rows = torch.arange(height, device=images.device) - down
-    columns = torch.arange(width, device=images.device) - right
-    rows, columns = mirror(rows, height), mirror(columns, width)
-    columns = torch.where(flip, width - 1 - columns, columns)
-    pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # B, H·W
-    pixels = pixels[:, None].expand(-1, images.shape[1], -1)
-    return images.flatten(2).gather(2, pixels).view_as(images)
+def list_moves(height, width):
+    """Each way to shift an image by up to MAX_SHIFT pixels, edges mirrored, and to flip it or not.
+
+    (ways, H·W): where in the image the pixels of the moved one lie.
+    """
+    shifts = torch.arange(-MAX_SHIFT, MAX_SHIFT + 1)[:, None]
+    rows, columns = mirror(torch.arange(height) - shifts, height), mirror(torch.arange(width) - shifts, width)
+    columns = torch.cat([columns, width - 1 - columns])
+    return (rows[:, None, :, None] * width + columns[:, None, :]).flatten(0, 1).flatten(1)
+
+
+def move(images, pixels):
+    """Each image (B, C, H, W) made of its pixels at these places (B, H·W), the same in each channel."""
+    places = pixels[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, places).view_as(images)
 
 
 def mirror(index, size):

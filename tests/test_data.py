@@ -1,3 +1,4 @@
+import itertools
 import pickle
 import shutil
 import sys
@@ -203,31 +204,38 @@ def test_an_epoch_depends_on_its_seed_and_number_alone(data, augment):
     for _ in range(2):
         (images, labels), (other, other_labels) = everything(first), everything(second)
         assert torch.equal(images, other) and torch.equal(labels, other_labels)
-    assert torch.equal(everything(loader())[1], everything(loader(batch_size=7))[1])
+    assert all(map(torch.equal, everything(loader()), everything(loader(batch_size=7))))
     assert not torch.equal(everything(loader())[1], everything(first)[1])  # another epoch
     assert not torch.equal(everything(loader())[1], everything(loader(seed=4))[1])
 
 
-@pytest.mark.parametrize(("down", "right", "flip"), [(0, 0, True), (2, -1, False), (-2, 2, True), (1, 0, False)])
-def test_augmentation_equals_torchvisions(data, down, right, flip, device):
-    images = data.train_images[:3]
-    one = torch.ones(3, 1, dtype=torch.int64, device=device)
-    moved = utils.shift_and_flip(images.to(device), down * one, right * one, flip * one > 0).cpu()
-    padded = v2.functional.pad(images, [2, 2, 2, 2], padding_mode="reflect")
-    expected = v2.functional.crop(
-        v2.functional.horizontal_flip(padded) if flip else padded, 2 - down, 2 - right, 32, 32
+def test_augmentation_equals_torchvisions(data, device):
+    images = data.train_images[:3, :, :, :28]  # not square
+    ways = itertools.product(range(-2, 3), (False, True), range(-2, 3))
+    for pixels, (down, flip, right) in zip(utils.list_moves(32, 28), ways, strict=True):
+        moved = utils.move(images.to(device), pixels.expand(3, -1).to(device)).cpu()
+        padded = v2.functional.pad(images, [2, 2, 2, 2], padding_mode="reflect")
+        flipped = v2.functional.horizontal_flip(padded) if flip else padded
+        assert torch.equal(moved, v2.functional.crop(flipped, 2 - down, 2 - right, 32, 28))
+
+
+def test_training_images_are_moved_in_every_way_and_test_images_in_none(data):
+    few = utils.Data(
+        "few", data.classes, data.train_images[:60], data.train_labels[:60], data.test_images, data.test_labels
     )
-    assert torch.equal(moved, expected)
-
-
-def test_augmented_images_vary_and_test_images_do_not(data):
-    loaders = utils.get_loaders(data, 400, augment=True, device="cpu")
-    (train, labels), (test, _) = (everything(loader) for loader in loaders)
-    torch.testing.assert_close(test, reference(data.test_images), atol=1e-6, rtol=0)
-    plain, plain_labels = everything(utils.get_loaders(data, 400, device="cpu")[0])
-    assert torch.equal(labels, plain_labels)
-    unchanged = (train == plain).flatten(1).all(1).float().mean()
-    assert unchanged < 0.1  # one in fifty by chance
+    train_loader, test_loader = utils.get_loaders(few, 32, augment=True, device="cpu")
+    plain_loader, _ = utils.get_loaders(few, 32, device="cpu")
+    ways = utils.list_moves(32, 32)
+    seen = torch.zeros(len(ways), dtype=torch.bool)
+    for _ in range(10):
+        (moved, labels), (plain, plain_labels) = everything(train_loader), everything(plain_loader)
+        assert torch.equal(labels, plain_labels)
+        each = torch.stack([utils.move(plain, pixels.expand(len(plain), -1)) for pixels in ways], 1)
+        found = (each == moved[:, None]).flatten(2).all(2)
+        assert found.any(1).all()
+        seen |= found.any(0)
+    assert seen.all()  # by chance, all but surely
+    torch.testing.assert_close(everything(test_loader)[0], reference(few.test_images), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
