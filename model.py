@@ -253,7 +253,7 @@ def point(fields, tensors):
 
 def in_room(function, *args):
     """Calls one of the kernel's functions with as much room as it asks for, and returns that."""
-    room = lend(function(*args, None))
+    room = lend(max(1, function(*args, None)))  # an empty tensor has no address
     function(*args, room.data_ptr())
     return room
 
@@ -268,8 +268,8 @@ def lend(size):
         memory = SPARE.pop()
     except IndexError:
         memory = torch.empty(0, dtype=torch.uint8)
-    if len(memory) < max(1, size):  # an empty tensor has no address
-        memory = torch.empty(max(1, size), dtype=torch.uint8)
+    if len(memory) < size:
+        memory = torch.empty(size, dtype=torch.uint8)
     lent = memory.numpy()
     weakref.finalize(lent, SPARE.append, memory).atexit = False
     return torch.from_numpy(lent)
