@@ -7,12 +7,12 @@ Each name but "notebook" is a study of many runs. It goes on where it was stoppe
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -21,19 +21,14 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for worker processes
 
 import model  # noqa: E402
 import utils  # noqa: E402
+from normkit import plots  # noqa: E402
+from normkit.data import train_val_split  # noqa: E402
+from normkit.study import grid, run_many  # noqa: E402
 
 NORMS = list(model.NORMS)
 
-
-def first(data, size):
-    """The data with the first training images alone."""
-    name = f"{data.name}, first {size} training images"
-    return dataclasses.replace(
-        data, name=name, train_images=data.train_images[:size], train_labels=data.train_labels[:size]
-    )
-
-
-START = {"lr": 0.02, "weight_decay": 0.0, "adamw_lr": 0.003}  # of the best recipe, when the trials began
+# Of the best recipe, when the trials began.
+START = utils.get_recipe("best", lr=0.02, weight_decay=0.0, adamw_lr=0.003)
 
 
 def trials(data):
@@ -41,58 +36,58 @@ def trials(data):
 
     Of the runs of twenty epochs the file holds the last one alone.
     """
-    muon = utils.recipe("best", **START)
-    sgd = muon | {"optimizer": "sgd", "lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}
-    small_batches = sgd | {"batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
+    muon = START
+    sgd = muon.replace(optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=5e-4)
+    small_batches = sgd.replace(batch_size=64, lr=0.1, weight_decay=1e-4)
     tried = [
         ("batch", sgd),
-        ("batch", sgd | {"weight_decay": 1e-4}),
+        ("batch", sgd.replace(weight_decay=1e-4)),
         ("batch", muon),
-        ("batch", muon | {"lr": 0.01}),
-        ("batch", muon | {"lr": 0.05}),
-        ("batch", muon | {"momentum": 0.9}),
-        ("batch", muon | {"weight_decay": 0.1}),
-        ("batch", muon | {"adamw_lr": 0.01}),
-        ("batch", muon | {"batch_size": 256}),
-        ("batch", muon | {"batch_size": 256, "lr": 0.04}),
-        ("batch", muon | {"batch_size": 512, "lr": 0.04}),
-        ("batch", muon | {"dropout": 0.01}),
-        ("batch", muon | {"augment": False}),
-        ("group", sgd | {"lr": 0.1}),
+        ("batch", muon.replace(lr=0.01)),
+        ("batch", muon.replace(lr=0.05)),
+        ("batch", muon.replace(momentum=0.9)),
+        ("batch", muon.replace(weight_decay=0.1)),
+        ("batch", muon.replace(adamw_lr=0.01)),
+        ("batch", muon.replace(batch_size=256)),
+        ("batch", muon.replace(batch_size=256, lr=0.04)),
+        ("batch", muon.replace(batch_size=512, lr=0.04)),
+        ("batch", muon.replace(dropout=0.01)),
+        ("batch", muon.replace(augment=False)),
+        ("group", sgd.replace(lr=0.1)),
         ("group", muon),
         ("layer", sgd),
-        ("layer", sgd | {"lr": 0.1}),
-        ("layer", sgd | {"lr": 0.05, "weight_decay": 1e-4}),
+        ("layer", sgd.replace(lr=0.1)),
+        ("layer", sgd.replace(lr=0.05, weight_decay=1e-4)),
         ("layer", small_batches),
-        ("layer", small_batches | {"lr": 0.2}),
+        ("layer", small_batches.replace(lr=0.2)),
         ("layer", muon),
-        ("layer", muon | {"lr": 0.05}),
+        ("layer", muon.replace(lr=0.05)),
     ]
-    fast = muon | {"lr": 0.05}
+    fast = muon.replace(lr=0.05)
     whole_length = [
         (muon, (0, 1)),
-        (muon | {"adamw_lr": 0.01}, (0,)),
-        (muon | {"lr": 0.1}, (0,)),
+        (muon.replace(adamw_lr=0.01), (0,)),
+        (muon.replace(lr=0.1), (0,)),
         (fast, (0, 1)),
-        (fast | {"batch_size": 64}, (0,)),
-        (fast | {"weight_decay": 0.1}, (0,)),
-        (fast | {"adamw_lr": 0.03}, (0,)),
-        (fast | {"adamw_lr": 0.01}, (0, 1)),
-        (fast | {"adamw_lr": 0.01, "weight_decay": 0.03}, (0, 1)),
+        (fast.replace(batch_size=64), (0,)),
+        (fast.replace(weight_decay=0.1), (0,)),
+        (fast.replace(adamw_lr=0.03), (0,)),
+        (fast.replace(adamw_lr=0.01), (0, 1)),
+        (fast.replace(adamw_lr=0.01, weight_decay=0.03), (0, 1)),
     ]
-    runs = [{"norm": norm, "epochs": 10} | settings for norm, settings in tried]
-    runs += [{"norm": "batch", "seed": seed} | settings for settings, seeds in whole_length for seed in seeds]
-    return runs, utils.hold_out(data)
+    runs = [{"norm": norm, "epochs": 10, "recipe": recipe} for norm, recipe in tried]
+    runs += [{"norm": "batch", "seed": seed, "recipe": recipe} for recipe, seeds in whole_length for seed in seeds]
+    return runs, train_val_split(data)
 
 
 def seeds(data):
     """The headline: both recipes, five seeds."""
-    return utils.grid(recipe=["best", "classic"], seed=range(5), norm=NORMS), data
+    return grid(recipe=["best", "classic"], seed=range(5), norm=NORMS), data
 
 
 def bfloat16(data, precision="bfloat16"):
     """What bfloat16 costs in accuracy: the classic recipe in it, and once more in float32, for three seeds."""
-    return utils.grid(seed=range(3), norm=NORMS, precision=[precision]), data
+    return grid(seed=range(3), norm=NORMS, precision=precision), data
 
 
 def float32(data):
@@ -106,28 +101,36 @@ def batch_sizes(data):
     """
     runs = [
         run | {"lr": 0.04 * run["batch_size"] / 64, "schedule": "onecycle", "head_gain": 1.0, "epochs": 8}
-        for run in utils.grid(seed=range(3), batch_size=[2, 4, 8, 16, 32, 64, 128], norm=NORMS)
+        for run in grid(seed=range(3), batch_size=[2, 4, 8, 16, 32, 64, 128], norm=NORMS)
     ]
-    return runs, first(data, 5000)
+    return runs, data.first(5000)
 
 
 def groups(data):
     """Group norm from one group (layer norm) to one channel a group (instance norm)."""
-    runs = utils.grid(seed=range(3), num_groups=[1, 2, 4, 8, 16, "channels"])
-    fixed = {"norm": "group", "recipe": "best", "epochs": 8} | START
-    return [run | fixed for run in runs], first(data, 5000)
+    runs = grid(norm="group", recipe=[START], epochs=8, seed=range(3), num_groups=[1, 2, 4, 8, 16, "channels"])
+    return runs, data.first(5000)
 
 
 STUDIES = {study.__name__: study for study in (trials, seeds, bfloat16, float32, batch_sizes, groups)}
-PICTURES = {"seeds": utils.plot_seeds, "batch_sizes": utils.plot_batch_sizes, "groups": utils.plot_groups}
+PICTURES = {"seeds": plots.plot_seeds, "batch_sizes": plots.plot_batch_sizes, "groups": plots.plot_groups}
 
 
 def compare_precisions(folder):
     """Last-epoch test accuracies of the runs that were made in both precisions, and how much higher bfloat16's are."""
-    both = utils.pd.concat([utils.pd.read_csv(folder / f"{name}.csv") for name in ("bfloat16", "float32")])
+    both = pd.concat([pd.read_csv(folder / f"{name}.csv") for name in ("bfloat16", "float32")])
     last = both[both["epoch"] == both["epoch"].max()]
     table = last.pivot(index=["norm", "seed"], columns="precision", values="test_acc").dropna()
     return table.assign(difference=table["bfloat16"] - table["float32"]).round(2)
+
+
+# One more cell after the notebook's, of the same kernel. Results of the stand-in get names that say so.
+SAVE = """
+prefix = "results/synthetic-" if data.synthetic else "results/"
+tables.histories_table(results).to_csv(prefix + "histories.csv", index=False, float_format="%.6g")
+plots.plot_curves(results).savefig(prefix + "curves.png", dpi=110)
+anatomy.plot_norm_sets(layers).savefig("results/norms.png")
+"""
 
 
 def run_notebook():
@@ -137,17 +140,17 @@ def run_notebook():
         notebook,
         timeout=None,
         kernel_name="python3",
+        record_timing=False,
         coalesce_streams=True,  # keeps the last state of each progress bar
         resources={"metadata": {"path": ROOT}},
         on_cell_start=lambda cell, cell_index: print(cell.source.splitlines()[0], flush=True),
     )
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
+            cell.metadata.pop("execution", None)
             client.execute_cell(cell, index)
         nbformat.write(notebook, path)
-        # One more cell, of the same kernel and not of the notebook.
-        last = 'utils.save_results(results, "results")\nutils.plot_norm_sets(layers).savefig("results/norms.png")'
-        notebook.cells.append(nbformat.v4.new_code_cell(last))
+        notebook.cells.append(nbformat.v4.new_code_cell(SAVE))
         client.execute_cell(notebook.cells[-1], index + 1)
 
 
@@ -161,7 +164,7 @@ def main():
     data = utils.load_data("cifar10", ROOT / "data") if studies else None
     for name in studies:
         runs, images = STUDIES[name](data)
-        rows = utils.run_many(runs, images, folder / f"{name}.csv", arguments.processes)
+        rows = run_many(runs, images, folder / f"{name}.csv", arguments.processes)
         if name in PICTURES:
             PICTURES[name](rows).savefig(folder / f"{name}.png", dpi=110)
         if name == "float32":

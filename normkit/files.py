@@ -1,0 +1,69 @@
+"""Files of tensors and plain values that are whole at every moment."""
+
+import collections
+import io
+import os
+import pickle
+import threading
+import zipfile
+
+import numpy as np
+import torch
+
+
+def plain(value):
+    """Returns nested state with NumPy's scalars as Python's, which is what torch.load reads without running code."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (dict, collections.OrderedDict):
+        return type(value)((plain(key), plain(each)) for key, each in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
+
+
+def to_bytes(state):
+    """Returns the contents of a file of that state."""
+    buffer = io.BytesIO()
+    torch.save(plain(state), buffer)
+    return buffer.getbuffer()
+
+
+def write_state(path, state, previous=None):
+    """Writes tensors and plain values beside the file and renames; what was there is moved to previous.
+
+    Raises OSError, and leaves the file as it is, where the disk refuses.
+    """
+    content = to_bytes(state)
+    written = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.writing")
+    try:
+        with open(written, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(written, path)
+    except OSError:
+        written.unlink(missing_ok=True)
+        raise
+
+
+def read_state(file):
+    """Returns what write_state wrote, or None where it is damaged; refuses anything but tensors and plain values.
+
+    file: a path, or an open file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.save writes a zip archive, a checksum with each entry
+            if archive.testzip() is not None:
+                return None
+        if hasattr(file, "seek"):
+            file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than tensors and plain values, and is not read: delete it") from error
+    except PermissionError:
+        raise
+    except Exception:  # each damaged byte has an error of its own in zipfile and torch
+        return None

@@ -1,0 +1,5 @@
+"""One call of a C++ kernel for the whole network, on a CPU. See README.md beside this file."""
+
+from normkit.fused.module import Fused, fuse
+
+__all__ = ["Fused", "fuse"]

@@ -1,0 +1,175 @@
+"""Builds the kernel, once a machine: compiler and flags, the cache, and loading."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import platformdirs
+
+from normkit.fused.params import LayerParams
+
+SOURCES = Path(__file__).with_name("csrc")
+TIMEOUT = 300  # seconds; a build takes five
+
+# The library brings no OpenMP runtime of its own, it binds to PyTorch's (see csrc/parallel.h): so no -fopenmp, and
+# names are left open when it is linked. Optimised for this machine's processor, which the cache's key covers.
+COMPILE = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC"]
+LINK = {"Linux": ["-shared"], "Darwin": ["-dynamiclib", "-undefined", "dynamic_lookup"]}
+TARGET = {
+    ("Linux", "x86_64"): ["-march=native"],
+    ("Linux", "aarch64"): ["-mcpu=native"],
+    ("Darwin", "x86_64"): ["-march=native"],
+    ("Darwin", "arm64"): ["-mcpu=apple-m1"],  # Apple's clang refuses native; every Apple silicon runs this
+}
+INSTALL = {  # a package manager -> the command that installs a C++ compiler
+    "apt-get": "sudo apt-get install g++",
+    "dnf": "sudo dnf install gcc-c++",
+    "pacman": "sudo pacman -S gcc",
+    "apk": "sudo apk add g++",
+    "zypper": "sudo zypper install gcc-c++",
+    "xcode-select": "xcode-select --install",
+}
+
+
+class Library(NamedTuple):
+    """The kernel's functions, or the reason why there are none; place: where the compiled library lies."""
+
+    functions: ctypes.CDLL | None
+    reason: str | None
+    place: str = ""
+
+
+class BuildError(Exception):
+    """There is no library, for the reason that it names."""
+
+
+@functools.cache
+def library():
+    """Returns the Library for this machine: from the cache, or built now. Asked once a process."""
+    try:
+        command = compile_command()
+        key = cache_key(command)
+        folder, against = cache_folder()
+        if folder is None:
+            return build_for_this_process(command, against)
+        file = folder / f"kernel-{key}.so"
+        try:
+            if not is_private(file):
+                raise BuildError("others can write to it")
+            return Library(load(file), None, str(file))
+        except (OSError, BuildError):  # not there yet, or not ours, damaged, or of another version
+            return build_into_cache(command, file)
+    except BuildError as error:
+        return Library(None, str(error))
+
+
+def build_into_cache(command, file):
+    """Builds beside the file and renames; where that cannot be written, builds for this process alone."""
+    try:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix="building-") as folder:
+            built = compile_into(command, Path(folder))
+            built.chmod(0o700)
+            os.replace(built, file)
+        return Library(load(file), None, str(file))
+    except (OSError, BuildError) as error:
+        return build_for_this_process(command, str(error))
+
+
+def build_for_this_process(command, against):
+    try:
+        with tempfile.TemporaryDirectory(prefix="normkit-", ignore_cleanup_errors=True) as folder:
+            built = compile_into(command, Path(folder))
+            return Library(load(built), None, f"a temporary folder ({against})")
+    except OSError as error:
+        raise BuildError(f"the kernel cannot be built: {error}") from None
+
+
+def compile_command():
+    """Returns the compiler with its flags for this platform, as words."""
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) not in TARGET:
+        known = ", ".join(" ".join(pair) for pair in TARGET)
+        raise BuildError(f"there is no fused kernel for {system} {machine}, only for {known}")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if not compiler or shutil.which(compiler[0]) is None:
+        how = next((command for manager, command in INSTALL.items() if shutil.which(manager)), "install g++ or clang++")
+        raise BuildError(f"no C++ compiler: {' '.join(compiler)!r} is not there; {how}")
+    return [*compiler, *COMPILE, *TARGET[system, machine]]
+
+
+def cache_key(command):
+    """Returns a hash of the sources, the flags, and all macros that the compiler defines by itself.
+
+    The macros tell its version and the instructions of the processor it compiles for.
+    """
+    macros = run_compiler([*command, "-x", "c++", "-dM", "-E", os.devnull])
+    parts = [" ".join(command).encode(), macros]
+    parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+def compile_into(command, folder):
+    """Compiles and links in the folder; returns the library's path."""
+    compiled, linked = folder / "kernel.o", folder / "kernel.so"
+    run_compiler([*command, "-c", str(SOURCES / "kernel.cpp"), "-o", str(compiled)])
+    compiler = command[: command.index(COMPILE[0])]
+    run_compiler([*compiler, *LINK[platform.system()], str(compiled), "-o", str(linked)])
+    return linked
+
+
+def run_compiler(command):
+    """Returns what the compiler wrote to its output; a failure quotes the last lines of its errors."""
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the compiler cannot be run: {error}") from None
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        said = "\n  ".join(lines[-5:]) or f"exit status {done.returncode}"
+        raise BuildError(f"{command[0]} failed to build the kernel:\n  {said}")
+    return done.stdout
+
+
+def cache_folder():
+    """Returns the folder of compiled kernels, made if need be, or None and the reason why it is not to be used."""
+    folder = Path(platformdirs.user_cache_dir("normkit", appauthor=False))
+    if not folder.is_absolute():
+        return None, "there is no home folder"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not is_private(folder):
+            return None, f"others can write to {folder}"
+    except OSError as error:
+        return None, str(error)
+    return folder, None
+
+
+def is_private(path):
+    """Whether the path belongs to this user, is no link, and nobody else can write to it."""
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
+
+
+def load(path):
+    """Loads the library and declares its functions; raises BuildError where its struct is not this version's."""
+    try:
+        functions = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be loaded: {error}") from None
+    functions.layer_params_size.restype = ctypes.c_int64
+    if functions.layer_params_size() != ctypes.sizeof(LayerParams):
+        raise BuildError("the compiled kernel's LayerParams is not the one of params.py")
+    layers = [ctypes.c_bool, ctypes.POINTER(LayerParams), ctypes.c_int64]
+    functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_void_p]
+    functions.backward.argtypes = [*layers, ctypes.c_void_p, ctypes.c_void_p]
+    functions.forward.restype = functions.backward.restype = ctypes.c_int64
+    return functions

@@ -1,0 +1,83 @@
+// 3×3 convolution, padding 1, of images with few channels, such as RGB: Winograd's vectors of channels would stay
+// mostly empty. Images are (N, C, H, W) in float32. Each row of the output is a product: im2col (9 C, W) by weight
+// (9 C, K), where row 9 C of im2col lists the input rows above, at and below, each shifted by -1, 0 and 1 pixel.
+// No gradient of the images is computed.
+#pragma once
+
+#include "gemm.h"
+#include "layer_params.h"
+#include "parallel.h"
+
+namespace {
+
+template <typename T> struct Im2col {
+  const LayerParams& p;
+  const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
+  const int64_t W_padded = round_up(W, std::max(LANES, MR)), row_size = 3 * C * W_padded;
+  const int64_t taps = 9 * C, weight_size = taps * K;  // a tap is (row, column, channel), in this order
+  const int64_t images_per_block = 1;
+
+  struct Scratch {
+    Buffer<> padded_row;
+    Buffer<> rows;  // (H + 2, 3, C, W_padded): each input row, in three copies a pixel apart
+    Buffer<> products, dweight, dpre_activation;
+  };
+  int64_t rows_size() const { return (H + 2) * row_size + MR * W_padded; }
+  Scratch make_scratch() const {
+    return {W_padded + 2 * LANES, rows_size(), W_padded * K, round_up(taps, MR) * K, H * W * K};
+  }
+  void clear(const Scratch& scratch) const {
+    std::fill_n((float*)scratch.padded_row, W_padded + 2 * LANES, 0);
+    std::fill_n((float*)scratch.rows, rows_size(), 0);
+  }
+
+  Buffer<> pack(bool) const {
+    Buffer<> packed(weight_size);
+    for (int64_t tap = 0; tap < 9; tap++)
+      for (int64_t c = 0; c < C; c++)
+        for (int64_t k = 0; k < K; k++) packed[(tap * C + c) * K + k] = p.weight[p.weight_index(k, c, tap)];
+    return packed;
+  }
+
+  void fill_rows(int64_t n, const Scratch& scratch) const {
+    const float* from = (const float*)p.x + n * C * H * W;
+    float *padded = scratch.padded_row + LANES, *to = scratch.rows + row_size;
+    for (int64_t c = 0; c < C; c++)
+      for (int64_t y = 0; y < H; y++, from += W) {
+        std::copy_n(from, W, padded);
+        for (int64_t shift = 0; shift < 3; shift++)
+          for (int64_t x = 0; x < W_padded; x += LANES)
+            store(to + y * row_size + (shift * C + c) * W_padded + x, load(padded + x + shift - 1));
+      }
+  }
+
+  void forward(int64_t begin, int64_t end, const float* weight, const Scratch& scratch) const {
+    for (int64_t n = begin; n < end; n++) {
+      fill_rows(n, scratch);
+      T* out = (T*)p.pre_activation + n * H * W * K;
+      for (int64_t y = 0; y < H; y++, out += W * K) {
+        gemm<float>(scratch.rows + y * row_size, 1, W_padded, weight, scratch.products, W, taps, K);
+        for (int64_t i = 0; i < W * K; i += K)
+          for (int64_t k = 0; k < K; k += LANES)
+            store(out + i + k, load(scratch.products + i + k) + load(p.bias + k));
+      }
+    }
+  }
+
+  void backward(int64_t begin, int64_t end, const float*, const T* dpre_activation, const Scratch& scratch,
+                bool first) const {
+    for (int64_t n = begin; n < end; n++) {
+      fill_rows(n, scratch);
+      for (int64_t y = 0; y < H; y++, dpre_activation += W * K, first = false) {
+        for (int64_t i = 0; i < W * K; i += LANES) store(scratch.products + i, load(dpre_activation + i));
+        gemm<float>(scratch.rows + y * row_size, W_padded, 1, scratch.products, scratch.dweight, taps, W, K, !first);
+      }
+    }
+  }
+
+  void store_weight_grad(const Scratch& scratch, float* dweight) const {
+    std::copy_n((float*)scratch.dweight, weight_size, dweight);
+  }
+};
+
+}  // namespace

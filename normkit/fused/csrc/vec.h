@@ -1,0 +1,98 @@
+// Vectors of float32, one value a channel, and bfloat16 in memory. GCC's and clang's vector extensions, so that the
+// same source serves AVX-512, AVX2, SSE and NEON; intrinsics only where compilers miss the one instruction.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#ifdef __clang__
+#define UNROLL(count) _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL_PRAGMA(text) _Pragma(#text)
+#define UNROLL(count) UNROLL_PRAGMA(GCC unroll count)
+#endif
+
+namespace {
+
+// Values in a vector, and vector registers of the processor.
+#if defined __AVX512F__
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined __AVX2__
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#endif
+
+typedef float vec_f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t vec_i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vec_bf16 __attribute__((vector_size(2 * LANES)));
+struct bf16 {
+  uint16_t bits;
+};
+
+constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+template <typename Value> inline Value read(const void* from) {
+  Value value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline vec_u32 zero_extend(vec_bf16 values) {
+#ifdef __AVX512BF16__
+  return (vec_u32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);  // one instruction; compilers take four
+#else
+  return __builtin_convertvector(values, vec_u32);
+#endif
+}
+inline vec_f32 bf16_to_f32(vec_bf16 values) { return (vec_f32)(zero_extend(values) << 16); }
+inline vec_bf16 f32_to_bf16(vec_f32 values) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+  return (vec_bf16)_mm512_cvtneps_pbh((__m512)values);
+#else
+  const vec_u32 bits = (vec_u32)values;
+  return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, vec_bf16);
+#endif
+}
+
+inline vec_f32 load(const float* from) { return read<vec_f32>(from); }
+inline vec_f32 load(const bf16* from) { return bf16_to_f32(read<vec_bf16>(from)); }
+
+// Loads a vector of which only the first `count` values matter, without reading at or behind `end`.
+template <typename T> inline vec_f32 load(const T* from, int64_t count, const T* end) {
+  if (from + LANES <= end) return load(from);
+  T last[LANES] = {};
+  memcpy(last, from, std::min(count, LANES) * sizeof(T));
+  return load(last);
+}
+
+inline void store(float* to, vec_f32 values, int64_t count = LANES) {
+  count < LANES ? memcpy(to, &values, count * sizeof *to) : memcpy(to, &values, sizeof values);
+}
+inline void store(bf16* to, vec_f32 values, int64_t count = LANES) {
+  const vec_bf16 rounded = f32_to_bf16(values);
+#ifdef __AVX512BF16__
+  _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)rounded);
+#else
+  count < LANES ? memcpy(to, &rounded, count * sizeof *to) : memcpy(to, &rounded, sizeof rounded);
+#endif
+}
+
+// The values where the condition holds, else 0.
+inline vec_f32 select(vec_i32 condition, vec_f32 values) { return (vec_f32)(condition & (vec_i32)values); }
+
+// Uninitialised values of four bytes each, aligned to whole vectors; count is a multiple of LANES.
+template <typename Value = float> struct Buffer {
+  std::unique_ptr<vec_f32[]> vectors;
+  Buffer(int64_t count) : vectors(new vec_f32[count / LANES]) {}
+  operator Value*() const { return (Value*)vectors.get(); }
+};
+
+}  // namespace

@@ -1,0 +1,102 @@
+"""The kernel as a function that autograd can differentiate once."""
+
+import torch
+from torch import nn
+
+from normkit.fused import params
+from normkit.fused.build import library
+from normkit.fused.workspace import take_workspace
+
+
+class FusedFunction(torch.autograd.Function):
+    """logits (N, K, 1, 1) in float32 of x (N, C, H, W), from layers that legality.reason_against has passed.
+
+    dtype: of the activations, float32 or bfloat16. nchw: x is contiguous and float32, and no gradient leads back to it;
+    otherwise x is channels_last, in dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, layers, dtype, needs_grad, nchw, x, *parameters):
+        structs, fields, tensors = fill_params(layers, x, parameters)
+        structs[0].nchw = nchw
+        N, K = len(x), structs[-1].K
+        out = torch.empty(N, K, 1, 1, dtype=torch.float32, device="cpu")
+        set_pointers([*fields, (structs[-1], "out")], [*tensors, out])
+        use_bf16 = dtype == torch.bfloat16
+        workspace = call(library().functions.forward, use_bf16, structs, len(structs), needs_grad)
+        if needs_grad:
+            ctx.use_bf16, ctx.structs, ctx.fields = use_bf16, structs, fields
+            ctx.save_for_backward(workspace, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(
+                "the fused kernel has no second derivative: call the model itself in place of fuse(model), "
+                "or train with backend='eager'"
+            )
+        workspace, *tensors = ctx.saved_tensors
+        dout = dout.contiguous()
+        learned = [i for i, (_, name) in enumerate(ctx.fields) if name in PARAMETERS]
+        gradients = [torch.empty_like(tensors[i]) for i in learned]
+        dx = torch.empty_like(tensors[0]) if ctx.needs_input_grad[4] else None
+        set_pointers(ctx.fields, tensors)  # anew: saved tensors may have been moved in between
+        set_pointers([(ctx.structs[-1], "dout"), (ctx.structs[0], "dx")], [dout, dx])
+        set_pointers([(ctx.fields[i][0], f"d{ctx.fields[i][1]}") for i in learned], gradients)
+        call(library().functions.backward, ctx.use_bf16, ctx.structs, len(ctx.structs), workspace.data_ptr())
+        return None, None, None, None, dx, *gradients
+
+
+PARAMETERS = {"weight", "bias", "norm_weight", "norm_bias"}
+
+
+def fill_params(layers, x, parameters):
+    """Returns the layers' structs, and which of their fields point to which tensor's values."""
+    structs, parameters = (params.LayerParams * len(layers))(), iter(parameters)
+    fields, tensors = [(structs[0], "x")], [x]
+    N, C, H, W = x.shape
+    for struct, layer in zip(structs, layers):
+        for name in layer.named_parameters():
+            fields.append((struct, name))
+            tensors.append(next(parameters))
+            if name == "weight":
+                K = len(tensors[-1])
+                struct.weight_c_stride, struct.weight_tap_stride = tensors[-1].stride(1), tensors[-1].stride(3)
+        struct.kind, struct.N, struct.C, struct.K, struct.H, struct.W = layer.kind, N, C, K, H, W
+        if layer.kind == params.CONV_NORM_RELU:
+            struct.skip_source = layer.skip_source
+            set_norm(struct, layer.norm)
+            scale = torch.ones(N, K, 1, 1, dtype=torch.float32, device="cpu")
+            fields.append((struct, "dropout_scale"))  # drawn as the module would draw it
+            tensors.append(torch.feature_dropout_(scale, layer.dropout.p, layer.dropout.training))
+        elif layer.kind == params.CONV1X1_MAXPOOL:
+            H, W = H // 2, W // 2
+        C = K
+    return structs, fields, tensors
+
+
+def set_norm(struct, norm):
+    """Sets the norm's fields of a struct, and counts the batch where batch norm does."""
+    struct.eps = norm.eps
+    if type(norm) is nn.GroupNorm:
+        struct.num_groups = norm.num_groups
+        return
+    struct.use_running_stats, struct.momentum = not norm.training, norm.momentum
+    struct.running_mean, struct.running_var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+
+
+def set_pointers(fields, tensors):
+    """Points each (struct, name) of the fields to a tensor's values."""
+    for (struct, name), tensor in zip(fields, tensors, strict=True):
+        setattr(struct, name, None if tensor is None else tensor.data_ptr())
+
+
+def call(function, *args):
+    """Calls one of the kernel's functions with as much workspace as it asks for; returns the workspace."""
+    workspace = take_workspace(max(1, function(*args, None)))  # an empty tensor has no address
+    if function(*args, workspace.data_ptr()) < 0:
+        raise MemoryError("the fused kernel ran out of memory: try a smaller batch size")
+    return workspace

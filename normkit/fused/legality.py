@@ -1,0 +1,172 @@
+"""Where the kernel may stand in for the modules: named conditions, each with the reason it gives where it fails.
+
+Each function yields the reasons it finds; the first one counts.
+"""
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.utils import _device, _python_dispatch
+
+import model
+from normkit.fused import params
+from normkit.fused.build import library
+from normkit.fused.layers import layers_of
+
+CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), model.ConvBlock)
+CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
+CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
+
+
+def reason_against(net, images=None):
+    """Returns why the kernel cannot compute net(images), in words, or None where it can.
+
+    Without images, what depends on the single call is left out.
+    """
+    conditions = [of_network(net)]
+    if images is not None:
+        conditions += [of_call(), of_images(images), of_mode(net)]
+    conditions.append(of_library())
+    return next((reason for condition in conditions for reason in condition), None)
+
+
+def compute_dtype():
+    """Returns the dtype of activations: autocast's, or float32."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
+def of_library():
+    if library().reason is not None:
+        yield library().reason
+
+
+def of_call():
+    """PyTorch's tools that have to see every operation."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        yield "torch.compile or torch.export traces the call"
+    if torch.jit.is_tracing():
+        yield "torch.jit traces the call"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        yield "a transform of torch.func is at work"
+    if forward_ad._current_level >= 0:
+        yield "forward-mode derivatives are asked for"
+    if _python_dispatch._len_torch_dispatch_stack():
+        yield "a TorchDispatchMode watches every operation"
+    if any(type(mode) is not _device.DeviceContext for mode in torch.overrides._get_current_function_mode_stack()):
+        yield "a TorchFunctionMode watches every operation"
+    if nn_module._has_any_global_hook():
+        yield "a hook watches all modules"
+    if compute_dtype() not in (torch.float32, torch.bfloat16):
+        yield f"autocast asks for {compute_dtype()}: the kernel computes in float32 and bfloat16"
+
+
+def of_images(images):
+    if type(images) not in (torch.Tensor, nn.Parameter):
+        yield f"the images are a {type(images).__name__}"
+    elif images.device.type != "cpu":
+        yield f"the images are on {images.device}: the kernel is for CPUs"
+    elif images.layout != torch.strided or images.dim() != 4 or images.shape[1] != 3 or not len(images):
+        yield f"the images are {images.layout} {tuple(images.shape)}: expected (N, 3, H, W) with N at least 1"
+    elif any(size < 8 or size % 4 for size in images.shape[2:]):
+        yield f"the images have {images.shape[2]}×{images.shape[3]} pixels: expected multiples of 4, at least 8"
+    elif images.dtype not in (torch.float32, compute_dtype()):
+        yield f"the images are {images.dtype}: expected {compute_dtype()}"
+
+
+def of_mode(net):
+    """Conditions on training and evaluation."""
+    if torch.is_grad_enabled():
+        norms = [layer.norm for layer in layers_of(net) if layer.kind == params.CONV_NORM_RELU]
+        if any(type(norm) is nn.BatchNorm2d and not norm.training for norm in norms):
+            yield "gradients are on, and batch norm is in evaluation mode"
+
+
+def of_network(net):
+    """model.Net with its own kinds of modules, in float32 on the CPU, and nobody watching them."""
+    if type(net) is not model.Net:
+        yield f"the model is a {type(net).__name__}: the kernel computes model.Net alone"
+        return
+    for name, kind in CHILDREN.items():
+        if type(getattr(net, name, None)) is not kind:
+            yield f"{name} is a {type(getattr(net, name, None)).__name__}"
+            return
+    for name, module in net.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            yield f"{name or 'the network'} has a hook"
+        if "forward" in vars(module):
+            yield f"{name or 'the network'} has a forward of its own"
+    width, widths = 3, []
+    for layer in layers_of(net):
+        found = next(of_layer(layer, width), None)
+        if found is not None:
+            module, reason = found
+            name = next((name for name, each in net.named_modules() if each is module), "a module")
+            yield f"{name} {reason}"
+            return
+        width = len(layer.conv.weight)
+        widths.append(width)
+        if layer.kind == params.CONV_NORM_RELU and widths[layer.skip_source] != width:
+            yield "a skip joins layers of different widths"
+
+
+def of_layer(layer, width):
+    """Yields (module, reason) for what is wrong with a layer of `width` input channels."""
+    conv = layer.conv
+    size = 3 if layer.kind == params.CONV_NORM_RELU else 1
+    expected = (width, (size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
+    if type(conv) is not (model.Conv2d if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
+        yield conv, f"is a {type(conv).__name__}"
+        return
+    yield from of_tensors(conv, conv.weight, conv.bias)
+    K, C = conv.weight.shape[:2]
+    if (C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != expected:
+        yield conv, f"is another convolution than {size}×{size} of {width} channels"
+    if (K if layer.kind == params.CONV_NORM_RELU else C) % 16:
+        yield conv, f"has {K} output and {C} input channels: the kernel's vectors take multiples of 16"
+    if layer.kind == params.CONV_NORM_RELU:
+        yield from of_norm(layer.norm, K)
+        if type(layer.dropout) is not nn.Dropout2d:
+            yield layer.dropout, f"is a {type(layer.dropout).__name__}"
+    elif layer.kind == params.CONV1X1_MAXPOOL:
+        pool = layer.pool
+        if (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) != (2, 2, 0, 1, False):
+            yield pool, "is another pooling than 2×2"
+        if pool.return_indices:
+            yield pool, "returns indices"
+
+
+def of_norm(norm, K):
+    if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm):
+        yield norm, f"is a {type(norm).__name__}: the kernel computes BatchNorm2d and GroupNorm"
+        return
+    tensors = [norm.weight, norm.bias]
+    if type(norm) is nn.BatchNorm2d:
+        if norm.running_mean is None or norm.momentum is None:
+            yield norm, "keeps no running average"
+        tensors += [norm.running_mean, norm.running_var]
+    elif K % norm.num_groups:
+        yield norm, f"has {norm.num_groups} groups for {K} channels"
+    yield from of_tensors(norm, *tensors)
+    if any(len(tensor) != K for tensor in tensors):
+        yield norm, f"is for another number of channels than {K}"
+
+
+def of_tensors(module, *tensors):
+    for tensor in tensors:
+        if tensor is None:
+            yield module, "lacks a weight or a bias"
+        elif type(tensor) not in (torch.Tensor, nn.Parameter):
+            yield module, f"holds a {type(tensor).__name__}"
+        elif tensor.device.type != "cpu":
+            yield module, f"is on {tensor.device}: the kernel is for CPUs"
+        elif tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+            yield module, f"is {tensor.dtype}, {tensor.layout}: the kernel takes float32, strided"
+        elif not (tensor.is_contiguous() or tensor.dim() == 4 and is_channels_last(tensor)):
+            yield module, f"has a tensor of strides {tensor.stride()}"
+        elif tensor.is_neg():
+            yield module, "holds a negative view"
+
+
+def is_channels_last(tensor):
+    return tensor.is_contiguous(memory_format=torch.channels_last)

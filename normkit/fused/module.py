@@ -1,0 +1,54 @@
+"""fuse(model): a callable beside the model that computes the same, sooner."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from normkit.fused.function import FusedFunction
+from normkit.fused.layers import layers_of
+from normkit.fused.legality import compute_dtype, reason_against
+
+
+def fuse(model):
+    """Returns a Fused of the model, as torch.compile(model) returns a compiled one."""
+    return Fused(model)
+
+
+class Fused(nn.Module):
+    """Calls the kernel where it computes what the model would, else the model.
+
+    It has the model's parameters, buffers and mode, and leaves the model as it is: calling that always runs PyTorch's
+    modules. reason: why the last call ran the modules, in words, or None if the kernel ran; before the first call, why
+    the kernel cannot run at all. required: raise with the reason instead of running the modules.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+        self.required = False
+        self.reason = self.known_reason = reason_against(model)
+
+    def forward(self, images):
+        """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
+        self.reason = reason_against(self.model, images)
+        if self.reason is not None:
+            self.tell()
+            return self.model(images)
+        layers, dtype, needs_grad = layers_of(self.model), compute_dtype(), torch.is_grad_enabled()
+        nchw = not (needs_grad and images.requires_grad)
+        if nchw:
+            images = images.float().contiguous()
+        else:
+            images = images.to(dtype, memory_format=torch.channels_last)
+        parameters = [parameter for layer in layers for parameter in layer.named_parameters().values()]
+        return FusedFunction.apply(layers, dtype, needs_grad, nchw, images, *parameters).flatten(1)
+
+    def tell(self):
+        """Warns of a reason that was not there when the model was fused, once."""
+        if self.required:
+            raise RuntimeError(f"the fused kernel is required, and cannot be used: {self.reason}")
+        if self.reason != self.known_reason and not torch.compiler.is_compiling():
+            warnings.warn(f"PyTorch's modules run in place of the fused kernel: {self.reason}", stacklevel=4)
+            self.known_reason = self.reason

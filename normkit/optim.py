@@ -1,0 +1,72 @@
+"""What the loop has to know of optimizers and schedulers that are not its own."""
+
+import copy
+import inspect
+import math
+import warnings
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+
+def needs_closure(optimizer):
+    """Whether step() evaluates the loss by itself, as LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def set_mode(optimizer, mode):
+    """Calls optimizer.train() or optimizer.eval() where there is one: schedule-free optimizers swap weights there."""
+    if callable(switch := getattr(optimizer, mode, None)):
+        switch()
+
+
+def check_optimizer(optimizer, model, scheduler=None):
+    """Raises ValueError where the optimizer trains another model, or the scheduler steers another optimizer."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = [p for p in model.parameters() if p.requires_grad]
+    if own and not any(id(p) in trained for p in own):
+        raise ValueError(
+            "the optimizer holds none of the model's parameters: build it from model.parameters(), after the model"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
+
+
+MOST_STEPS = 20_000  # that are gone through in advance: a second or less
+
+
+def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
+    """Raises ValueError where the scheduler would fail on the way, or give a rate that is none.
+
+    Goes through its steps once and sets it back: torch accepts StepLR(step_size=0), say, and fails at the first step.
+    """
+    if scheduler is None:
+        return
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler_step == "batch":
+            raise ValueError("ReduceLROnPlateau waits for an epoch's metrics: choose scheduler_step='epoch'")
+        return
+    steps = epochs * (batches if scheduler_step == "batch" else 1)
+    state, groups = copy.deepcopy(scheduler.state_dict()), optimizer.param_groups
+    saved = [{key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
+    done = 0
+    try:
+        if scheduler.last_epoch + steps > getattr(scheduler, "total_steps", math.inf):
+            raise ValueError(f"it has {scheduler.total_steps} in all, {scheduler.last_epoch} of them done")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps before the optimizer's
+            while done < min(steps, MOST_STEPS):
+                done += 1
+                scheduler.step()
+                rates = [float(group["lr"]) for group in groups]
+                if not all(0 <= rate < math.inf for rate in rates):
+                    raise ValueError(f"the learning rate becomes {rates}")
+    except Exception as error:  # a user's function may raise anything
+        raise ValueError(
+            f"{type(scheduler).__name__} fails at step {done} of the {steps} it is to take, one after each "
+            f"{scheduler_step}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        scheduler.load_state_dict(state)
+        for group, values in zip(groups, saved):
+            group.update(values)

@@ -1,0 +1,321 @@
+"""Curves, galleries and confusions of trained networks, and the pictures of studies."""
+
+import io
+import itertools
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython import get_ipython
+from IPython.display import Image, display
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
+
+from normkit.style import COLORS, FURTHER_COLORS, color_of, styled, subplots
+from normkit.tables import count_seeds, last_epochs
+
+
+@styled
+def plot_curves(histories, title=None, until=None):
+    """Loss and accuracy of several runs on shared axes, training dashed and test solid.
+
+    histories: results of utils.run, or a dict from a label to a history, or a list of histories.
+    until: the epoch that the axis reaches, if further than the histories do.
+    """
+    if isinstance(histories, dict):
+        runs = dict(histories)
+    elif all(hasattr(result, "history") for result in histories):
+        repeated = len({result.norm for result in histories}) < len(histories)
+        runs = {f"{r.norm}, seed {r.seed}" if repeated else r.norm: r.history for r in histories}
+        title = title or ", ".join(sorted({result.data for result in histories}))
+    else:
+        runs = {f"run {i}": history for i, history in enumerate(histories, 1)}
+    if not runs or not all(runs.values()):
+        raise ValueError("there is nothing to draw: give at least one history of at least one epoch")
+
+    figure, axes = subplots(1, 2, figsize=(11, 4.4))
+    further = iter(FURTHER_COLORS * len(runs))
+    colors = {label: COLORS.get(label) or next(further) for label in runs}
+    for ax, figure_name, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
+        ends = {}
+        for label, history in runs.items():
+            epochs = [row["epoch"] for row in history]
+            train, test = ([row[f"{split}_{figure_name}"] for row in history] for split in ("train", "test"))
+            ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
+            ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
+            ends[label] = (epochs[-1], test[-1])
+        if until:
+            ax.set_xlim(0.5, until + 0.5)
+        mark_learning_rates(ax, next(iter(runs.values())), high=figure_name == "loss")
+        label_ends(ax, ends, colors, "{:.1f} %" if figure_name == "acc" else "{:.2f}")
+        ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[figure_name])
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
+    figure.legend(
+        styles,
+        ["test, after the epoch", "training, during the epoch"],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def mark_learning_rates(ax, history, high):
+    """A line at each epoch that starts with another learning rate, where these are few; its name high or low."""
+    changes = [row for before, row in zip(history, history[1:]) if row["lr"] != before["lr"]]
+    if len(changes) <= 4:
+        for row in changes:
+            ax.axvline(row["epoch"] - 0.5, color="#999999", linewidth=1, linestyle=":")
+            ax.annotate(
+                f"lr {row['lr']:.0e}".replace("e-0", "e-"),
+                (row["epoch"] - 0.5, 1 if high else 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -2 if high else 2),
+                textcoords="offset points",
+                va="top" if high else "bottom",
+                fontsize=9,
+                color="#666666",
+            )
+
+
+def label_ends(ax, ends, colors, number):
+    """Names each curve at its end, the names kept apart from one another."""
+    low, high = ax.get_ylim()
+    gap = (high - low) * 0.065
+    places, last = {}, low - gap
+    for label in sorted(ends, key=lambda label: ends[label][1]):
+        last = places[label] = max(ends[label][1], last + gap)
+    surplus = max(0, last - high)
+    for label, (epoch, value) in ends.items():
+        ax.annotate(
+            f"{label} {number.format(value)}",
+            (epoch, value),
+            xytext=(1.02, places[label] - surplus),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            color=colors[label],
+            fontweight="bold",
+            fontsize=10,
+            annotation_clip=False,
+        )
+
+
+class LiveCurves:
+    """Curves that grow while runs train, in one output of the notebook; outside of a notebook nothing is shown.
+
+    labels: the runs to come, in order. on_epoch=live.follow(label) has a run drawn, with the time that all still need.
+    """
+
+    def __init__(self, labels, epochs, title=""):
+        self.labels, self.epochs, self.title = list(labels), epochs, title
+        self.histories = {}
+        self.handle = None
+        if get_ipython() is not None:
+            self.handle = display(self.picture(), display_id=True)
+
+    def follow(self, label):
+        def show(history):
+            self.histories[label] = list(history)
+            if self.handle is not None:
+                self.handle.update(self.picture())
+
+        return show
+
+    def seconds_left(self):
+        """Of every label: what an epoch took it, or before its first epoch took the others, for those to come."""
+        known = {label: np.mean([row["seconds"] for row in rows]) for label, rows in self.histories.items()}
+        usual = np.mean(list(known.values()))
+        return sum(
+            known.get(label, usual) * (self.epochs - len(self.histories.get(label, []))) for label in self.labels
+        )
+
+    def picture(self):
+        """A PNG of one size, whatever it shows, so that the page does not jump."""
+        if not self.histories:
+            figure, ax = subplots(figsize=(11, 4.4))
+            ax.axis("off")
+            ax.text(0.5, 0.5, "The curves begin with the first finished epoch.", ha="center")
+        else:
+            label, history = list(self.histories.items())[-1]
+            left = self.seconds_left()
+            time = f"about {left / 60:.0f} min left for all" if left > 90 else f"about {left:.0f} s left for all"
+            progress = f": {label}, epoch {len(history)} of {self.epochs}, {time}" if left else ""
+            figure = plot_curves(self.histories, self.title + progress, self.epochs)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=100, bbox_inches=None)
+        return Image(png.getvalue(), width=1000)
+
+
+@styled
+def plot_samples(data, each=10):
+    """A row of training images for each class."""
+    classes = len(data.classes)
+    figure, axes = subplots(classes, each, figsize=(each * 0.72, classes * 0.72), squeeze=False)
+    for label, row in enumerate(axes):
+        chosen = data.train_images[data.train_labels == label][:each]
+        for ax in row:
+            ax.axis("off")
+        for ax, image in zip(row, chosen):
+            ax.imshow(image.permute(1, 2, 0).numpy())
+        row[0].text(-0.25, 0.5, data.classes[label], transform=row[0].transAxes, ha="right", va="center")
+    figure.suptitle(f"{data.name}, training images")
+    return figure
+
+
+@styled
+def plot_mistakes(data, logits, title=None, rows=2, columns=5):
+    """The test images that a network gets wrong with most confidence. logits: (N, classes), from utils.predict."""
+    confidence, predicted = logits.softmax(1).cpu().max(1)
+    wrong = (predicted != data.test_labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
+    figure, axes = subplots(rows, columns, figsize=(columns * 1.9, rows * 2.3), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, i in zip(axes.flat, wrong.tolist()):
+        ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
+        truth, guess = data.classes[data.test_labels[i]], data.classes[predicted[i]]
+        ax.set_title(f"{guess} {100 * confidence[i]:.0f} %\nis {truth}", fontsize=10, fontweight="normal")
+    figure.suptitle(title or f"{data.name}, most confident mistakes")
+    return figure
+
+
+@styled
+def plot_disagreements(data, logits, columns=5, rows=2):
+    """Test images of which the variants think differently, one of them rightly, the surest first.
+
+    logits: a dict from a variant to its logits (N, classes), from utils.predict.
+    """
+    confidence, predicted = zip(*(each.softmax(1).cpu().max(1) for each in logits.values()))
+    confidence, predicted = torch.stack(confidence), torch.stack(predicted)  # variants, N
+    differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
+    chosen = differ.nonzero().flatten()
+    chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
+    line_height = 4  # of text below an image, in its pixels
+    bottom = 32 + line_height * len(logits)
+    size = (columns * 2.2, rows * (2.1 * bottom / 32 + 0.3) + 0.3)
+    figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, i in zip(axes.flat, chosen.tolist()):
+        ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
+        ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
+        ax.set_title(f"is {data.classes[data.test_labels[i]]}", fontsize=10)
+        for line, name in enumerate(logits):
+            guess = f"{name}: {data.classes[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
+            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": color_of(name)}
+            ax.text(15.5, 32 + line_height * (line + 0.5), guess, **text)
+    differing = 100 * (predicted != predicted[0]).any(0).float().mean()
+    figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
+    figure.get_layout_engine().set(h_pad=0.1)  # inches, that the heading keeps clear of the first row's titles
+    return figure
+
+
+@styled
+def plot_confusions(data, logits):
+    """For each variant, how often the images of a class are taken for each other one; below, each class's accuracy.
+
+    logits: a dict from a variant to its logits (N, classes), from utils.predict.
+    """
+    classes = range(len(data.classes))
+    figure = plt.figure(figsize=(11, 7.2))
+    plt.close(figure)
+    axes = figure.subplot_mosaic([list(logits), ["classes"] * len(logits)], height_ratios=[3, 2])
+    for name, each in logits.items():
+        predicted = each.argmax(1).cpu()
+        counts = torch.zeros(len(classes), len(classes))
+        counts.index_put_((data.test_labels, predicted), torch.ones(len(predicted)), accumulate=True)
+        percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+        color = color_of(name)
+        ax = axes[name]
+        shades = LinearSegmentedColormap.from_list(name, ["white", color])
+        mistakes = percent * (1 - np.eye(len(classes)))
+        ax.imshow(mistakes, cmap=shades, vmax=20)
+        for truth, guess in np.ndindex(*percent.shape):
+            if truth == guess or percent[truth, guess] >= 5:
+                dark = mistakes[truth, guess] > 11
+                ax.text(
+                    *(guess, truth, f"{percent[truth, guess]:.0f}"),
+                    **{"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "#333333"},
+                    fontweight="bold" if truth == guess else "normal",
+                )
+        ax.set_xticks(classes, data.classes, rotation=90, fontsize=9)
+        ax.set_yticks(classes, data.classes if ax is axes[next(iter(logits))] else [], fontsize=9)
+        ax.grid(False)
+        ax.spines[:].set(visible=True, color="#CCCCCC")
+        ax.tick_params(length=0)
+        ax.set(xlabel="called", title=f"{name} norm, % of a class")
+        place = np.array(classes) + 0.16 * (list(logits).index(name) - (len(logits) - 1) / 2)
+        axes["classes"].bar(place, percent.diagonal(), 0.14, color=color, label=name)
+    axes[next(iter(logits))].set_ylabel("is really")
+    ax = axes["classes"]
+    ax.set_xticks(classes, data.classes)
+    ax.grid(axis="x", visible=False)
+    ax.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.get_layout_engine().set(w_pad=0.08)
+    return figure
+
+
+@styled
+def plot_seeds(rows, ax=None):
+    """Last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
+
+    rows: of utils.run_many, with the columns recipe and norm.
+    """
+    ax, last = ax or subplots(figsize=(7.5, 4))[1], last_epochs(rows)
+    recipes, norms = list(dict.fromkeys(last["recipe"])), list(dict.fromkeys(last["norm"]))
+    for place, (recipe, norm) in enumerate(itertools.product(recipes, norms)):
+        place += 0.8 * recipes.index(recipe)
+        values = last.query("recipe == @recipe and norm == @norm")["test_acc"]
+        if len(values):
+            color = color_of(norm)
+            dots = place + np.linspace(-0.15, 0.15, len(values))
+            ax.plot(dots, values, "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
+            mean, deviation = values.mean(), values.std() if len(values) > 1 else 0.0
+            ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
+            label = f"{norm}\n{mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
+            text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10}
+            lowest = min(values.min(), mean - deviation)
+            ax.annotate(label, (place, lowest), (0, -8), textcoords="offset points", **text)
+    middles = [i * (len(norms) + 0.8) + (len(norms) - 1) / 2 for i in range(len(recipes))]
+    ax.set_xticks(middles, [f"{recipe} recipe" for recipe in recipes])
+    ax.grid(axis="x", visible=False)
+    ax.margins(x=0.08, y=0.25)
+    ax.set(ylabel="test accuracy, %", title=f"{last['data'].iloc[0]}: {count_seeds(last)}, last epoch")
+    return ax.figure
+
+
+@styled
+def plot_batch_sizes(rows, ax=None):
+    """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of utils.run_many."""
+    ax = ax or subplots(figsize=(7.5, 4.2))[1]
+    ends = {}
+    for norm, each in last_epochs(rows).groupby("norm", sort=False):
+        by_size = each.groupby("batch_size")["test_acc"]
+        mean, deviation = by_size.mean(), by_size.std().fillna(0)
+        ax.errorbar(mean.index, mean, deviation, color=color_of(norm), marker="o", capsize=3)
+        ends[norm] = (mean.index[-1], mean.iloc[-1])
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(rows["batch_size"].unique()), sorted(rows["batch_size"].unique()))
+    label_ends(ax, ends, {norm: color_of(norm) for norm in ends}, "{:.1f} %")
+    ax.set(xlabel="batch size", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    return ax.figure
+
+
+@styled
+def plot_groups(rows, ax=None):
+    """Test accuracy of group norm over its number of groups, mean and standard deviation. rows: of utils.run_many."""
+    ax = ax or subplots(figsize=(7.5, 3.4))[1]
+    by_groups = last_epochs(rows).groupby("num_groups")["test_acc"].agg(["mean", "std"]).fillna(0)
+    by_groups = by_groups.sort_index(key=lambda names: pd.to_numeric(names, errors="coerce").fillna(math.inf))
+    mean, deviation = by_groups["mean"], by_groups["std"]
+    ax.errorbar(range(len(mean)), mean, deviation, color=COLORS["group"], marker="o", capsize=3)
+    names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
+    ax.set_xticks(range(len(mean)), [names.get(str(groups), str(groups)) for groups in mean.index])
+    ax.set(xlabel="groups", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    return ax.figure

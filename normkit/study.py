@@ -1,0 +1,111 @@
+"""Many runs into one file."""
+
+import itertools
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from joblib import Parallel, delayed, parallel_config
+from tqdm import tqdm
+
+from normkit.device import choose_precision
+from utils import get_recipe, run
+
+# Keywords of utils.run that say how a run is computed, and not what: they are no part of its key.
+HOW = {"device", "precision", "memory_format", "backend", "progress", "checkpoint", "on_epoch", "self_check"}
+
+
+def grid(**choices):
+    """Returns every combination of the choices, as keywords: grid(norm=NORMS, seed=range(5)) has 15 dicts.
+
+    A single value, such as epochs=2, is the same for all.
+    """
+    values = [[each] if isinstance(each, str) or not hasattr(each, "__iter__") else each for each in choices.values()]
+    return [dict(zip(choices, each)) for each in itertools.product(*values)]
+
+
+def run_key(keywords, data):
+    """Returns the settings of a run in one line; two runs with the same line are the same."""
+    settings = {name: value for name, value in keywords.items() if name not in HOW}
+    norm, epochs, seed = settings.pop("norm"), settings.pop("epochs", 20), settings.pop("seed", 0)
+    recipe = get_recipe(settings.pop("recipe", "classic"), **settings)
+    return f"{data.name}, {len(data.train_labels)} images: norm={norm} epochs={epochs} seed={seed} {recipe}"
+
+
+def run_many(runs, data, file, processes=1):
+    """Does all the runs that the file does not hold yet; returns the rows of all as a DataFrame, one row an epoch.
+
+    runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. Stopped at
+    any moment, the same call goes on after the last whole epoch. A run that fails costs no other, and is told at the
+    end. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    """
+    file = Path(file).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    planned = {run_key(keywords, data): keywords for keywords in runs}
+    done = {row["settings"] for row in read_rows(file)}
+    todo = {key: keywords for key, keywords in planned.items() if key not in done}
+    checkpoints = file.with_name(file.name + ".unfinished")
+    paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
+    jobs = (delayed(run_one)(key, keywords, data, paths[key]) for key, keywords in todo.items())
+    threads = {"inner_max_num_threads": 1} if processes > 1 else {}
+    failures = []
+    with (
+        parallel_config("loky", n_jobs=processes, **threads),
+        tqdm(total=len(planned), initial=len(planned) - len(todo), desc=file.stem, unit="run", file=sys.stdout) as bar,
+    ):
+        for key, rows, failure in Parallel(return_as="generator_unordered")(jobs):
+            if failure:
+                failures.append(f"{key}: {failure}")
+                continue
+            add_rows(file, rows)
+            remove_checkpoint(paths[key])
+            bar.update()
+    if failures:
+        raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
+    order = {key: place for place, key in enumerate(planned)}
+    chosen = [row for row in read_rows(file) if row["settings"] in order]
+    return pd.DataFrame(sorted(chosen, key=lambda row: order[row["settings"]]))  # as asked, epochs in their order
+
+
+def read_rows(file):
+    """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None."""
+    if not file.exists():
+        return []
+    return pd.read_csv(file, keep_default_na=False, na_values=[""]).to_dict("records")
+
+
+def add_rows(file, rows):
+    """Adds rows to a study's file, which another process may be writing to as well."""
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        written = file.with_name(file.name + ".writing")
+        pd.DataFrame(read_rows(file) + rows).to_csv(written, index=False, float_format="%.6g")
+        os.replace(written, file)
+
+
+def remove_checkpoint(path):
+    """Removes a finished run's checkpoint, and the folder with the last one."""
+    for file in (path, path.with_name(path.name + ".previous")):
+        file.unlink(missing_ok=True)
+    try:
+        path.parent.rmdir()
+    except OSError:
+        pass  # others are unfinished
+
+
+def run_one(key, keywords, data, checkpoint):
+    """Returns the key, and the rows of that run or the error that ended it as text."""
+    try:
+        result = run(data=data, **keywords, progress=False, checkpoint=checkpoint)
+    except Exception as error:
+        return key, None, f"{type(error).__name__}: {error}"
+    if result.history.unfinished:
+        raise KeyboardInterrupt
+    device = next(result.model.parameters()).device
+    precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
+    where = {"where": f"{device}, {precision}, torch {torch.__version__}", "settings": key}
+    asked = {"data": data.name, "recipe": "classic"} | keywords
+    return key, [asked | row | where for row in result.history], None
