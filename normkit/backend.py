@@ -45,7 +45,7 @@ class Compiled(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = getattr(model, "training", False)  # a frozen ScriptModule has no mode
         self.reason = None
         torch.compiler.reset()  # what it keeps of earlier models would soon fill its limit, and then it stops compiling
         device = device_of(model)

@@ -15,12 +15,15 @@ def get_device(device=None):
     available = [name for name, backend in backends.items() if backend.is_available()]
     if device is None:
         return torch.device(available[0])
-    kind, _, index = str(device).partition(":")
-    if kind not in available:
-        raise ValueError(f"device {str(device)!r} is not available here: choose {' or '.join(available)}")
-    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} is not available here: there are {torch.cuda.device_count()} GPUs")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    counts = {"cuda": torch.cuda.device_count()} | dict.fromkeys(("cpu", "mps"), 1)
+    if found is None or found.type not in available or (found.index or 0) >= counts[found.type]:
+        known = " or ".join(f"{name} (0 to {counts[name] - 1})" if counts[name] > 1 else name for name in available)
+        raise ValueError(f"device {str(device)!r} is not available here: choose {known}")
+    return found
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}

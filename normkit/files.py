@@ -4,7 +4,6 @@ import collections
 import io
 import os
 import pickle
-import threading
 import zipfile
 
 import numpy as np
@@ -35,7 +34,7 @@ def write_state(path, state, previous=None):
     Raises OSError, and leaves the file as it is, where the disk refuses.
     """
     content = to_bytes(state)
-    written = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.writing")
+    written = path.with_name(f"{path.name}.writing")  # one name, so that what a killed process left is written over
     try:
         with open(written, "wb") as file:
             file.write(content)

@@ -21,15 +21,17 @@ from normkit.tables import count_seeds, last_epochs
 def plot_curves(histories, title=None, until=None):
     """Loss and accuracy of several runs on shared axes, training dashed and test solid.
 
-    histories: results of utils.run, or a dict from a label to a history, or a list of histories.
+    histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history.
     until: the epoch that the axis reaches, if further than the histories do.
     """
     if isinstance(histories, dict):
         runs = dict(histories)
-    elif all(hasattr(result, "history") for result in histories):
+    elif histories and all(hasattr(result, "history") for result in histories):
         repeated = len({result.norm for result in histories}) < len(histories)
         runs = {f"{r.norm}, seed {r.seed}" if repeated else r.norm: r.history for r in histories}
         title = title or ", ".join(sorted({result.data for result in histories}))
+    elif all(isinstance(row, dict) for row in histories):
+        runs = {"run": histories} if histories else {}
     else:
         runs = {f"run {i}": history for i, history in enumerate(histories, 1)}
     if not runs or not all(runs.values()):
@@ -265,7 +267,7 @@ def plot_confusions(data, logits):
 def plot_seeds(rows, ax=None):
     """Last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
 
-    rows: of utils.run_many, with the columns recipe and norm.
+    rows: of study.run_many, with the columns recipe and norm.
     """
     ax, last = ax or subplots(figsize=(7.5, 4))[1], last_epochs(rows)
     recipes, norms = list(dict.fromkeys(last["recipe"])), list(dict.fromkeys(last["norm"]))
@@ -292,7 +294,7 @@ def plot_seeds(rows, ax=None):
 
 @styled
 def plot_batch_sizes(rows, ax=None):
-    """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of utils.run_many."""
+    """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of study.run_many."""
     ax = ax or subplots(figsize=(7.5, 4.2))[1]
     ends = {}
     for norm, each in last_epochs(rows).groupby("norm", sort=False):
@@ -309,7 +311,7 @@ def plot_batch_sizes(rows, ax=None):
 
 @styled
 def plot_groups(rows, ax=None):
-    """Test accuracy of group norm over its number of groups, mean and standard deviation. rows: of utils.run_many."""
+    """Test accuracy of group norm over its number of groups, mean and standard deviation. rows: of study.run_many."""
     ax = ax or subplots(figsize=(7.5, 3.4))[1]
     by_groups = last_epochs(rows).groupby("num_groups")["test_acc"].agg(["mean", "std"]).fillna(0)
     by_groups = by_groups.sort_index(key=lambda names: pd.to_numeric(names, errors="coerce").fillna(math.inf))

@@ -44,7 +44,7 @@ def last_epochs(rows):
 
 
 def seeds_table(rows):
-    """Last-epoch accuracies of many seeds, mean ± standard deviation, by recipe and norm. rows: of run_many."""
+    """Last-epoch accuracies of many seeds, mean ± standard deviation, by recipe and norm. rows: of study.run_many."""
     last = last_epochs(rows)
     cells = []
     for (recipe, norm), each in last.groupby(["recipe", "norm"], sort=False):
@@ -58,7 +58,7 @@ def seeds_table(rows):
 def trials_table(rows):
     """What was tried, a line a run: the settings in which the runs differ, and the last epoch's figures.
 
-    rows: of run_many, with utils.hold_out(data): its "test" images are the training images held out.
+    rows: of study.run_many, with data.train_val_split: its "test" images are the training images held out.
     """
     last = last_epochs(rows)
     settings = [dict(pair.split("=", 1) for pair in line.rpartition(": ")[2].split()) for line in last["settings"]]
@@ -73,7 +73,7 @@ def trials_table(rows):
 def compare_norms(rows):
     """Differences in last-epoch test accuracy between norms, in points, paired by seed, with 95 % confidence intervals.
 
-    rows: of run_many. A difference is real, by this measure, where its interval leaves out zero (Student's t).
+    rows: of study.run_many. A difference is real, by this measure, where its interval leaves out zero (Student's t).
     """
     from scipy import stats  # takes longer to import than all else here
 

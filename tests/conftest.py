@@ -9,7 +9,10 @@ import pytest
 import torch
 from torchvision import datasets
 
+import model
 import utils
+from normkit import cifar10
+from normkit.synthetic import make_synthetic
 
 matplotlib.use("agg")
 
@@ -19,7 +22,23 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.fixture(scope="session")
 def data():
     """A small stand-in whose sizes no batch size of the tests divides."""
-    return utils.make_synthetic(train_size=330, test_size=101)
+    return make_synthetic(train_size=330, test_size=101)
+
+
+@pytest.fixture
+def small():
+    return make_synthetic(train_size=101, test_size=40)
+
+
+@pytest.fixture(scope="module")
+def results(data):
+    """A short run of each norm, not to be changed."""
+    return [utils.run(norm, data, 2, progress=False) for norm in model.NORMS]
+
+
+@pytest.fixture(params=model.NORMS)
+def norm(request):
+    return request.param
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
@@ -56,14 +75,14 @@ def official(tmp_path_factory, monkeypatch):
 
     train = [write_batch(name, "train") for name, _ in datasets.CIFAR10.train_list]
     test = [write_batch(name, "test") for name, _ in datasets.CIFAR10.test_list]
-    _, meta = write("batches.meta", {"label_names": list(utils.CLASSES)})
-    archive = folder / utils.ARCHIVE
+    _, meta = write("batches.meta", {"label_names": list(cifar10.CLASSES)})
+    archive = folder / cifar10.ARCHIVE
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(batches, datasets.CIFAR10.base_folder)
 
     monkeypatch.setattr(datasets.CIFAR10, "train_list", train)
     monkeypatch.setattr(datasets.CIFAR10, "test_list", test)
     monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": meta})
-    monkeypatch.setattr(utils, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     pixels = {split: np.concatenate(parts) for split, parts in pixels.items()}
     return SimpleNamespace(archive=archive, pixels=pixels, labels=labels)

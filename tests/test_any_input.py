@@ -1,5 +1,6 @@
 """Whatever users pass: right figures, or one ValueError or TypeError of the kit's own."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, settings
@@ -7,9 +8,13 @@ from hypothesis import strategies as st
 
 import model
 import utils
+from normkit.cifar10 import MEAN, STD
+from normkit.data import Data
+from normkit.synthetic import make_synthetic
 
 many = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-numbers = st.one_of(st.integers(-3, 70), st.floats(), st.none(), st.text(max_size=2))
+whole = st.integers(-3, 70)
+numbers = st.one_of(whole, whole.map(np.int64), st.floats(), st.none(), st.text(max_size=2))
 torch.manual_seed(0)
 NET = model.Net("group", dropout=0)
 
@@ -38,16 +43,29 @@ def batches(draw):
     labels = labels.to(draw(st.sampled_from([torch.int64] * 5 + [torch.float32, torch.int32])))
     if draw(st.integers(0, 9)) == 0:
         labels = draw(st.sampled_from([labels[:, None], labels.tolist(), None]))
+    shares = draw(st.integers(0, 4)) == 0  # of the classes, as MixUp makes them
+    if shares:
+        classes = draw(st.sampled_from([10] * 4 + [1, 9]))
+        labels = torch.rand(
+            count, classes, generator=generator, dtype=draw(st.sampled_from([torch.float32, torch.float64]))
+        )
+        labels /= labels.sum(1, keepdim=True)
+        spoilt = draw(st.sampled_from([None] * 4 + ["sum", "sign", "nan"]))
+        if count and spoilt:
+            labels[-1] *= 1.5 if spoilt == "sum" else 1
+            labels[-1, 0] -= 0 if spoilt == "sum" else 2 if spoilt == "sign" else float("nan")
+            labels[-1, -1] += 2 if spoilt == "sign" else 0
     fits = (
         n > 0
         and shape == (n, 3, size, size)
         and size in (8, 12)
         and dtype.is_floating_point
         and isinstance(labels, torch.Tensor)
-        and labels.dtype == torch.int64
-        and labels.shape == (n,)
-        and 0 <= labels.min()
-        and labels.max() <= 9
+        and (
+            labels.shape == (n, 10) and not spoilt
+            if shares
+            else labels.dtype == torch.int64 and labels.shape == (n,) and 0 <= labels.min() and labels.max() <= 9
+        )
     )
     return [(images, labels)] * draw(st.integers(0, 2)), fits
 
@@ -64,9 +82,10 @@ def test_figures_are_right_or_refused(case):
         images, labels = loader[0]
         with torch.no_grad():
             logits = NET(images.float())
+        classes = labels.argmax(1) if labels.dim() > 1 else labels
         assert abs(figures.loss - F.cross_entropy(logits, labels).item()) < 1e-5
         assert abs(figures.loss - trained.loss) < 1e-4
-        assert figures.correct == trained.correct == len(loader) * int((logits.argmax(1) == labels).sum())
+        assert figures.correct == trained.correct == len(loader) * int((logits.argmax(1) == classes).sum())
         assert figures.total == trained.total == len(loader) * len(labels)
 
 
@@ -74,15 +93,15 @@ def test_figures_are_right_or_refused(case):
 @given(st.integers(1, 30), numbers, st.booleans(), st.integers(-5, 5))
 def test_loaders_give_every_image_once_or_refuse(n, batch_size, augment, seed):
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 8, 8)
-    data = utils.Data("any", tuple(range(n)), images, torch.arange(n), images[:1], torch.zeros(1, dtype=torch.int64))
+    data = Data("any", tuple(range(n)), images, torch.arange(n), images[:1], torch.zeros(1, dtype=torch.int64))
     loaders = outcome(lambda: utils.get_loaders(data, batch_size, augment, "cpu", seed))
-    assert (loaders is not None) == (isinstance(batch_size, int) and batch_size >= 1)
+    assert (loaders is not None) == (isinstance(batch_size, int | np.integer) and batch_size >= 1)
     if loaders is not None:
         parts = list(loaders[0])
         assert len(parts) == len(loaders[0]) and {len(labels) for _, labels in parts[:-1]} <= {batch_size}
         seen, labels = (torch.cat(side) for side in zip(*parts, strict=True))
         assert sorted(labels.tolist()) == list(range(n))
-        values = (seen[:, 0] * utils.STD[0] + utils.MEAN[0]) * 255
+        values = (seen[:, 0] * STD[0] + MEAN[0]) * 255
         assert torch.allclose(values, labels.view(-1, 1, 1).expand_as(values).float(), atol=1e-3)
 
 
@@ -97,7 +116,7 @@ def test_loaders_give_every_image_once_or_refuse(n, batch_size, augment, seed):
 )
 def test_data_is_checked(dtype, shape, label_dtype, count, label, classes):
     images, labels = torch.zeros(shape, dtype=dtype), torch.full((count,), label).to(label_dtype)
-    data = outcome(lambda: utils.Data("any", tuple(range(classes)), images, labels, images, labels))
+    data = outcome(lambda: Data("any", tuple(range(classes)), images, labels, images, labels))
     right = (
         dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3 and label_dtype == torch.int64 and count == shape[0]
     )
@@ -116,6 +135,6 @@ def test_networks_have_their_parameters_or_are_refused(norm, num_groups, dropout
 @many
 @given(numbers, numbers, numbers, st.one_of(st.none(), st.text(max_size=4)), st.one_of(st.none(), st.text(max_size=4)))
 def test_runs_refuse_before_they_train(norm, epochs, batch_size, device, precision):
-    data = utils.make_synthetic(10, 10)
+    data = make_synthetic(10, 10)
     assert norm not in model.NORMS
     assert outcome(lambda: utils.run(norm, data, epochs, batch_size, device=device, precision=precision)) is None

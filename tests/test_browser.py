@@ -28,8 +28,9 @@ SETTINGS = {
 @pytest.fixture
 def folder(tmp_path):
     """The kit, its notebook without outputs and set to one epoch on the stand-in."""
-    for name in ("model.py", "utils.py", "figures.py"):
+    for name in ("model.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "normkit", tmp_path / "normkit", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "results", tmp_path / "results")
     notebook = nbformat.read(ROOT / "S8.ipynb", as_version=4)
     for cell in notebook.cells:

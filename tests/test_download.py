@@ -15,6 +15,7 @@ import pytest
 from torchvision import datasets
 
 import utils
+from normkit import cifar10
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def server(official, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
-    monkeypatch.setattr(utils, "TIMEOUT", (1, 1))
+    monkeypatch.setattr(cifar10, "TIMEOUT", (1, 1))
     yield server
     over.set()
     server.shutdown()
@@ -61,7 +62,7 @@ def server(official, monkeypatch):
 
 
 def mirrors(monkeypatch, server, *paths):
-    monkeypatch.setattr(utils, "MIRRORS", tuple(server.url + path for path in paths))
+    monkeypatch.setattr(cifar10, "MIRRORS", tuple(server.url + path for path in paths))
 
 
 def leftovers(root):
@@ -73,7 +74,9 @@ def test_good(server, official, tmp_path, monkeypatch):
     data = utils.load_data("auto", tmp_path / "new" / "folder")
     assert data.name == "CIFAR-10" and data.train_labels.tolist() == official.labels["train"]
     assert server.asked == ["/good"]
-    assert leftovers(tmp_path / "new" / "folder") == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE, "tensors.pt"])
+    assert leftovers(tmp_path / "new" / "folder") == sorted(
+        [datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "tensors.pt"]
+    )
     utils.load_data("auto", tmp_path / "new" / "folder")
     assert server.asked == ["/good"]  # from then on it is on disk
 
@@ -86,7 +89,7 @@ def test_a_slow_mirror_is_waited_for(server, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", ["/truncated", "/wrong", "/404", "/html", "/stalled"])
 def test_a_bad_mirror_leaves_nothing_behind(server, tmp_path, monkeypatch, bad):
     mirrors(monkeypatch, server, bad)
-    with pytest.raises(utils.DataUnavailable, match="By hand: put"):
+    with pytest.raises(cifar10.DataUnavailable, match="By hand: put"):
         utils.load_data("cifar10", tmp_path)
     assert leftovers(tmp_path) == [] and server.asked == [bad]
 
@@ -99,7 +102,7 @@ def test_the_next_mirror_takes_over(server, tmp_path, monkeypatch, bad):
 
 
 def test_a_dead_host_is_passed_over(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "MIRRORS", ("http://127.0.0.1:9/nobody", f"{server.url}/good"))
+    monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/nobody", f"{server.url}/good"))
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
 
 
@@ -119,12 +122,12 @@ def test_auto_says_why_it_goes_on_without(server, tmp_path, monkeypatch, capsys)
 
 
 def test_an_interrupted_unpacking_is_not_taken_for_good(official, tmp_path, monkeypatch):
-    (tmp_path / utils.ARCHIVE).write_bytes(official.archive.read_bytes())
+    (tmp_path / cifar10.ARCHIVE).write_bytes(official.archive.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(utils.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(cifar10.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             utils.load_data("auto", tmp_path)
-    assert leftovers(tmp_path) == [utils.ARCHIVE]
+    assert leftovers(tmp_path) == [cifar10.ARCHIVE]
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
 
 
@@ -133,16 +136,17 @@ def test_two_at_once(server, official, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         for data in pool.map(lambda _: utils.load_data("cifar10", tmp_path), range(4)):
             assert data.train_labels.tolist() == official.labels["train"]
-    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, utils.ARCHIVE, "tensors.pt"])
+    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "tensors.pt"])
 
 
 TWO_PROCESSES = """
 import json, sys
 sys.path.insert(0, {code!r})
 import utils
+from normkit import cifar10
 from torchvision import datasets
 sha256, train, test, meta, url = json.loads({settings!r})
-utils.ARCHIVE_SHA256, utils.MIRRORS = sha256, (url,)
+cifar10.ARCHIVE_SHA256, cifar10.MIRRORS = sha256, (url,)
 datasets.CIFAR10.train_list, datasets.CIFAR10.test_list, datasets.CIFAR10.meta = train, test, meta
 print("ready", flush=True)
 sys.stdin.readline()
@@ -152,8 +156,8 @@ print("labels", utils.load_data("cifar10", {root!r}).train_labels.tolist())
 
 @pytest.mark.slow
 def test_two_processes_at_once(server, official, tmp_path):
-    cifar10, root = datasets.CIFAR10, tmp_path / "root"
-    settings = [utils.ARCHIVE_SHA256, cifar10.train_list, cifar10.test_list, cifar10.meta, f"{server.url}/slow"]
+    files, root = datasets.CIFAR10, tmp_path / "root"
+    settings = [cifar10.ARCHIVE_SHA256, files.train_list, files.test_list, files.meta, f"{server.url}/slow"]
     code = str(Path(utils.__file__).parent)
     script = TWO_PROCESSES.format(code=code, settings=json.dumps(settings), root=str(root))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -166,7 +170,7 @@ def test_two_processes_at_once(server, official, tmp_path):
     for process in both:
         output, errors = process.communicate(timeout=60)
         assert f"labels {official.labels['train']}" in output, errors
-    assert leftovers(root) == sorted([cifar10.base_folder, utils.ARCHIVE, "tensors.pt"])
+    assert leftovers(root) == sorted([files.base_folder, cifar10.ARCHIVE, "tensors.pt"])
 
 
 def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):
@@ -175,8 +179,8 @@ def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.pooch.core.shutil, "move", full)
-    with pytest.raises(utils.DataUnavailable):
+    monkeypatch.setattr(cifar10.pooch.core.shutil, "move", full)
+    with pytest.raises(cifar10.DataUnavailable):
         utils.load_data("cifar10", tmp_path)
     assert "No space left" in capsys.readouterr().out and leftovers(tmp_path) == []
 
@@ -185,12 +189,12 @@ def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):
 def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, monkeypatch, kind):
     root = tmp_path / "root"
     root.mkdir()
-    with tarfile.open(root / utils.ARCHIVE, "w:gz") as tar:
+    with tarfile.open(root / cifar10.ARCHIVE, "w:gz") as tar:
         member = tarfile.TarInfo("../evil" if kind == "path" else "cifar-10-batches-py/link")
         if kind == "link":
             member.type, member.linkname = tarfile.SYMTYPE, "../../../evil"
         tar.addfile(member, io.BytesIO())
-    monkeypatch.setattr(utils, "ARCHIVE_SHA256", hashlib.sha256((root / utils.ARCHIVE).read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "ARCHIVE_SHA256", hashlib.sha256((root / cifar10.ARCHIVE).read_bytes()).hexdigest())
     with pytest.raises(ValueError, match="cannot be unpacked"):
         utils.load_data("cifar10", root)
-    assert leftovers(root) == [utils.ARCHIVE] and leftovers(tmp_path) == ["root"]
+    assert leftovers(root) == [cifar10.ARCHIVE] and leftovers(tmp_path) == ["root"]

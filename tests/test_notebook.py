@@ -1,4 +1,3 @@
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-import utils
+from normkit import cifar10
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,30 +64,12 @@ def test_cells_and_text_are_short(notebook):
     assert words <= 1100
 
 
-def test_the_first_cell_fetches_what_is_missing(notebook, tmp_path):
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    environment = os.environ | {"KIT_URL": ROOT.as_uri()}
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, '')\n" + first.source]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("model.py", "figures.py", "utils.py", "results/seeds.csv", "results/trials.csv"):
-        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
-    assert "CIFAR-10: not in data yet" in done.stdout
-
-
-def test_the_first_cell_names_what_is_not_installed(notebook, tmp_path):
-    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    blocked = "import sys; sys.path.insert(0, ''); sys.modules['pytorch_optimizer'] = None\n" + first.source
-    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
-    assert "pytorch_optimizer is missing" in done.stderr and "%pip install" in done.stderr
-
-
 def test_the_readmes_example(tmp_path, monkeypatch, data):
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
     assert len(example.strip().splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "MIRRORS", ("http://127.0.0.1:9/none",))
-    monkeypatch.setattr(utils, "make_synthetic", lambda: data)
+    monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/none",))
+    monkeypatch.setattr(cifar10, "make_synthetic", lambda: data)
     exec(example, {})
 
 

@@ -1,32 +1,26 @@
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from helpers import AUTO_LINE, NORMS, QUIET, everything, linear, run, same
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import model
 import utils
-
-NORMS = list(model.NORMS)
-QUIET = {"progress": False}
-
-
-def linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-
-
-def whole(loader):
-    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    return images, labels
+from normkit import anatomy, plots
+from normkit.backend import Compiled
+from normkit.checks import check_epochs
+from normkit.data import Data
+from normkit.fused import fuse
+from normkit.synthetic import make_synthetic
 
 
 def by_hand(net, loader):
     """Mean loss of an image and accuracy in percent, one image at a time."""
-    images, labels = whole(loader)
+    images, labels = everything(loader)
     losses, hits = [], 0
     for image, label in zip(images, labels, strict=True):
         p = net(image[None]).softmax(1)[0].double()
@@ -63,7 +57,7 @@ def test_an_epoch_equals_plain_sgd(data):
 
 
 def test_a_plain_dataloader_will_do(data, device):
-    images, labels = whole(utils.get_loaders(data, 64, device="cpu")[1])
+    images, labels = everything(utils.get_loaders(data, 64, device="cpu")[1])
     loader = DataLoader(TensorDataset(images, labels), 30)
     net = linear().to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
@@ -76,7 +70,7 @@ def test_a_plain_dataloader_will_do(data, device):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("batch_size", [1, 100])  # 101 test images: a last batch of one
 def test_every_norm_at_batch_size_one_and_with_a_last_image_alone(data, norm, batch_size, device):
-    few = utils.Data(
+    few = Data(
         "few",
         data.classes,
         *(part[:11] for part in (data.train_images, data.train_labels)),
@@ -117,18 +111,33 @@ def test_looking_changes_nothing(data, capsys):
     next(iter(train_loader))
     utils.test(net, test_loader)
     logits, _ = utils.predict(net, test_loader)
-    utils.summarize(net)
-    utils.plot_samples(data)
-    utils.plot_mistakes(data, logits)
+    anatomy.summarize(net)
+    plots.plot_samples(data)
+    plots.plot_mistakes(data, logits)
     assert net.training and torch.equal(random_state, torch.get_rng_state())
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_evaluation_is_without_dropout_and_restores_the_mode(data):
+@pytest.mark.parametrize("backend", ["eager", "auto", "compile"])
+def test_evaluation_is_without_dropout_and_restores_the_mode(data, backend, monkeypatch):
+    compile_with("eager", monkeypatch)
     net, loader = model.Net("group", dropout=0.9).eval(), utils.get_loaders(data, device="cpu")[1]
-    assert utils.test(net, loader) == utils.test(net.train(), loader)
-    assert net.training and not (utils.test(net.eval(), loader) and net.training)
+    assert utils.test(net, loader, backend=backend) == utils.test(net.train(), loader, backend=backend)
+    assert net.training and not (utils.test(net.eval(), loader, backend=backend) and net.training)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, fuse, Compiled])
+@pytest.mark.parametrize("frozen", ["C4", "C4.norm", "C9.dropout"])
+def test_evaluation_restores_the_mode_of_each_module(data, wrap, frozen, monkeypatch):
+    compile_with("eager", monkeypatch)
+    net, loader = model.Net("batch").train(), utils.get_loaders(data, device="cpu")[1]
+    net.get_submodule(frozen).eval()
+    modes = [module.training for module in net.modules()]
+    network = wrap(net)
+    assert [module.training for module in net.modules()] == modes and network.training
+    utils.predict(network, loader)
+    assert [module.training for module in net.modules()] == modes and network.training
 
 
 # ----------------------------------------------------------------------- schedule and log
@@ -140,8 +149,9 @@ def test_the_printed_lines_and_steplrs_sequence(data, capsys):
     history = utils.fit(net, *utils.get_loaders(data, 64, device="cpu"), optimizer, StepLR(optimizer, 2, 0.1), epochs=5)
     assert [row["lr"] for row in history] == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001])
     lines = [line.split("\r")[-1] for line in capsys.readouterr().out.split("\n") if line]
-    assert len(lines) == 20
-    blocks = [lines[i : i + 4] for i in range(0, 20, 4)]
+    assert len(lines) == 21
+    assert re.fullmatch(r"Backend: eager: PyTorch's modules \(no fused kernel: .*\)", lines[0])
+    blocks = [lines[i : i + 4] for i in range(1, 21, 4)]
     for (rate, name, bar, test), row in zip(blocks, history, strict=True):
         assert rate == f"Adjusting learning rate of group 0 to {row['lr']:.4e}."
         assert name == f"Epoch {row['epoch']}"
@@ -168,7 +178,7 @@ def test_the_loss_in_the_bar_is_the_last_batchs(data, capsys):
 
 
 def test_the_classic_schedule_is_the_default(data):
-    rates = [row["lr"] for row in utils.run("batch", utils.make_synthetic(20, 10), epochs=16, **QUIET).history]
+    rates = [row["lr"] for row in utils.run("batch", make_synthetic(20, 10), epochs=16, **QUIET).history]
     assert rates == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 2)
 
 
@@ -191,35 +201,43 @@ def test_other_schedulers_per_epoch_and_per_batch(data):
     assert [row["lr"] for row in rows] == [0.01] * 3
 
 
+def test_reduce_lr_on_plateau_is_given_what_its_mode_asks_for(data):
+    for mode, column in (("min", "train_loss"), ("max", "train_acc")):
+        net, given = linear(), []
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        scheduler = ReduceLROnPlateau(optimizer, mode)
+        step = scheduler.step
+        scheduler.step = lambda value, step=step, given=given: given.append(value) or step(value)
+        rows = utils.fit(net, *utils.get_loaders(data, 64, device="cpu"), optimizer, scheduler, 2, **QUIET)
+        assert given == [row[column] for row in rows]
+
+
+def test_on_epoch_sees_the_history_grow_and_what_a_checkpoint_held(data, tmp_path):
+    seen = []
+    options = QUIET | {"on_epoch": lambda history: seen.append([row["epoch"] for row in history])}
+    utils.run("layer", data, 2, checkpoint=tmp_path / "c", **options)
+    utils.run("layer", data, 3, checkpoint=tmp_path / "c", **options)
+    assert seen == [[1], [1, 2], [1, 2], [1, 2, 3]]
+
+
 # ------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"norm": "instance"}, "batch, group, layer"),
-        ({"epochs": 0}, "epochs=0: expected"),
-        ({"epochs": -3}, "epochs=-3: expected"),
-        ({"epochs": 1.5}, "epochs=1.5: expected"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"device": "abacus"}, "abacus.*choose"),
-        ({"precision": "int4"}, "int4.*float32"),
-        ({"memory_format": "blocked"}, "blocked.*choose auto, contiguous or channels_last"),
-        ({"num_groups": 5}, "1, 2, 4, 8, 16 or 'channels'"),
-        ({"dropout": 2}, "dropout=2: expected a probability"),
-        ({"head_gain": 0}, "head_gain=0: expected a positive number"),
-    ],
-)
-def test_bad_options_stop_a_run_before_it_prints(data, options, message, capsys):
-    with pytest.raises(ValueError, match=message):
-        utils.run(**({"norm": "group", "data": data} | options))
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, None, True, "2"])
+def test_epochs_are_checked(data, epochs):
+    net = linear()
+    with pytest.raises(ValueError, match="epochs=.*expected a whole number of at least 1"):
+        utils.fit(net, *utils.get_loaders(data), torch.optim.SGD(net.parameters(), 0.01), epochs=epochs, **QUIET)
+
+
+def test_numpys_whole_numbers_are_epochs(data):
+    assert len(run(data, epochs=np.int64(2), batch_size=np.int32(100)).history) == 2
 
 
 def test_more_than_twenty_epochs_says_how_to_lift_the_limit():
-    utils.check_epochs(20, 20)
+    check_epochs(20, 20)
     with pytest.raises(ValueError, match="EPOCH_LIMIT"):
-        utils.check_epochs(21, 20)
+        check_epochs(21, 20)
 
 
 def test_a_loader_that_yields_nothing():
@@ -247,41 +265,45 @@ def test_a_loss_that_is_not_finite_stops_the_run(data):
         utils.run("group", data, 2, lr=1e30, **QUIET)
 
 
-# -------------------------------------------------------------------------- fast and right
-
-
-def test_bfloat16_where_the_hardware_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for features, dtype in (
-        ({}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert utils.choose_precision("auto", cpu) == dtype
-        assert utils.choose_precision("float32", cpu) == torch.float32
+# ------------------------------------------------------------------------------- backends
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_figures(data, norm, precision, capsys):
     losses = []
-    kernel = "" if model.kernel() is None else "fused layers, "
     ways = (
-        ("contiguous", False, "contiguous_format, SGD"),
-        ("channels_last", True, f"channels_last, {kernel}fused SGD"),
+        ("contiguous", "eager", "eager: PyTorch's modules"),
+        ("channels_last", "eager", "eager: PyTorch's modules"),
+        ("contiguous", "auto", AUTO_LINE),
+        ("channels_last", "auto", AUTO_LINE),
     )
-    for memory_format, fused, shown in ways:
-        how = {"precision": precision, "memory_format": memory_format, "fused": fused, "device": "cpu"}
-        losses.append(utils.run(norm, data, 1, dropout=0, **how).history[0]["train_loss"])
-        assert f"{precision}, {shown}" in capsys.readouterr().out.splitlines()[0]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if precision == "float32" else 0.02)
+    for memory_format, backend, shown in ways:
+        how = {"precision": precision, "memory_format": memory_format, "backend": backend, "device": "cpu"}
+        result = utils.run(norm, data, 1, dropout=0, **how)
+        losses.append(result.history[0]["train_loss"])
+        first_line, second_line, *_ = capsys.readouterr().out.splitlines()
+        assert first_line == (
+            f"{norm} norm on {data.name}: cpu ({torch.get_num_threads()} threads), {precision}, fused SGD"
+        )
+        assert second_line == f"Backend: {shown}"
+        assert all(parameter.is_contiguous() for parameter in result.model.parameters())
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-4 if precision == "float32" else 0.02)
+
+
+def test_a_kernel_that_is_asked_for_and_cannot_be_had_is_an_error_that_says_why(data, capsys):
+    net = linear()
+    with pytest.raises(ValueError, match="backend='fused' cannot be had: the model is a Sequential"):
+        utils.train(net, utils.get_loaders(data)[0], torch.optim.SGD(net.parameters(), 0.01), backend="fused")
+    with pytest.raises(ValueError, match="'warp'.*auto, eager, fused or compile"):
+        utils.test(net, utils.get_loaders(data)[1], backend="warp")
+    assert capsys.readouterr().out == ""
 
 
 def compile_with(backend, monkeypatch):
     """Has torch.compile use a backend that needs no compiler."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, **how: compile(self, backend=backend, **how))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(model, backend=backend, **how))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -289,13 +311,16 @@ def test_a_compiled_run_starts_and_draws_as_one_that_is_not(data, norm, monkeypa
     """With a backend that runs each operation as it is, the two agree to the last bit."""
     graphs = []
     compile_with(lambda graph, inputs: graphs.append(inputs) or graph.forward, monkeypatch)
-    options = {"epochs": 2, "device": "cpu", "dropout": 0.1, "fused": False}  # torch.compile sees the modules alone
-    compiled = utils.run(norm, data, compile=True, checkpoint=tmp_path / "c", **options)
+    options = {"epochs": 2, "device": "cpu", "dropout": 0.1}
+    compiled = utils.run(norm, data, backend="compile", checkpoint=tmp_path / "c", **options)
     assert len(graphs) >= 4  # training and evaluation, whole and ragged batches
-    assert capsys.readouterr().out.splitlines()[0].endswith("SGD, compiled")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1] == "Backend: torch.compile" and "Not compiled" not in printed
+    options["backend"] = "eager"
     plain = utils.run(norm, data, checkpoint=tmp_path / "c", **options)  # the one's checkpoint is the other's
     assert plain.history == compiled.history
     plain = utils.run(norm, data, **options)
+    assert type(compiled.model) is model.Net and same(plain.history, compiled.history)
     for own, its in zip(plain.model.state_dict().values(), compiled.model.state_dict().values()):
         assert torch.equal(own, its)
 
@@ -305,42 +330,43 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_as_written(data, monkeypa
         raise OSError("no C++ compiler")
 
     compile_with(broken, monkeypatch)
-    options = {"norm": "batch", "data": data, "epochs": 1, "device": "cpu"}
-    losses = [utils.run(compile=compile, **options).history[0]["train_loss"] for compile in (True, False)]
-    assert losses[0] == losses[1]
-    told, first_line, *_ = capsys.readouterr().out.splitlines()
-    assert "Not compiled" in told and "no C++ compiler" in told and "compiled" not in first_line
+    options = {"norm": "batch", "data": data, "epochs": 2, "device": "cpu", "dropout": 0.1}
+    histories = [utils.run(backend=backend, **options).history for backend in ("compile", "eager")]
+    assert same(*histories)
+    printed = capsys.readouterr().out
+    assert printed.count("Not compiled, goes on with PyTorch's modules. ") == 1 and "no C++ compiler" in printed
+
+
+def test_what_cannot_be_compiled_says_why_and_computes_as_written(monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    compile_with(broken, monkeypatch)
+    net, images = model.Net("layer").eval(), torch.randn(2, 3, 8, 8)
+    compiled = Compiled(net)
+    assert compiled.reason is None and capsys.readouterr().out == ""  # lazily, at the first call
+    for _ in range(2):
+        assert torch.equal(compiled(images), net(images))
+    assert "no C++ compiler" in compiled.reason
+    assert capsys.readouterr().out == f"Not compiled, goes on with PyTorch's modules. {compiled.reason}\n"
+
+
+def test_an_error_of_the_images_is_none_of_the_compilers(monkeypatch, capsys):
+    compile_with("eager", monkeypatch)
+    compiled = Compiled(model.Net("layer"))
+    with pytest.raises(ValueError, match=r"expected \(N, 3, H, W\)"):
+        compiled(torch.zeros(1, 3, 30, 32))
+    assert compiled.reason is None and compiled(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_compiled_network_has_the_figures_of_the_written_one(data, norm, device, capsys):
     options = {"data": data, "epochs": 2, "device": device, "dropout": 0, "precision": "float32"}
-    compiled, plain = (utils.run(norm, compile=compile, **options).history for compile in (True, False))
-    assert ", compiled" in capsys.readouterr().out
+    compiled, plain = (utils.run(norm, backend=backend, **options).history for backend in ("compile", "eager"))
+    printed = capsys.readouterr().out
+    assert "Backend: torch.compile" in printed and "Not compiled" not in printed
     for one, other in zip(compiled, plain):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
         assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-2)
-
-
-def test_results_table_reports_the_last_epoch(data):
-    results = [utils.run(norm, data, 2, **QUIET) for norm in NORMS]
-    results[0].history[0]["test_acc"] = 99.0  # a better epoch that was not the last
-    table = utils.results_table(results)
-    assert list(table.index) == NORMS
-    assert table.loc["batch", "test accuracy %"] == round(results[0].history[-1]["test_acc"], 2)
-    assert table.loc["batch", "best test % (epoch)"] == "99.00 (1)"
-    assert (table["total parameters"] == 48_178).all() and table["data"].str.contains("synthetic").all()
-
-
-def test_results_table_needs_an_epoch(data):
-    with pytest.raises(ValueError, match="batch run has no finished epoch"):
-        utils.results_table([utils.Result("batch", 0, model.Net(), utils.History())])
-
-
-def test_on_epoch_sees_the_history_grow_and_what_a_checkpoint_held(data, tmp_path):
-    seen = []
-    options = QUIET | {"on_epoch": lambda history: seen.append([row["epoch"] for row in history])}
-    utils.run("layer", data, 2, checkpoint=tmp_path / "c", **options)
-    utils.run("layer", data, 3, checkpoint=tmp_path / "c", **options)
-    assert seen == [[1], [1, 2], [1, 2], [1, 2, 3]]

@@ -61,27 +61,43 @@ def library():
         folder, against = cache_folder()
         if folder is None:
             return build_for_this_process(command, against)
-        file = folder / f"kernel-{key}.so"
-        try:
-            if not is_private(file):
-                raise BuildError("others can write to it")
-            return Library(load(file), None, str(file))
-        except (OSError, BuildError):  # not there yet, or not ours, damaged, or of another version
-            return build_into_cache(command, file)
+        for file in folder.glob(f"kernel-{key}-*.so"):
+            try:
+                return load_from_cache(file)
+            except (OSError, BuildError):
+                continue  # not ours alone, damaged, or just replaced
+        return build_into_cache(command, folder, key)
     except BuildError as error:
         return Library(None, str(error))
 
 
-def build_into_cache(command, file):
-    """Builds beside the file and renames; where that cannot be written, builds for this process alone."""
+def load_from_cache(file):
+    """Loads a library that belongs to this user alone and is whole: its name ends with a hash of its bytes."""
+    if not is_private(file):
+        raise BuildError(f"others can write to {file}")
+    if file.stem.rpartition("-")[2] != digest(file.read_bytes()):
+        raise BuildError(f"{file} is damaged")  # which could crash the process that loads it
+    return Library(load(file), None, str(file))
+
+
+def build_into_cache(command, folder, key):
+    """Builds beside the final place and renames; where that cannot be done, builds for this process alone."""
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix="building-") as folder:
-            built = compile_into(command, Path(folder))
+        with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as parent:
+            built = compile_into(command, Path(parent))
             built.chmod(0o700)
+            file = folder / f"kernel-{key}-{digest(built.read_bytes())}.so"
             os.replace(built, file)
-        return Library(load(file), None, str(file))
-    except (OSError, BuildError) as error:
+    except OSError as error:
         return build_for_this_process(command, str(error))
+    try:
+        return load_from_cache(file)
+    except (OSError, BuildError) as error:  # on a disk from which nothing may be run, say
+        return build_for_this_process(command, str(error))
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def build_for_this_process(command, against):
@@ -99,7 +115,10 @@ def compile_command():
     if (system, machine) not in TARGET:
         known = ", ".join(" ".join(pair) for pair in TARGET)
         raise BuildError(f"there is no fused kernel for {system} {machine}, only for {known}")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+    except ValueError as error:
+        raise BuildError(f"the environment variable CXX is no command, {error}: {os.environ['CXX']}") from None
     if not compiler or shutil.which(compiler[0]) is None:
         how = next((command for manager, command in INSTALL.items() if shutil.which(manager)), "install g++ or clang++")
         raise BuildError(f"no C++ compiler: {' '.join(compiler)!r} is not there; {how}")
@@ -114,7 +133,7 @@ def cache_key(command):
     macros = run_compiler([*command, "-x", "c++", "-dM", "-E", os.devnull])
     parts = [" ".join(command).encode(), macros]
     parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    return digest(b"\0".join(parts))
 
 
 def compile_into(command, folder):
@@ -134,8 +153,9 @@ def run_compiler(command):
         raise BuildError(f"the compiler cannot be run: {error}") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        said = "\n  ".join(lines[-5:]) or f"exit status {done.returncode}"
-        raise BuildError(f"{command[0]} failed to build the kernel:\n  {said}")
+        first = [line for line in lines[:-5] if "error" in line][:1]
+        said = "".join(f"\n  {line}" for line in first + lines[-5:])
+        raise BuildError(f"{command[0]} failed to build the kernel, exit status {done.returncode}{said}")
     return done.stdout
 
 

@@ -9,7 +9,9 @@ from normkit.fused.workspace import take_workspace
 
 
 class FusedFunction(torch.autograd.Function):
-    """logits (N, K, 1, 1) in float32 of x (N, C, H, W), from layers that legality.reason_against has passed.
+    """The last layer's output of x (N, C, H, W), from layers that legality.reason_against has passed.
+
+    The output is channels_last, in dtype; but logits (N, K, 1, 1), an AvgPoolLinear's, are in float32.
 
     dtype: of the activations, float32 or bfloat16. nchw: x is contiguous and float32, and no gradient leads back to it;
     otherwise x is channels_last, in dtype.
@@ -17,10 +19,10 @@ class FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, dtype, needs_grad, nchw, x, *parameters):
-        structs, fields, tensors = fill_params(layers, x, parameters)
+        structs, fields, tensors, shape = fill_params(layers, x, parameters)
         structs[0].nchw = nchw
-        N, K = len(x), structs[-1].K
-        out = torch.empty(N, K, 1, 1, dtype=torch.float32, device="cpu")
+        out_dtype = torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype
+        out = torch.empty(shape, dtype=out_dtype, device="cpu", memory_format=torch.channels_last)
         set_pointers([*fields, (structs[-1], "out")], [*tensors, out])
         use_bf16 = dtype == torch.bfloat16
         workspace = call(library().functions.forward, use_bf16, structs, len(structs), needs_grad)
@@ -37,7 +39,7 @@ class FusedFunction(torch.autograd.Function):
                 "or train with backend='eager'"
             )
         workspace, *tensors = ctx.saved_tensors
-        dout = dout.contiguous()
+        dout = dout.contiguous(memory_format=torch.channels_last)
         learned = [i for i, (_, name) in enumerate(ctx.fields) if name in PARAMETERS]
         gradients = [torch.empty_like(tensors[i]) for i in learned]
         dx = torch.empty_like(tensors[0]) if ctx.needs_input_grad[4] else None
@@ -52,7 +54,7 @@ PARAMETERS = {"weight", "bias", "norm_weight", "norm_bias"}
 
 
 def fill_params(layers, x, parameters):
-    """Returns the layers' structs, and which of their fields point to which tensor's values."""
+    """Returns the layers' structs, which of their fields point to which tensor's values, and the output's shape."""
     structs, parameters = (params.LayerParams * len(layers))(), iter(parameters)
     fields, tensors = [(structs[0], "x")], [x]
     N, C, H, W = x.shape
@@ -70,10 +72,9 @@ def fill_params(layers, x, parameters):
             scale = torch.ones(N, K, 1, 1, dtype=torch.float32, device="cpu")
             fields.append((struct, "dropout_scale"))  # drawn as the module would draw it
             tensors.append(torch.feature_dropout_(scale, layer.dropout.p, layer.dropout.training))
-        elif layer.kind == params.CONV1X1_MAXPOOL:
-            H, W = H // 2, W // 2
+        H, W = layer.out_size(H, W)
         C = K
-    return structs, fields, tensors
+    return structs, fields, tensors, (N, C, H, W)
 
 
 def set_norm(struct, norm):

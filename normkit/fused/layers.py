@@ -17,6 +17,9 @@ class ConvNormReLU(NamedTuple):
 
     kind = params.CONV_NORM_RELU
 
+    def out_size(self, H, W):
+        return H, W
+
     def named_parameters(self):
         conv, norm = self.conv, self.norm
         return {"weight": conv.weight, "bias": conv.bias, "norm_weight": norm.weight, "norm_bias": norm.bias}
@@ -30,6 +33,9 @@ class Conv1x1MaxPool(NamedTuple):
 
     kind = params.CONV1X1_MAXPOOL
 
+    def out_size(self, H, W):
+        return H // 2, W // 2
+
     def named_parameters(self):
         return {"weight": self.conv.weight, "bias": self.conv.bias}
 
@@ -41,6 +47,9 @@ class AvgPoolLinear(NamedTuple):
     conv: nn.Conv2d
 
     kind = params.AVGPOOL_LINEAR
+
+    def out_size(self, H, W):
+        return 1, 1
 
     def named_parameters(self):
         return {"weight": self.conv.weight, "bias": self.conv.bias}

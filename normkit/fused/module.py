@@ -26,7 +26,7 @@ class Fused(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = getattr(model, "training", False)  # a frozen ScriptModule has no mode
         self.required = False
         self.reason = self.known_reason = reason_against(model)
 
@@ -34,8 +34,7 @@ class Fused(nn.Module):
         """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
         self.reason = reason_against(self.model, images)
         if self.reason is not None:
-            self.tell()
-            return self.model(images)
+            return self.run_modules(images)
         layers, dtype, needs_grad = layers_of(self.model), compute_dtype(), torch.is_grad_enabled()
         nchw = not (needs_grad and images.requires_grad)
         if nchw:
@@ -45,10 +44,12 @@ class Fused(nn.Module):
         parameters = [parameter for layer in layers for parameter in layer.named_parameters().values()]
         return FusedFunction.apply(layers, dtype, needs_grad, nchw, images, *parameters).flatten(1)
 
-    def tell(self):
-        """Warns of a reason that was not there when the model was fused, once."""
+    def run_modules(self, images):
+        """Calls the model, and warns once of a reason that was not there when it was fused."""
         if self.required:
             raise RuntimeError(f"the fused kernel is required, and cannot be used: {self.reason}")
+        output = self.model(images)
         if self.reason != self.known_reason and not torch.compiler.is_compiling():
-            warnings.warn(f"PyTorch's modules run in place of the fused kernel: {self.reason}", stacklevel=4)
+            warnings.warn(f"PyTorch's modules ran in place of the fused kernel: {self.reason}", stacklevel=4)
             self.known_reason = self.reason
+        return output

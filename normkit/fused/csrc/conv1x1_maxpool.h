@@ -23,8 +23,7 @@ template <typename T> struct Conv1x1MaxPool {
   // Calls body(first pixel, index in out, first channel, how many channels) for each window of a strip.
   template <typename Body> void for_each_window(int64_t strip, Body body) const {
     for (int64_t x = 0; x < W / 2; x++)
-      for (int64_t k = 0; k < K; k += LANES)
-        body(2 * x, (strip * W / 2 + x) * K + k, k, std::min(LANES, K - k));
+      for (int64_t k = 0; k < K; k += LANES) body(2 * x, (strip * W / 2 + x) * K + k, k, std::min(LANES, K - k));
   }
   void read_strip(int64_t strip, float* to) const {
     const T* x = (const T*)p.x + strip * pixels * C;

@@ -52,8 +52,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
 
   // Does `before` for every block of images, `group` for every normalisation group, and `after` for every block. Where
   // images do not depend on each other, all three for one block before the next, while it is in cache.
-  template <typename Before, typename Group, typename After>
-  void run(Before before, Group group, After after) const {
+  template <typename Before, typename Group, typename After> void run(Before before, Group group, After after) const {
     const int64_t groups = p.num_groups ? p.num_groups : K;
     const bool independent = p.num_groups || p.use_running_stats;
     const PerThread<Scratch> scratches([&] { return convolution.make_scratch(); });
@@ -110,8 +109,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
           // From the mean and variance of each map to those of the group.
           const float members = (n_end - n_begin) * (k_end - k_begin);
           float mean = 0, var = 0;
-          for_each_in_group(n_begin, n_end, k_begin, k_end,
-                            [&](int64_t i, int64_t) { mean += p.mean[i] / members; });
+          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) { mean += p.mean[i] / members; });
           for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) {
             const float distance = p.mean[i] - mean;
             var += (p.var[i] + distance * distance) / members;
@@ -174,8 +172,8 @@ template <typename T, typename Convolution> struct ConvNormReLU {
           });
         },
         [&](int64_t begin, int64_t end, const Scratch& scratch, int64_t chunk) {
-          T* block = p.dpre_activation ? (T*)p.dpre_activation + begin * image_size
-                                       : (T*)(float*)scratch.dpre_activation;
+          T* block =
+              p.dpre_activation ? (T*)p.dpre_activation + begin * image_size : (T*)(float*)scratch.dpre_activation;
           for_each_channel_vector(begin, end, [&](int64_t n, int64_t k) {
             const Affine affine = this->affine(n, k);
             const int64_t first = n * image_size + k;

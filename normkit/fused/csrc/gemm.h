@@ -31,24 +31,26 @@ void gemm_microkernel(const Factor* a, int64_t a_row, int64_t a_col, const Facto
       float* block = out + r * columns + c;
       vec_f32 sums[mr][nr];
       UNROLL(8)
-      for (int64_t i = 0; i < mr; i++)
+      for (int64_t i = 0; i < mr; i++) {
         UNROLL(2)
-        for (int64_t j = 0; j < nr; j++)
-          sums[i][j] = accumulate ? load(block + i * columns + j * LANES) : vec_f32{};
+        for (int64_t j = 0; j < nr; j++) sums[i][j] = accumulate ? load(block + i * columns + j * LANES) : vec_f32{};
+      }
       for (int64_t k = 0; k < depth; k++) {
         Vector values[nr];
         UNROLL(2)
         for (int64_t j = 0; j < nr; j++) values[j] = read<Vector>(b + k * columns + c + j * LANES);
         UNROLL(8)
-        for (int64_t i = 0; i < mr; i++)
+        for (int64_t i = 0; i < mr; i++) {
           UNROLL(2)
           for (int64_t j = 0; j < nr; j++)
             sums[i][j] = multiply_add(sums[i][j], a[(r + i) * a_row + k * a_col], values[j]);
+        }
       }
       UNROLL(8)
-      for (int64_t i = 0; i < mr; i++)
+      for (int64_t i = 0; i < mr; i++) {
         UNROLL(2)
         for (int64_t j = 0; j < nr; j++) store(block + i * columns + j * LANES, sums[i][j]);
+      }
     }
 }
 
@@ -56,8 +58,8 @@ template <typename Factor>
 inline void gemm(const Factor* a, int64_t a_row, int64_t a_col, const Factor* b, float* out, int64_t rows,
                  int64_t depth, int64_t columns, bool accumulate = false) {
   const auto microkernel = columns % (NR * LANES) ? gemm_microkernel<MR, 1, Factor>
-                           : rows <= MR / 2        ? gemm_microkernel<MR / 2, NR, Factor>
-                                                   : gemm_microkernel<MR, NR, Factor>;
+                           : rows <= MR / 2       ? gemm_microkernel<MR / 2, NR, Factor>
+                                                  : gemm_microkernel<MR, NR, Factor>;
   microkernel(a, a_row, a_col, b, out, rows, depth, columns, accumulate);
 }
 

@@ -58,8 +58,7 @@ template <typename T> struct Im2col {
       for (int64_t y = 0; y < H; y++, out += W * K) {
         gemm<float>(scratch.rows + y * row_size, 1, W_padded, weight, scratch.products, W, taps, K);
         for (int64_t i = 0; i < W * K; i += K)
-          for (int64_t k = 0; k < K; k += LANES)
-            store(out + i + k, load(scratch.products + i + k) + load(p.bias + k));
+          for (int64_t k = 0; k < K; k += LANES) store(out + i + k, load(scratch.products + i + k) + load(p.bias + k));
       }
     }
   }

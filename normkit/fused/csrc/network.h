@@ -91,8 +91,7 @@ template <typename T> struct Network {
   template <typename Factor> int64_t backward(int64_t activations, int64_t workspace) const {
     plan_activations(true, activations);
     const int64_t size = plan_gradients(workspace);
-    for (int64_t i = count; workspace && i--;)
-      dispatch<Factor>(layers[i], [](const auto& layer) { layer.backward(); });
+    for (int64_t i = count; workspace && i--;) dispatch<Factor>(layers[i], [](const auto& layer) { layer.backward(); });
     return size;
   }
 };

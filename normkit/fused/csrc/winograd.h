@@ -116,14 +116,10 @@ template <typename T, typename Factor> struct Winograd {
   };
   Scratch make_scratch() const {
     const int64_t backward = p.dout != nullptr, widest = std::max(C_padded, K);
-    return {images_per_block * padded_image,
-            36 * point_stride(C_padded),
-            36 * point_stride(widest),
-            backward * images_per_block * padded_image,
-            backward * 36 * point_stride(K),
-            is_pair<Factor> * backward * 36 * point_stride(K),
-            backward * 36 * C_padded * K,
-            backward * images_per_block * H * W * K};
+    return {images_per_block * padded_image, 36 * point_stride(C_padded),
+            36 * point_stride(widest),       backward * images_per_block * padded_image,
+            backward * 36 * point_stride(K), is_pair<Factor> * backward * 36 * point_stride(K),
+            backward * 36 * C_padded * K,    backward * images_per_block * H * W * K};
   }
   void clear(const Scratch& scratch) const { std::fill_n((float*)scratch.padded, images_per_block * padded_image, 0); }
 
@@ -237,12 +233,10 @@ template <typename T, typename Factor> struct Winograd {
       compute_V(start, count, scratch);
       for_each_tile(start, count, K, [&](const Tile& tile, int64_t k) {
         vec_f32 dy[16] = {}, dm[36];
-        for_each_output_pixel(tile,
-                              [&](int64_t i, int64_t pixel) { dy[i] = load(dpre_activation + pixel + k); });
+        for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) { dy[i] = load(dpre_activation + pixel + k); });
         transform_2d<4, 6>(dy, dm, output_transform_backward);
         scatter(dm, scratch.dM + k, point_stride(K), tile.index, K);
-        if (is_pair<Factor>)
-          scatter(dm, (bf16*)(Factor*)scratch.dM_by_k + tile.index * K + k, 2 * point_stride(K));
+        if (is_pair<Factor>) scatter(dm, (bf16*)(Factor*)scratch.dM_by_k + tile.index * K + k, 2 * point_stride(K));
       });
       for (int64_t i = 0; i < 36; i++)  // dU = V^T · dM
         gemm<Factor>(scratch.V + i * point_stride(C_padded), 1, C_padded, scratch.dM + i * point_stride(K),

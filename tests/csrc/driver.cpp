@@ -1,0 +1,132 @@
+// Runs the kernel over odd sizes with every buffer allocated to its exact size, for sanitizers to watch; and, with the
+// argument "memory", makes each allocation of the kernel fail in turn. Prints how many configurations it went through.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../../normkit/fused/csrc/kernel.cpp"
+
+static int64_t allocations_left = -1;  // before one fails; -1: none fails
+
+void* operator new[](size_t size, std::align_val_t alignment) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) allocations_left--;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, size_t(alignment), size ? size : 1)) throw std::bad_alloc();
+  return memory;
+}
+void operator delete[](void* memory, std::align_val_t) noexcept { free(memory); }
+void operator delete[](void* memory, size_t, std::align_val_t) noexcept { free(memory); }
+
+// Values between -1 and 1 in a buffer of exactly that size.
+struct Values {
+  std::unique_ptr<char[]> bytes;
+  Values(int64_t count, bool is_bf16 = false, float scale = 1, float shift = 0)
+      : bytes(new char[count * (is_bf16 ? 2 : 4)]) {
+    static uint32_t state = 1;
+    for (int64_t i = 0; i < count; i++) {
+      state = state * 1664525u + 1013904223u;
+      const float value = (float(state >> 8) / (1 << 23) - 1) * scale + shift;
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      if (is_bf16) {
+        const uint16_t half = bits >> 16;
+        memcpy(bytes.get() + 2 * i, &half, 2);
+      } else {
+        memcpy(bytes.get() + 4 * i, &value, 4);
+      }
+    }
+  }
+  operator float*() const { return (float*)bytes.get(); }
+};
+
+enum Mode { TRAIN, TRAIN_WITH_IMAGE_GRADIENT, EVALUATE };
+
+struct Run {
+  std::vector<Values> kept;
+  std::vector<LayerParams> layers;
+  bool use_bf16, channels_last_weights;
+
+  float* keep(Values values) {
+    kept.push_back(std::move(values));
+    return kept.back();
+  }
+  void add(LayerKind kind, int64_t N, int64_t C, int64_t K, int64_t H, int64_t W, int64_t groups, int64_t skip,
+           Mode mode) {
+    LayerParams p = {};
+    p.kind = kind, p.skip_source = skip, p.N = N, p.C = C, p.K = K, p.H = H, p.W = W;
+    p.eps = 1e-5, p.momentum = 0.1;
+    p.weight_c_stride = channels_last_weights ? 1 : 9, p.weight_tap_stride = channels_last_weights ? C : 1;
+    const int64_t size = kind == CONV_NORM_RELU ? 9 * C * K : C * K;
+    p.weight = keep(Values(size)), p.bias = keep(Values(K));
+    p.dweight = keep(Values(size)), p.dbias = keep(Values(K));
+    if (kind == CONV_NORM_RELU) {
+      p.num_groups = groups;
+      p.norm_weight = keep(Values(K)), p.norm_bias = keep(Values(K));
+      p.dnorm_weight = keep(Values(K)), p.dnorm_bias = keep(Values(K));
+      p.dropout_scale = keep(Values(N * K, false, 0, 1));
+      if (!groups) {
+        p.running_mean = keep(Values(K)), p.running_var = keep(Values(K, false, 0.5, 1));
+        p.use_running_stats = mode == EVALUATE;
+      }
+    }
+    layers.push_back(p);
+  }
+  Run(int64_t N, int64_t H, int64_t W, int64_t groups, bool bf16, bool channels_last, Mode mode)
+      : use_bf16(bf16), channels_last_weights(channels_last) {
+    kept.reserve(200);
+    const auto conv = [&](int64_t C, int64_t K, int64_t scale, int64_t skip = -1) {
+      add(CONV_NORM_RELU, N, C, K, H / scale, W / scale, groups, skip, mode);
+    };
+    conv(3, 16, 1), conv(16, 16, 1), add(CONV1X1_MAXPOOL, N, 16, 8, H, W, 0, -1, mode);
+    conv(8, 32, 2), conv(32, 32, 2), conv(32, 32, 2, 3), add(CONV1X1_MAXPOOL, N, 32, 16, H / 2, W / 2, 0, -1, mode);
+    conv(16, 32, 4), conv(32, 32, 4), conv(32, 32, 4, 7);
+    add(AVGPOOL_LINEAR, N, 32, 10, H / 4, W / 4, 0, -1, mode);
+    layers[0].nchw = mode != TRAIN_WITH_IMAGE_GRADIENT;
+    const bool narrow = bf16 && mode == TRAIN_WITH_IMAGE_GRADIENT;
+    layers[0].x = keep(Values(N * 3 * H * W, narrow));
+    if (mode == TRAIN_WITH_IMAGE_GRADIENT) layers[0].dx = keep(Values(N * 3 * H * W, narrow));
+    layers.back().out = keep(Values(N * 10)), layers.back().dout = keep(Values(N * 10));
+  }
+  // Returns false where memory ran out.
+  bool run(Mode mode) {
+    const bool needs_grad = mode != EVALUATE;
+    const void *dout = layers.back().dout, *dx = layers[0].dx;
+    layers.back().dout = nullptr;
+    const std::unique_ptr<char[]> activations(new char[forward(use_bf16, layers.data(), 11, needs_grad, 0)]);
+    if (forward(use_bf16, layers.data(), 11, needs_grad, (int64_t)activations.get()) < 0) return false;
+    if (!needs_grad) return true;
+    layers.back().dout = dout, layers[0].dx = (void*)dx;
+    const int64_t size = backward(use_bf16, layers.data(), 11, (int64_t)activations.get(), 0);
+    const std::unique_ptr<char[]> gradients(new char[size]);
+    return backward(use_bf16, layers.data(), 11, (int64_t)activations.get(), (int64_t)gradients.get()) >= 0;
+  }
+};
+
+int main(int argc, char** argv) {
+  int64_t configurations = 0;
+  const int64_t sizes[][2] = {{8, 8}, {8, 20}, {12, 8}, {20, 12}, {36, 28}};
+  if (argc > 1 && !strcmp(argv[1], "memory")) {
+    for (bool bf16 : {false, true})
+      for (Mode mode : {TRAIN, EVALUATE})
+        for (int64_t failing = 0;; failing++, configurations++) {
+          Run run(3, 8, 8, 0, bf16, false, mode);
+          allocations_left = failing;
+          const bool done = run.run(mode);
+          allocations_left = -1;
+          if (done) break;
+        }
+  } else {
+    for (int64_t N : {1, 2, 3, 16, 17, 33})
+      for (const auto& size : sizes)
+        for (int64_t groups : {0, 1, 4, 16})
+          for (bool bf16 : {false, true})
+            for (Mode mode : {TRAIN, TRAIN_WITH_IMAGE_GRADIENT, EVALUATE}) {
+              if (N > 3 && size[0] > 20 && groups > 1) continue;  // to save time
+              Run(N, size[0], size[1], groups, bf16, configurations % 2, mode).run(mode);
+              configurations++;
+            }
+  }
+  printf("%ld configurations\n", long(configurations));
+}

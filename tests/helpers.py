@@ -1,0 +1,86 @@
+"""What several files of tests share."""
+
+import random
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+from torch import nn
+
+import model
+import utils
+from normkit.cifar10 import CLASSES
+from normkit.fused.build import library
+from normkit.study import grid
+
+NORMS = list(model.NORMS)
+QUIET = {"progress": False}
+AUTO_LINE = "fused: one kernel for the whole network"  # of a network in float32 on the CPU
+if library().reason is not None:
+    AUTO_LINE = f"eager: PyTorch's modules (no fused kernel: {library().reason})"
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+
+def everything(loader):
+    """A pass over a loader as one batch: images, labels."""
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    return images, labels
+
+
+def run(data, checkpoint=None, epochs=4, norm="group", **options):
+    """A run in which all that is random takes part."""
+    options = {"augment": True, "dropout": 0.2, "step_size": 2, "device": "cpu", "progress": False} | options
+    return utils.run(norm, data, epochs, checkpoint=checkpoint, **options)
+
+
+def scramble():
+    """What another notebook cell may do to the global generators."""
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+
+
+def same(a, b):
+    """Equality to the last bit of nested states; how long an epoch took does not count."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def drawn(figure):
+    """All text of a figure."""
+    figure.canvas.draw()
+    return " ".join(text.get_text() for text in figure.findobj(plt.Text))
+
+
+def study(**columns):
+    """One row a combination, with an accuracy and a last epoch of 2 of which the first says nothing."""
+    rows = [run | {"data": "CIFAR-10"} for run in grid(**columns)]
+    rows = [row | {"settings": " ".join(f"{name}={value}" for name, value in row.items())} for row in rows]
+    noise = np.random.default_rng(0).normal(0, 1, len(rows))
+    return pd.DataFrame(
+        row | {"epoch": epoch, "test_acc": 70 + noise[i] if epoch == 2 else 0.0}
+        for i, row in enumerate(rows)
+        for epoch in (1, 2)
+    )
+
+
+def write_image_folder(root, each=2, size=(32, 32), suffix="png"):
+    """Images numbered across the classes; returns the pixels in the order of their numbers."""
+    rng = np.random.default_rng(0)
+    pixels = {}
+    for split in ("train", "test"):
+        pixels[split] = rng.integers(0, 256, (each * 10, size[1], size[0], 3), dtype=np.uint8)
+        for i, image in enumerate(pixels[split]):
+            folder = root / split / CLASSES[i % 10]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i:05d}.{suffix}")
+    return pixels

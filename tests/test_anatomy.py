@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from helpers import drawn, study
+
+import model
+import utils
+from normkit import anatomy, plots
+
+SHARED = {  # values that share a mean with one of them: images, channels of 6, 8
+    "batch": (6, 1),
+    "group": (1, 2),
+    "layer": (1, 8),
+    "instance": (1, 1),
+}
+
+
+@pytest.fixture
+def layers():
+    return {name: build(8, 4) for name, build in model.NORMS.items()} | {"instance": torch.nn.InstanceNorm2d(8)}
+
+
+def test_norm_sets_are_those_of_the_layers(layers):
+    x = torch.randn(6, 8, 3, 3)
+    for name, (images, channels) in SHARED.items():
+        shared = anatomy.moved_by(layers[name].train(), x, 5, 7)
+        expected = torch.zeros(6, 8, 3, 3, dtype=torch.bool)
+        expected[-images:, -channels:] = True
+        assert torch.equal(shared, expected)
+
+
+def test_norm_sets_hold_values_that_hardly_move_anything():
+    x = torch.tensor([100.0, -100.0]).repeat(2, 4, 3, 3)  # opposite ones cancel, but for the norm's epsilon
+    assert anatomy.moved_by(torch.nn.GroupNorm(1, 4), x, 0, 0)[0].all()
+
+
+def test_norm_sets_are_drawn_as_they_are(layers):
+    figure = anatomy.plot_norm_sets(layers, images=6, channels=8, size=2)
+    for ax, (name, (images, channels)) in zip(figure.axes, SHARED.items(), strict=True):
+        assert f"{images * channels * 4} values" in ax.get_title()
+        colored = [patch for patch in ax.patches if len(set(patch.get_facecolor()[:3])) > 1]
+        # Of the visible faces: the front, 4 pixels high; the top; the right-hand side.
+        assert len(colored) == channels * 4 + images * channels + images * 4
+        assert len(ax.patches) == 8 * 4 + 6 * 8 + 6 * 4
+        assert name in ax.get_title()
+
+
+def test_a_further_norm_is_drawn_too_and_drawing_leaves_it_alone():
+    further = torch.nn.BatchNorm2d(16)
+    assert "mine norm" in drawn(anatomy.plot_norm_sets({"mine": further}))
+    assert further.running_mean.eq(0).all() and further.num_batches_tracked == 0
+    rows = study(norm=["mine"], batch_size=[2, 8], seed=range(2))
+    assert "mine" in drawn(plots.plot_batch_sizes(rows))
+    assert "mine" in drawn(plots.plot_seeds(rows.assign(recipe="best")))
+
+
+def test_norm_table_counts_sets_statistics_and_trained_numbers(layers):
+    weight = {name: layer.weight.clone() for name, layer in layers.items() if name != "instance"}
+    table = anatomy.norm_table(layers, torch.randn(6, 8, 5, 5) * 3 + 2)
+    assert table["values that share a mean"].to_dict() == {n: i * c * 25 for n, (i, c) in SHARED.items()}
+    assert table["statistics"].tolist() == ["16 a batch", "8 an image", "2 an image", "16 an image"]
+    assert table["trained numbers"].tolist() == [16, 16, 16, 0]
+    assert table["running statistics"].tolist() == [16, 0, 0, 0]
+    assert (table["variance"] == "1.000 to 1.000").all() and (table["largest |mean|"].astype(float) < 1e-6).all()
+    assert layers["batch"].running_mean.eq(0).all() and all(layers[n].weight.equal(w) for n, w in weight.items())
+
+
+def test_norm_table_finds_out_a_norm_that_does_not_normalise():
+    class Halved(torch.nn.GroupNorm):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    table = anatomy.norm_table({"halved": Halved(2, 8)}, torch.randn(2, 8, 5, 5))
+    assert table.loc["halved", "variance"] == "0.250 to 0.250"
+
+
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_the_network_as_it_is(norm):
+    steps, skips = anatomy.trace_network(model.Net(norm), 32)
+    assert " ".join(step["name"] for step in steps) == "C1 C2 c3 P1 C3 C4 C5 c6 P2 C7 C8 C9 GAP C10"
+    assert sum(step["parameters"] for step in steps) == 48178
+    assert [step["channels"] for step in steps] == [16, 16, 8, 8, 32, 32, 32, 16, 16, 32, 32, 32, 32, 10]
+    assert [step["map"] for step in steps] == [32] * 3 + [16] * 5 + [8] * 4 + [1] * 2
+    assert skips == [("C3", "C5"), ("C7", "C9")]
+    assert anatomy.trace_network(model.Net(norm, skip=False), 32)[1] == []
+    text = drawn(anatomy.plot_network(model.Net(norm)))
+    assert "48,178" in text and "9,312" in text
+
+
+def test_the_receptive_field_is_how_far_a_pixel_reaches():
+    """Probed: positive weights, so that nothing cancels, and maxima that a moved pixel always takes part in."""
+    net = model.Net("batch").eval()
+    for parameter in net.parameters():
+        torch.nn.init.constant_(parameter, 0.01 if parameter.dim() > 1 else 1.0)
+    fields = {step["name"]: step["field"] for step in anatomy.trace_network(net, 64)[0]}
+    base = torch.full((1, 3, 64, 64), 0.1)
+    with torch.no_grad():
+        x, reached = net.C2(net.C1(base)), {}
+        for name in ("c3", "P1", "C3"):
+            x = getattr(net, name)(x)
+        for column in range(64):
+            moved = base.clone()
+            moved[:, :, :, column] += 1
+            y = net.C3(net.P1(net.c3(net.C2(net.C1(moved)))))
+            reached[column] = bool((y - x)[0, :, 16, 16].abs().max() > 0)
+    assert sum(reached.values()) == fields["C3"] == 10
+
+
+# ------------------------------------------------------------------------------ after training
+
+
+def test_activations_before_and_after_each_norm(results, data):
+    images = next(iter(utils.get_loaders(data, 64)[0]))[0]
+    before = {result.norm: {k: v.clone() for k, v in result.model.state_dict().items()} for result in results}
+    for result in results:
+        found = anatomy.norm_quantiles(result.model, images)
+        assert list(found) == ["C1", "C2", "C3", "C4", "C5", "C7", "C8", "C9"]
+    start = anatomy.norm_quantiles(model.Net("batch"), images)
+    for _, after in start.values():  # what leaves an untrained norm has mean 0 and variance 1
+        assert -0.6 < after[2] < 0.3 and 0.8 < after[3] - after[1] < 1.6
+    stages = {
+        "at the start": {r.norm: model.Net(r.norm) for r in results},
+        "at the end": {r.norm: r.model for r in results},
+    }
+    text = drawn(anatomy.plot_activations(stages, images))
+    assert "layer norm, at the end" in text
+    for result in results:
+        assert all(result.model.state_dict()[k].equal(v) for k, v in before[result.norm].items())
+
+
+def test_running_statistics_settle_and_tiny_batches_scatter(results, data):
+    loaders = [utils.get_loaders(data, size, device="cpu")[0] for size in (2, 32)]
+    mean = results[0].model.C1.norm.running_mean.clone()
+    figure = anatomy.plot_running_statistics(results[0].model, loaders, block="C1", steps=30)
+    spreads = [np.std(ax.lines[0].get_ydata()) for ax in figure.axes]
+    assert spreads[0] > 1.5 * spreads[1]
+    dots, line = (np.asarray(figure.axes[0].lines[i].get_ydata()) for i in (0, 1))
+    assert line[1] == pytest.approx(0.9 * line[0] + 0.1 * dots[1], abs=1e-5)
+    assert results[0].model.C1.norm.running_mean.equal(mean)

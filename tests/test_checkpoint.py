@@ -1,0 +1,306 @@
+"""The promises of the README: nothing is lost by stopping, and no file is taken for what it is not."""
+
+import errno
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NORMS, everything, run, same, scramble
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import model
+import utils
+from normkit import files
+from normkit.checkpoint import Checkpoint
+from normkit.files import read_state
+from normkit.synthetic import make_synthetic
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---------------------------------------------------------------------------- exact resume
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_resumed_run_equals_one_never_stopped(data, tmp_path, norm, device, deterministic):
+    options = {"norm": norm, "device": device}
+    whole = run(data, tmp_path / "whole", **options)
+    for epochs in (1, 3):
+        scramble()
+        run(data, tmp_path / "parts", epochs, **options)
+    scramble()
+    parts = run(data, tmp_path / "parts", **options)
+    assert same(read_state(tmp_path / "whole"), read_state(tmp_path / "parts"))
+    assert same(whole.model.state_dict(), parts.model.state_dict()) and same(whole.history, parts.history)
+    assert len(parts.history) == 4 and same(run(data, **options).history, whole.history)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_best_recipe_resumes_as_exactly(data, tmp_path, norm, device, deterministic):
+    settings = {"recipe": "best", "batch_size": 64, "dropout": 0.3, "progress": False, "device": device}
+
+    def stop(history):
+        raise KeyboardInterrupt
+
+    whole = utils.run(norm, data, 3, **settings)
+    stopped = utils.run(norm, data, 3, checkpoint=tmp_path / "c", on_epoch=stop, **settings)
+    assert len(stopped.history) == 1
+    scramble()
+    parts = utils.run(norm, data, 3, checkpoint=tmp_path / "c", **settings)
+    assert same(whole.model.state_dict(), parts.model.state_dict()) and same(whole.history, parts.history)
+
+
+@pytest.mark.parametrize("forgotten", ["random", "optimizer", "scheduler", "model"])
+def test_a_resume_that_forgets_a_part_differs(data, tmp_path, monkeypatch, forgotten):
+    whole = run(data)
+    run(data, tmp_path / "parts", 1)
+    restore = Checkpoint.restore
+    monkeypatch.setattr(Checkpoint, "restore", lambda self: self.parts.pop(forgotten) and restore(self))
+    scramble()
+    assert not same(run(data, tmp_path / "parts").history, whole.history)
+
+
+def test_a_plain_dataloader_with_its_own_generator_resumes_too(data, tmp_path):
+    images, labels = everything(utils.get_loaders(data, 64, device="cpu")[0])
+
+    def fit(path, epochs):
+        torch.manual_seed(0)
+        net = model.Net("batch", dropout=0.3)
+        loader = DataLoader(TensorDataset(images, labels), 64, shuffle=True, generator=torch.Generator().manual_seed(5))
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
+        scheduler = OneCycleLR(optimizer, 0.05, total_steps=18)
+        options = {"scheduler_step": "batch", "progress": False, "checkpoint": path}
+        return utils.fit(net, loader, loader, optimizer, scheduler, epochs, **options)
+
+    whole = fit(tmp_path / "whole", 3)
+    fit(tmp_path / "parts", 1)
+    assert same(fit(tmp_path / "parts", 3), whole)
+    assert same(read_state(tmp_path / "parts"), read_state(tmp_path / "whole"))
+
+
+def test_a_finished_run_returns_at_once_and_a_shorter_one_is_refused(data, tmp_path):
+    done = run(data, tmp_path / "file", 2)
+    again = run(data, tmp_path / "file", 2)
+    assert again.history == done.history and same(again.model.state_dict(), done.model.state_dict())
+    with pytest.raises(ValueError, match="holds 2 epochs, more than epochs=1"):
+        run(data, tmp_path / "file", 1)
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, {root!r})
+    import utils
+    from normkit import checks, files, synthetic
+    moment, path = sys.argv[1:]
+    die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    calls = iter(range(1000))
+    if moment == "batch":  # in the middle of the second epoch that this process trains
+        step = checks.check_labels
+        checks.check_labels = lambda *args: die() if next(calls) == 9 else step(*args)
+    if moment == "write":  # the new file is written, not yet renamed
+        files.os.fsync = die
+    if moment == "rename":  # the last file is out of the way, the new one not yet in place
+        replace = os.replace
+        files.os.replace = lambda *args: die() if next(calls) % 2 else replace(*args)
+    data = synthetic.make_synthetic(330, 101)
+    utils.run("batch", data, 4, device="cpu", augment=True, dropout=0.2, step_size=2, progress=False, checkpoint=path)
+"""
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_as_if_never_killed(data, tmp_path):
+    script = textwrap.dedent(KILLED).format(root=str(ROOT))
+    reached = []
+    for moment in ("batch", "write", "batch", "rename", "write", "none"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, moment, tmp_path / "killed"], capture_output=True, text=True
+        )
+        assert done.returncode == (0 if moment == "none" else -signal.SIGKILL), done.stderr
+        files = [path for path in (tmp_path / "killed", tmp_path / "killed.previous") if path.exists()]
+        reached.append(max((len(read_state(path)["history"]) for path in files), default=0))
+    assert reached[-1] == 4 and reached == sorted(reached)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.previous"]
+    run(data, tmp_path / "whole", norm="batch")
+    assert same(read_state(tmp_path / "killed"), read_state(tmp_path / "whole"))
+
+
+# ----------------------------------------------------------------------------- the file
+
+
+@pytest.fixture(scope="module")
+def two_epochs(data, tmp_path_factory):
+    """A checkpoint's file of two epochs and, beside it, that of one, as bytes."""
+    path = tmp_path_factory.mktemp("checkpoint") / "file"
+    run(data, path, 2)
+    return path.read_bytes(), path.with_name("file.previous").read_bytes()
+
+
+@pytest.fixture
+def file(two_epochs, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(two_epochs[0])
+    path.with_name("file.previous").write_bytes(two_epochs[1])
+    return path
+
+
+def test_the_one_before_is_kept(file):
+    assert len(read_state(file)["history"]) == 2 and len(read_state(file.with_name("file.previous"))["history"]) == 1
+    assert sorted(path.name for path in file.parent.iterdir()) == ["file", "file.previous"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 999])
+def test_a_damaged_file_gives_way_to_the_one_before(data, file, damage, capsys):
+    file.write_bytes(damage(file.read_bytes()))
+    assert same(run(data, file).history, run(data).history)
+    assert "damaged: going back" in capsys.readouterr().out
+    assert [len(read_state(path)["history"]) for path in (file, file.with_name("file.previous"))] == [4, 3]
+
+
+def test_no_flipped_bit_goes_unnoticed(file):
+    content, good, rng = file.read_bytes(), read_state(file), random.Random(0)
+    noticed = 0
+    for _ in range(150):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        read = read_state(file)
+        assert read is None or same(read, good)
+        noticed += read is None
+    assert noticed > 75  # the others hit padding
+
+
+def test_a_file_that_goes_missing_is_written_again_after_the_next_epoch(data, tmp_path):
+    file, seen = tmp_path / "folder" / "file", []
+
+    def lose(history):
+        seen.append(sorted(path.name for path in file.parent.iterdir()))
+        if len(history) == 2:
+            file.unlink()
+        if len(history) == 3:
+            shutil.rmtree(file.parent)
+
+    whole = run(data, file, on_epoch=lose)
+    both = ["file", "file.previous"]
+    assert seen == [both[:1], both, both, both[:1]]
+    assert len(read_state(file)["history"]) == 4 and same(run(data, file).history, whole.history)
+
+
+def test_a_damaged_file_never_becomes_the_one_before(data, file):
+    def damage(history):
+        if len(history) == 3:
+            file.write_bytes(b"ruined")
+
+    run(data, file, on_epoch=damage)
+    assert len(read_state(file)["history"]) == 4
+    assert len(read_state(file.with_name("file.previous"))["history"]) == 2
+
+
+def test_both_damaged_is_an_error_and_deletes_nothing(data, file):
+    for path in (file, file.with_name("file.previous")):
+        path.write_bytes(b"ruined")
+    with pytest.raises(ValueError, match="delete to start"):
+        run(data, file)
+    assert file.read_bytes() == b"ruined"
+
+
+@pytest.mark.parametrize(
+    ("option", "saved", "own"),
+    [
+        ({"norm": "layer"}, "norm=group", "norm=layer"),
+        ({"num_groups": 8}, r"GroupNorm\(4, 16", r"GroupNorm\(8, 16"),
+        ({"skip": False}, "skip=True", "skip=False"),
+        ({"dropout": 0.3}, "p=0.2", "p=0.3"),
+        ({"seed": 1}, "seed=0", "seed=1"),
+        ({"batch_size": 32}, "batch_size=64", "batch_size=32"),
+        ({"augment": False}, "augment=True", "augment=False"),
+        ({"lr": 0.02}, "0.01", "0.02"),
+        ({"momentum": 0.5}, "momentum: 0.9", "momentum: 0.5"),
+        ({"step_size": 3}, "step_size: 2", "step_size: 3"),
+        ({"gamma": 0.5}, "gamma: 0.1", "gamma: 0.5"),
+        ({"data": make_synthetic(330, 101, seed=1)}, "CRC-32", "CRC-32"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epochs, option, saved, own):
+    with pytest.raises(ValueError, match=f"of another run.*{saved}.*this one's.*{own}"):
+        run(**({"data": data, "checkpoint": file} | option))
+    assert file.read_bytes() == two_epochs[0]
+
+
+@pytest.mark.parametrize("change", [{"version": 1}, {"version": 3}, None])
+def test_a_file_of_another_version_is_refused_by_name(data, tmp_path, file, change):
+    contents = read_state(file)
+    torch.save([1, 2, 3] if change is None else contents | change, file)
+    content = file.read_bytes()
+    with pytest.raises(ValueError, match=f"{file} is no checkpoint of this version of the kit"):
+        run(data, file)
+    assert file.read_bytes() == content
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("dump", [lambda o, p: torch.save(o, p), lambda o, p: p.write_bytes(pickle.dumps(o))])
+def test_a_hostile_pickle_does_nothing(data, tmp_path, dump):
+    dump({"history": Trap(tmp_path / "sprung")}, tmp_path / "file")
+    with pytest.raises(ValueError, match="tensors and plain values|damaged"):
+        run(data, tmp_path / "file")
+    assert not (tmp_path / "sprung").exists()
+    try:
+        torch.load(tmp_path / "file", weights_only=False)
+    except Exception:
+        pickle.loads((tmp_path / "file").read_bytes())
+    assert (tmp_path / "sprung").exists()  # the trap does work
+
+
+def test_a_place_that_cannot_be_written_is_an_error_before_training(data, tmp_path, capsys):
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(OSError, match="no checkpoints can be written"):
+        run(data, tmp_path / "occupied" / "file", progress=True)
+    with pytest.raises(IsADirectoryError, match="name a file"):
+        run(data, tmp_path)
+    assert "Epoch" not in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(data, file, two_epochs, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert same(run(data, file).history, run(data).history)
+    assert "NO CHECKPOINT of epoch 3" in capsys.readouterr().out
+    assert file.read_bytes() == two_epochs[0]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["file", "file.previous"]
+
+
+@pytest.mark.slow
+def test_a_real_limit_on_file_size(tmp_path):
+    script = f"""
+import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import utils
+from normkit.synthetic import make_synthetic
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+result = utils.run("layer", make_synthetic(70, 10), 2, progress=False, checkpoint=sys.argv[1])
+print(len(result.history), "epochs")
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "file"], capture_output=True, text=True)
+    assert done.stdout.count("NO CHECKPOINT") == 2 and "2 epochs" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,236 @@
+import pickle
+import shutil
+
+import pytest
+import torch
+from helpers import write_image_folder
+from PIL import Image
+from torchvision import datasets
+
+import utils
+from normkit import cifar10, files
+
+
+def same(tensor, pixels):
+    return torch.equal(tensor, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+def test_image_folder(tmp_path):
+    pixels = write_image_folder(tmp_path)
+    data = utils.load_data("cifar10", tmp_path)
+    assert data.name == "CIFAR-10, PNG copy" and data.classes == cifar10.CLASSES and not data.synthetic
+    assert same(data.train_images, pixels["train"]) and same(data.test_images, pixels["test"])
+    assert data.train_labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_jpeg_folder_says_so(tmp_path):
+    write_image_folder(tmp_path, each=1, suffix="jpg")
+    assert utils.load_data("auto", tmp_path).name == "CIFAR-10, JPEG copy"
+
+
+def test_environment_overrides_root(tmp_path, monkeypatch):
+    pixels = write_image_folder(tmp_path / "there", each=1)
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / "there"))
+    assert same(utils.load_data("cifar10", tmp_path / "elsewhere").test_images, pixels["test"])
+
+
+def test_official_files_and_archive(tmp_path, official, monkeypatch):
+    monkeypatch.setattr(cifar10, "fetch_archive", lambda root: pytest.fail("fetched what is on disk"))
+    (tmp_path / "files").mkdir()
+    shutil.unpack_archive(official.archive, tmp_path / "files")
+    (tmp_path / "archive").mkdir()
+    shutil.copy(official.archive, tmp_path / "archive" / cifar10.ARCHIVE)
+    for root in (tmp_path / "files", tmp_path / "archive", tmp_path / "archive"):
+        data = utils.load_data("cifar10", root)
+        assert data.name == "CIFAR-10" and same(data.train_images, official.pixels["train"])
+        assert data.train_labels.tolist() == official.labels["train"]
+        assert data.test_labels.tolist() == official.labels["test"]
+
+
+def test_the_official_files_come_before_a_folder_of_images_and_that_before_the_archive(tmp_path, official):
+    shutil.copy(official.archive, tmp_path / cifar10.ARCHIVE)
+    pixels = write_image_folder(tmp_path)
+    assert same(utils.load_data("cifar10", tmp_path).train_images, pixels["train"])
+    shutil.unpack_archive(official.archive, tmp_path)
+    assert same(utils.load_data("cifar10", tmp_path).train_images, official.pixels["train"])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_half_a_folder_of_images_is_an_error_but_where_there_is_an_archive(tmp_path, official, split):
+    write_image_folder(tmp_path)
+    shutil.rmtree(tmp_path / split)
+    with pytest.raises(ValueError, match=f"no folder {split}: expected"):
+        utils.load_data("auto", tmp_path)
+    shutil.copy(official.archive, tmp_path / cifar10.ARCHIVE)
+    assert same(utils.load_data("auto", tmp_path).train_images, official.pixels["train"])
+
+
+@pytest.mark.parametrize("name", [datasets.CIFAR10.base_folder, cifar10.ARCHIVE])
+def test_a_root_that_names_what_lies_in_it_will_do(tmp_path, official, monkeypatch, name):
+    shutil.copy(official.archive, tmp_path / cifar10.ARCHIVE)
+    shutil.unpack_archive(official.archive, tmp_path)
+    assert same(utils.load_data("cifar10", tmp_path / name).train_images, official.pixels["train"])
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / name))
+    assert same(utils.load_data("cifar10").train_images, official.pixels["train"])
+
+
+def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
+    pixels = write_image_folder(tmp_path)
+    for litter in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        shutil.copytree(tmp_path / "train" / "cat", tmp_path / "train" / litter)
+        shutil.copytree(tmp_path / "train" / "cat", tmp_path / "train" / "dog" / litter)
+    (tmp_path / "test" / "cat" / "._00003.png").write_bytes(b"no image")
+    data = utils.load_data("cifar10", tmp_path)
+    assert same(data.train_images, pixels["train"]) and same(data.test_images, pixels["test"])
+
+
+def test_damaged_archive_is_refused_and_kept(tmp_path, official):
+    archive = tmp_path / cifar10.ARCHIVE
+    archive.write_bytes(official.archive.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        utils.load_data("auto", tmp_path)
+    assert archive.exists() and list(tmp_path.iterdir()) == [archive]
+
+
+def test_damaged_files_are_refused_before_they_are_unpickled(tmp_path, official):
+    shutil.unpack_archive(official.archive, tmp_path)
+    trap = tmp_path / "sprung"
+    batch = tmp_path / datasets.CIFAR10.base_folder / "data_batch_3"
+    batch.write_bytes(pickle.dumps(Trap(trap)))
+    with pytest.raises(ValueError, match="damaged or incomplete.*delete it"):
+        utils.load_data("cifar10", tmp_path)
+    assert not trap.exists()
+    pickle.loads(batch.read_bytes())
+    assert trap.exists()  # the trap does work
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'mnist'.*auto, cifar10 or synthetic"):
+        utils.load_data("mnist")
+
+
+def test_root_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        utils.load_data("auto", tmp_path / "file")
+
+
+def test_empty_root_without_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/none",))
+    with pytest.raises(cifar10.DataUnavailable, match="By hand"):
+        utils.load_data("cifar10", tmp_path)
+    assert utils.load_data("auto", tmp_path).synthetic
+    assert "THIS IS NOT CIFAR-10" in capsys.readouterr().out
+
+
+def test_missing_and_unknown_class_folders(tmp_path):
+    write_image_folder(tmp_path)
+    (tmp_path / "test" / "horse").rename(tmp_path / "test" / "zebra")
+    with pytest.raises(ValueError, match="missing: horse; not a class: zebra"):
+        utils.load_data("auto", tmp_path)
+
+
+def test_empty_class_folder(tmp_path):
+    write_image_folder(tmp_path, each=1)
+    next((tmp_path / "train" / "cat").iterdir()).unlink()
+    with pytest.raises(ValueError, match="no image.*cat"):
+        utils.load_data("auto", tmp_path)
+
+
+def test_wrong_size_and_unreadable_image(tmp_path):
+    write_image_folder(tmp_path, size=(32, 28))
+    with pytest.raises(ValueError, match="32×28 pixels: CIFAR-10 images have 32×32"):
+        utils.load_data("auto", tmp_path)
+    write_image_folder(tmp_path)
+    (tmp_path / "train" / "airplane" / "00000.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="00000.png cannot be read"):
+        utils.load_data("auto", tmp_path)
+
+
+# ----------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The list of readings of an image folder."""
+    read, done = cifar10.read_image_folder, []
+    monkeypatch.setattr(cifar10, "read_image_folder", lambda root: done.append(root) or read(root))
+    return done
+
+
+def same_data(a, b):
+    tensors = ("train_images", "train_labels", "test_images", "test_labels")
+    return a.name == b.name and a.classes == b.classes and all(getattr(a, n).equal(getattr(b, n)) for n in tensors)
+
+
+def test_the_second_reading_comes_from_the_cache(tmp_path, monkeypatch, reads):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert same_data(utils.load_data("cifar10", "."), first) and len(reads) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tensors.pt", "test", "train"]
+
+
+def test_official_files_are_cached_too(official, monkeypatch):
+    first = utils.load_data("cifar10", official.archive.parent)
+    monkeypatch.setattr(cifar10, "read_official_files", None)
+    assert same_data(utils.load_data("cifar10", official.archive.parent), first)
+
+
+@pytest.mark.parametrize("change", ["another image", "one image less", "one image more"])
+def test_a_changed_source_is_read_anew(tmp_path, reads, change):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    image = tmp_path / "train" / "ship" / "00018.png"
+    if change == "another image":
+        Image.new("RGB", (32, 32), "red").save(image)
+    elif change == "one image less":
+        image.unlink()
+    else:
+        shutil.copy(image, image.with_name("00099.png"))
+    assert not same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "a hostile pickle", "another's tensors"])
+def test_a_damaged_or_foreign_cache_is_made_anew(tmp_path, reads, damage, capfd):
+    write_image_folder(tmp_path)
+    first = utils.load_data("cifar10", tmp_path)
+    cache = tmp_path / "tensors.pt"
+    content = bytearray(cache.read_bytes())
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    if damage in ("cut off", "empty"):
+        content = content[: len(content) // 2 if damage == "cut off" else 0]
+    cache.write_bytes(content)
+    if damage == "a hostile pickle":
+        torch.save(Hostile(), cache)
+    if damage == "another's tensors":
+        torch.save([torch.zeros(3)], cache)
+    assert same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2
+    assert same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2  # whole again
+    assert "pwned" not in capfd.readouterr().out
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_a_full_disk_costs_the_cache_not_the_data(tmp_path, monkeypatch, capsys):
+    write_image_folder(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert len(utils.load_data("cifar10", tmp_path).train_labels) == 20
+    assert "No cache of the data is kept" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]

@@ -1,0 +1,39 @@
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from normkit import environment
+from normkit.environment import check_setup
+from normkit.fused.build import Library
+
+
+def test_check_setup_says_where_the_data_is_or_what_its_download_takes(official, tmp_path, capsys):
+    check_setup(official.archive.parent)
+    assert f"CIFAR-10: the official files, in {official.archive.parent}" in capsys.readouterr().out
+    check_setup(tmp_path / "not" / "there")
+    said = capsys.readouterr().out
+    assert f"not in {tmp_path / 'not' / 'there'} yet" in said and "170 MB" in said and "TO MEND" not in said
+    assert f"torch {torch.__version__.split('+')[0]}" in said and "Device: " in said
+
+
+def test_check_setup_names_what_to_mend(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=2e8))
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "2.9.1")
+    check_setup(tmp_path / "data")
+    said = capsys.readouterr().out
+    assert f"TO MEND: 0.2 GB are free at {tmp_path}" in said
+    assert (
+        "TO MEND: torch 2.10" in said and f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision' in said
+    )
+
+
+def test_check_setup_names_the_kernel_or_why_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "get_device", lambda: torch.device("cpu"))
+    for reason, said in (
+        (None, "Fused kernel: ready\n"),
+        ("no C++ compiler", "Fused kernel: no C++ compiler\nWithout"),
+    ):
+        monkeypatch.setattr(environment, "library", lambda reason=reason: Library(None, reason))
+        check_setup(tmp_path)
+        assert said in capsys.readouterr().out

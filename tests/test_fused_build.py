@@ -1,0 +1,226 @@
+"""The kernel is built once a machine, into a cache that nobody else can write; or one line says why not."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+import utils
+from normkit.environment import check_setup
+from normkit.fused import build, fuse
+
+ROOT = Path(__file__).parents[1]
+COMPILER = pytest.mark.skipif(build.library().reason is not None, reason=f"no kernel: {build.library().reason}")
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a process that has not asked for the kernel yet."""
+    monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda *args, **how: str(tmp_path / "cache" / "normkit"))
+    build.library.cache_clear()
+    yield tmp_path / "cache" / "normkit"
+    build.library.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A library that was really compiled."""
+    return build.compile_into(build.compile_command(), tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def compilations(monkeypatch, compiled):
+    """The folders that were compiled into; what each would cost in time is saved by a copy of one library."""
+    done = []
+
+    def compile_into(command, folder):
+        done.append(folder)
+        return Path(shutil.copy(compiled, folder / "kernel.so"))
+
+    monkeypatch.setattr(build, "compile_into", compile_into)
+    return done
+
+
+def ask_again():
+    build.library.cache_clear()
+    return build.library()
+
+
+@COMPILER
+def test_built_once_into_a_private_folder(cache, compilations):
+    first = build.library()
+    assert first.reason is None and Path(first.place).parent == cache and len(compilations) == 1
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and [str(path) for path in cache.iterdir()] == [first.place]
+    assert not stat.S_IMODE(Path(first.place).stat().st_mode) & 0o077
+    assert ask_again().place == first.place and len(compilations) == 1
+    fused = fuse(model.Net())
+    fused(IMAGES)
+    assert fused.reason is None
+
+
+@COMPILER
+@pytest.mark.parametrize("change", ["sources", "flags", "compiler"])
+def test_what_it_is_made_of_is_in_its_key(cache, compilations, monkeypatch, tmp_path, change):
+    first = build.library()
+    if change == "sources":
+        sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+        with open(sources / "vec.h", "a") as file:
+            file.write("// changed\n")
+        monkeypatch.setattr(build, "SOURCES", sources)
+    elif change == "flags":
+        monkeypatch.setattr(build, "COMPILE", [*build.COMPILE, "-DCHANGED"])
+    else:
+        monkeypatch.setenv("CXX", "c++ -DANOTHER")
+    second = ask_again()
+    assert second.place != first.place and second.reason is None and len(compilations) == 2
+
+
+@COMPILER
+@pytest.mark.parametrize("damage", ["cut off", "empty", "another library"])
+def test_a_damaged_library_is_built_anew(cache, compiled, compilations, damage):
+    cache.mkdir(mode=0o700, parents=True)
+    content = compiled.read_bytes()
+    key = build.cache_key(build.compile_command())
+    file = cache / f"kernel-{key}-{build.digest(content)}.so"
+    if damage == "another library":  # whole, but of another version
+        source = cache.parent / "another.cpp"
+        source.write_text('extern "C" long layer_params_size() { return 8; }')
+        subprocess.run(["c++", "-shared", "-fPIC", source, "-o", file], check=True)
+        file = file.rename(cache / f"kernel-{key}-{build.digest(file.read_bytes())}.so")
+    else:
+        file.write_bytes(content[:5000] if damage == "cut off" else b"")
+    file.chmod(0o700)
+    found = build.library()
+    assert len(compilations) == 1 and found.reason is None
+    assert Path(found.place).read_bytes() == content and fuse(model.Net()).reason is None
+
+
+@COMPILER
+@pytest.mark.parametrize("who", ["group", "others", "link", "another user"])
+def test_a_library_that_others_could_write_is_not_loaded(cache, compilations, monkeypatch, who):
+    file = Path(build.library().place)
+    if who == "link":
+        shutil.move(file, cache.parent / "elsewhere.so")
+        file.symlink_to(cache.parent / "elsewhere.so")
+    elif who == "another user":
+        os.chown(file, 12345, -1) if os.geteuid() == 0 else pytest.skip("only root gives files away")
+    else:
+        file.chmod(0o720 if who == "group" else 0o702)
+    loaded, load = [], build.load
+    monkeypatch.setattr(build, "load", lambda path: loaded.append(build.is_private(path)) or load(path))
+    again = ask_again()
+    assert loaded == [True] and len(compilations) == 2 and again.reason is None
+    assert build.is_private(file)  # replaced by one's own
+
+
+@COMPILER
+@pytest.mark.parametrize("case", ["others can write", "read-only", "a file in its place", "no home"])
+def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, compilations, monkeypatch, case):
+    cache.parent.mkdir()
+    if case == "others can write":
+        cache.mkdir()
+        cache.chmod(0o777)
+    elif case == "a file in its place":
+        cache.write_text("")
+    elif case == "read-only":
+        monkeypatch.setattr(build.Path, "mkdir", lambda *args, **how: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    else:
+        monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda *args, **how: "~/.cache/normkit")
+    found = build.library()
+    assert found.reason is None and found.place.startswith("a temporary folder (")
+    fused = fuse(model.Net())
+    fused(IMAGES)
+    assert fused.reason is None
+
+
+@COMPILER
+def test_the_compiler_may_be_several_words(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "env LANG=C c++")
+    assert build.library().reason is None
+
+
+BROKEN = {
+    "no-such-compiler": "no C++ compiler: 'no-such-compiler' is not there; ",
+    "false": "false failed to build the kernel",
+    "'unbalanced": "CXX",
+}
+
+
+@pytest.mark.parametrize("compiler", BROKEN)
+def test_without_a_compiler_the_modules_run_and_one_line_says_why(cache, monkeypatch, data, capsys, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    fused = fuse(model.Net("group"))
+    assert BROKEN[compiler] in fused.reason
+    assert fused(IMAGES).shape == (2, 10)
+    history = utils.run("group", data, 1, 110, device="cpu").history
+    said = capsys.readouterr().out
+    assert len(history) == 1
+    assert [line for line in said.splitlines() if BROKEN[compiler] in line][0].startswith("Backend: eager: PyTorch's")
+    with pytest.raises(ValueError, match="backend='fused' cannot be had.*Choose 'auto' or 'eager'"):
+        utils.run("group", data, 1, 110, device="cpu", backend="fused", progress=False)
+    check_setup()
+    assert BROKEN[compiler] in capsys.readouterr().out
+
+
+@COMPILER
+def test_a_failed_build_quotes_the_compiler(cache, monkeypatch, tmp_path):
+    sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    (sources / "network.h").write_text("this is no C++\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    reason = build.library().reason
+    assert "failed to build the kernel" in reason and "network.h:1:" in reason
+
+
+@COMPILER
+def test_a_library_of_another_struct_is_refused(cache, compilations, monkeypatch):
+    class Other(build.LayerParams):
+        _fields_ = [("further", build.ctypes.c_int64)]
+
+    monkeypatch.setattr(build, "LayerParams", Other)
+    assert "LayerParams is not the one of params.py" in build.library().reason
+
+
+def test_other_platforms_are_told_apart(cache, monkeypatch):
+    monkeypatch.setattr(build.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(build.platform, "machine", lambda: "AMD64")
+    assert "no fused kernel for Windows AMD64" in build.library().reason
+    monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
+    monkeypatch.setenv("CXX", sys.executable)
+    assert build.compile_command()[-1] == "-mcpu=apple-m1" and "dynamic_lookup" in build.LINK["Darwin"]
+
+
+SCRIPT = """
+import sys, time, torch
+sys.path.insert(0, {root!r})
+from normkit.fused.build import library
+start = time.perf_counter()
+found = library()
+assert found.reason is None, found.reason
+print(found.place, time.perf_counter() - start)
+"""
+
+
+@COMPILER
+@pytest.mark.slow
+def test_five_processes_at_once_build_it_harmlessly_and_the_next_has_it_at_once(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT.format(root=str(ROOT))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(5)]
+    answers = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 5, answers
+    places = {out.split()[0] for out, _ in answers}
+    assert len(places) == 1 and list(Path(places.pop()).parent.iterdir()) == [Path(answers[0][0].split()[0])]
+    before = time.time()
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0
+    assert Path(again.stdout.split()[0]).stat().st_mtime < before  # not built again

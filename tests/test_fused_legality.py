@@ -1,0 +1,236 @@
+"""Where the kernel cannot compute what is asked, the modules run, and the reason says why."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model
+from normkit.fused import fuse
+from normkit.fused.build import library
+
+pytestmark = [
+    pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}"),
+    pytest.mark.filterwarnings("ignore:PyTorch's modules ran in place of the fused kernel"),
+]
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def own_forward(module):
+    module.forward = type(module).forward.__get__(module)
+
+
+class Subclass(model.Net):
+    def forward(self, images):
+        return super().forward(images) + 1
+
+
+CHANGES = {  # what is done to the network -> what the reason says
+    "forward hook": (lambda net: net.C7.register_forward_hook(lambda *_: None), "C7 has a hook"),
+    "pre-hook": (lambda net: net.C2.conv.register_forward_pre_hook(lambda *_: None), "C2.conv has a hook"),
+    "backward hook": (lambda net: net.P1.register_full_backward_hook(lambda *_: None), "P1 has a hook"),
+    "backward pre-hook": (lambda net: net.C9.norm.register_full_backward_pre_hook(lambda *_: None), "C9.norm has a"),
+    "hook of the head": (lambda net: net.GAP.register_forward_hook(lambda *_: None), "GAP has a hook"),
+    "hook of the network": (lambda net: net.register_forward_hook(lambda *_: None), "the network has a hook"),
+    "forward of its own": (lambda net: own_forward(net.c6), "c6 has a forward of its own"),
+    "network's forward": (lambda net: own_forward(net), "the network has a forward of its own"),
+    "parametrization": (lambda net: parametrizations.weight_norm(net.C4.conv), "C4.conv is a ParametrizedConv2d"),
+    "spectral norm": (lambda net: parametrizations.spectral_norm(net.c3), "c3 is a ParametrizedConv2d"),
+    "pruning": (lambda net: prune.l1_unstructured(net.C4.conv, "weight", 0.5), "C4.conv has a hook"),
+    "another block": (lambda net: setattr(net, "C4", nn.Identity()), "C4 is a Identity"),
+    "no block": (lambda net: delattr(net, "C4"), "C4 is a NoneType"),
+    "5×5": (lambda net: setattr(net.C4, "conv", nn.Conv2d(32, 32, 5, padding=2)), "C4.conv is another convolution"),
+    "padding mode": (lambda net: setattr(net.C4.conv, "padding_mode", "reflect"), "C4.conv is another convolution"),
+    "48 channels": (lambda net: setattr(net, "C8", model.ConvBlock(32, 48, nn.GroupNorm(4, 48), 0)), "C9.conv is anot"),
+    "24 channels": (lambda net: setattr(net, "C8", model.ConvBlock(32, 24, nn.GroupNorm(4, 24), 0)), "multiples of 16"),
+    "narrow skip": (
+        lambda net: (
+            setattr(net, "C9", model.ConvBlock(32, 16, nn.GroupNorm(4, 16), 0)),
+            setattr(net, "C10", model.Conv2d(16, 10, 1)),
+        ),
+        "different widths",
+    ),
+    "instance norm": (lambda net: setattr(net.C9, "norm", nn.InstanceNorm2d(32, affine=True)), "C9.norm is a Instance"),
+    "no norm": (lambda net: setattr(net.C9, "norm", nn.Identity()), "C9.norm is a Identity"),
+    "norm of 16": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(16)), "another number of channels"),
+    "norm without bias": (lambda net: setattr(net.C9, "norm", nn.GroupNorm(4, 32, bias=False)), "lacks a weight or"),
+    "norm without affine": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, affine=False)), "lacks a weight or"),
+    "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no running"),
+    "no statistics": (
+        lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, track_running_stats=False)),
+        "C9.norm keeps no running average",
+    ),
+    "Dropout": (lambda net: setattr(net.C9, "dropout", nn.Dropout(0.1)), "C9.dropout is a Dropout"),
+    "AvgPool2d": (lambda net: setattr(net, "P2", nn.AvgPool2d(2)), "P2 is a AvgPool2d"),
+    "3×3 pooling": (lambda net: setattr(net, "P2", nn.MaxPool2d(3, 2, 1)), "P2 is another pooling"),
+    "no bias": (lambda net: setattr(net.c3, "bias", None), "c3 lacks a weight or a bias"),
+    "float64": (lambda net: net.double(), "C1.conv is torch.float64"),
+    "half a network": (lambda net: net.C9.bfloat16(), "C9.conv is torch.bfloat16"),
+    "float64 statistics": (
+        lambda net: setattr(net.C9.norm, "running_mean", torch.zeros(32, dtype=torch.float64)),
+        "C9.norm is torch.float64",
+    ),
+    "strided weights": (
+        lambda net: setattr(net.C9.conv, "weight", nn.Parameter(torch.zeros(32, 32, 3, 6)[..., ::2])),
+        "C9.conv has a tensor of strides",
+    ),
+    "meta": (lambda net: net.to("meta"), "C1.conv is on meta"),
+    "gradients in evaluation": (lambda net: net.eval(), "batch norm is in evaluation mode"),
+    "one norm in evaluation": (lambda net: net.C4.norm.eval(), "batch norm is in evaluation mode"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_network_runs_as_its_modules(name):
+    change, reason = CHANGES[name]
+    torch.manual_seed(0)
+    net = model.Net("batch", dropout=0)
+    fused = fuse(net)
+    fused(IMAGES)
+    assert fused.reason is None
+    change(net)
+    images = IMAGES.to(net.C1.conv.weight)
+    torch.manual_seed(1)
+    before = copy.deepcopy(net.state_dict())
+    try:
+        logits = fused(images)
+        failed = None
+    except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
+        failed = error
+    assert reason in fused.reason
+    net.load_state_dict(before)
+    torch.manual_seed(1)
+    if failed is None:
+        expected = net(images)
+        assert logits.shape == expected.shape
+        assert logits.is_meta or torch.equal(logits, expected)
+    else:  # what PyTorch's modules cannot compute either
+        with pytest.raises(type(failed)):
+            net(images)
+
+
+def test_a_subclass_and_other_models_run_as_they_are():
+    for net in (Subclass(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))):
+        fused = fuse(net)
+        assert f"the model is a {type(net).__name__}" in fused.reason
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it was known from the start
+            assert torch.equal(fused.eval()(IMAGES), net(IMAGES))
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Listening(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "context, reason",
+    [
+        (Watching, "TorchDispatchMode"),
+        (Listening, "TorchFunctionMode"),
+        (forward_ad.dual_level, "forward-mode"),
+        (lambda: torch.autocast("cpu", torch.float16), "autocast asks for torch.float16"),
+    ],
+)
+def test_whoever_watches_sees_the_modules(context, reason):
+    fused = fuse(model.Net("group", dropout=0))
+    with context():
+        logits = fused(IMAGES)
+        assert reason in fused.reason and torch.equal(logits, fused.model(IMAGES))
+    fused(IMAGES)
+    assert fused.reason is None
+
+
+def test_a_global_hook_sees_the_modules():
+    fused, seen = fuse(model.Net("group")), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        fused(IMAGES)
+    finally:
+        handle.remove()
+    assert "all modules" in fused.reason and nn.GroupNorm in seen
+
+
+def test_a_default_device_and_dtype_change_nothing():
+    fused = fuse(model.Net("batch", dropout=0.5))
+    torch.manual_seed(0)
+    expected = fused(IMAGES)
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        torch.random.default_generator.manual_seed(0)
+        logits = fused(IMAGES)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert fused.reason is None and torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    "images, reason",
+    [
+        (IMAGES.double(), "torch.float64"),
+        (IMAGES[0], r"(3, 32, 32)"),
+        (IMAGES[:, :1], "(4, 1, 32, 32)"),
+        (IMAGES[..., :30], "32×30 pixels"),
+        (IMAGES[:0], "(0, 3, 32, 32)"),
+        (IMAGES.to("meta"), "meta"),
+        (IMAGES.to_sparse(), "torch.sparse"),
+    ],
+)
+def test_images_that_the_kernel_does_not_take_are_the_modules_matter(images, reason):
+    fused = fuse(model.Net("layer"))
+    try:
+        logits = fused(images)
+    except (RuntimeError, ValueError, NotImplementedError):
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+            fused.model(images)
+    else:
+        assert logits.shape == (0, 10)
+    assert reason in fused.reason
+
+
+def test_a_new_reason_is_told_once():
+    fused = fuse(model.Net("batch"))
+    with pytest.warns(UserWarning, match="in place of the fused kernel: C4.norm has a hook"):
+        fused.model.C4.norm.register_forward_hook(lambda *_: None)
+        fused(IMAGES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused(IMAGES)
+
+
+def test_where_the_kernel_is_required_a_reason_is_an_error():
+    fused = fuse(model.Net("batch"))
+    fused.required = True
+    fused(IMAGES)
+    with pytest.raises(RuntimeError, match="required.*torch.float64"):
+        fused(IMAGES.double())
+
+
+def test_a_second_derivative_is_refused_with_advice():
+    fused, images = fuse(model.Net("group")), IMAGES.clone().requires_grad_()
+    loss = F.cross_entropy(fused(images), torch.arange(4))
+    with pytest.raises(RuntimeError, match="no second derivative: call the model itself"):
+        torch.autograd.grad(loss, images, create_graph=True)
+
+
+def test_a_parameter_changed_between_forward_and_backward_is_noticed():
+    fused = fuse(model.Net("group"))
+    loss = fused(IMAGES).sum()
+    with torch.no_grad():
+        fused.model.C4.conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

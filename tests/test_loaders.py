@@ -1,0 +1,106 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from helpers import everything
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+import utils
+from normkit.augment import list_views, shift_and_flip
+from normkit.data import Data
+
+
+def reference(images):
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's own, not read from the kit
+    transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    return torch.stack([transform(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 101, 500])
+def test_test_loader_equals_a_plain_dataloader(data, batch_size, device):
+    _, loader = utils.get_loaders(data, batch_size, device=device)
+    plain = DataLoader(TensorDataset(reference(data.test_images), data.test_labels), batch_size)
+    assert len(loader) == len(plain)
+    for (images, labels), (plain_images, plain_labels) in zip(loader, plain, strict=True):
+        assert images.device.type == device.type and images.dtype == torch.float32
+        torch.testing.assert_close(images.cpu(), plain_images, atol=1e-6, rtol=0)
+        assert torch.equal(labels.cpu(), plain_labels)
+
+
+def test_train_loader_gives_each_image_once(data, device):
+    loader = utils.Loader(data.train_images, torch.arange(330), 64, shuffle=True, device=device)
+    images, labels = (torch.cat(parts).cpu() for parts in zip(*loader, strict=True))
+    assert sorted(labels.tolist()) == list(range(330)) and labels.tolist() != list(range(330))
+    torch.testing.assert_close(images, reference(data.train_images[labels]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_epoch_depends_on_its_seed_and_number_alone(data, augment):
+    def loader(seed=3, batch_size=50):
+        return utils.get_loaders(data, batch_size, augment, "cpu", seed)[0]
+
+    first, second = loader(), loader()
+    torch.manual_seed(7)
+    for _ in range(3):
+        next(iter(second))  # looking
+    for _ in range(2):
+        (images, labels), (other, other_labels) = everything(first), everything(second)
+        assert torch.equal(images, other) and torch.equal(labels, other_labels)
+    assert all(map(torch.equal, everything(loader()), everything(loader(batch_size=7))))
+    assert not torch.equal(everything(loader())[1], everything(first)[1])  # another epoch
+    assert not torch.equal(everything(loader())[1], everything(loader(seed=4))[1])
+
+
+def test_augmentation_equals_torchvisions(data, device):
+    images = data.train_images[:3, :, :, :28]  # not square
+    ways = itertools.product(range(-2, 3), (False, True), range(-2, 3))
+    for pixels, (down, flip, right) in zip(list_views(32, 28), ways, strict=True):
+        moved = shift_and_flip(images.to(device), pixels.expand(3, -1).to(device)).cpu()
+        padded = v2.functional.pad(images, [2, 2, 2, 2], padding_mode="reflect")
+        flipped = v2.functional.horizontal_flip(padded) if flip else padded
+        assert torch.equal(moved, v2.functional.crop(flipped, 2 - down, 2 - right, 32, 28))
+
+
+def test_training_images_are_moved_in_every_way_and_test_images_in_none(data):
+    few = Data("few", data.classes, data.train_images[:60], data.train_labels[:60], data.test_images, data.test_labels)
+    train_loader, test_loader = utils.get_loaders(few, 32, augment=True, device="cpu")
+    plain_loader, _ = utils.get_loaders(few, 32, device="cpu")
+    ways = list_views(32, 32)
+    seen = torch.zeros(len(ways), dtype=torch.bool)
+    for _ in range(10):
+        (moved, labels), (plain, plain_labels) = everything(train_loader), everything(plain_loader)
+        assert torch.equal(labels, plain_labels)
+        each = torch.stack([shift_and_flip(plain, pixels.expand(len(plain), -1)) for pixels in ways], 1)
+        found = (each == moved[:, None]).flatten(2).all(2)
+        assert found.any(1).all()
+        seen |= found.any(0)
+    assert seen.all()  # by chance, all but surely
+    torch.testing.assert_close(everything(test_loader)[0], reference(few.test_images), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None, True, np.float64(8)])
+def test_batch_size_is_checked(data, batch_size):
+    with pytest.raises(ValueError, match="batch_size=.*at least 1"):
+        utils.get_loaders(data, batch_size)
+
+
+def test_numpys_whole_numbers_are_batch_sizes(data):
+    train_loader, test_loader = utils.get_loaders(data, np.int64(50), device="cpu")
+    assert [len(labels) for _, labels in train_loader] == [50] * 6 + [30] and len(test_loader) == 3
+
+
+def test_a_ragged_last_training_batch_is_left_out_when_asked(data):
+    train_loader, test_loader = utils.get_loaders(data, 50, device="cpu", drop_last=True)
+    assert len(train_loader) == 6 and [len(labels) for _, labels in train_loader] == [50] * 6
+    assert [len(labels) for _, labels in test_loader] == [50, 50, 1]
+    with pytest.raises(ValueError, match="batch_size=331 with drop_last drops all of the 330 images"):
+        utils.get_loaders(data, 331, device="cpu", drop_last=True)
+
+
+def test_unknown_device(data):
+    for device in ("tpu", "cuda:99" if not torch.cuda.is_available() else "mps"):
+        with pytest.raises(ValueError, match=f"{device}.*choose .*cpu"):
+            utils.get_loaders(data, device=device)

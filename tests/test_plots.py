@@ -1,0 +1,121 @@
+import pytest
+import torch
+from helpers import drawn, study
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+
+from normkit import plots
+from normkit.style import COLORS
+
+
+def test_curves_show_the_histories(results):
+    figure = plots.plot_curves(results)
+    for ax, name in zip(figure.axes, ("loss", "acc"), strict=True):
+        lines = [line for line in ax.lines if len(line.get_xdata()) == 2 and list(line.get_xdata()) == [1, 2]]
+        for result, train, test in zip(results, lines[::2], lines[1::2], strict=True):
+            for line, split in ((train, "train"), (test, "test")):
+                assert list(line.get_ydata()) == [row[f"{split}_{name}"] for row in result.history]
+                assert to_hex(line.get_color()) == COLORS[result.norm].lower()
+    assert "synthetic" in drawn(figure)
+    assert plt.get_fignums() == []  # nothing left open, so a notebook shows it once
+
+
+def test_curves_of_plain_histories_seeds_and_a_single_epoch(results):
+    history = results[0].history
+    assert "mine" in drawn(plots.plot_curves({"mine": history[:1]}))
+    assert "run 2" in drawn(plots.plot_curves([history, history]))
+    assert "batch, seed 0" in drawn(plots.plot_curves([results[0], results[0]]))
+    for nothing in ([], {}, {"batch": []}):
+        with pytest.raises(ValueError, match="at least one"):
+            plots.plot_curves(nothing)
+
+
+def test_samples_and_mistakes(data):
+    assert len(plots.plot_samples(data, each=3).axes) == 30
+    logits = torch.nn.functional.one_hot(data.test_labels, 10).float() * 5
+    logits[7] = torch.eye(10)[(data.test_labels[7] + 1) % 10] * 50
+    figure = plots.plot_mistakes(data, logits)
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    truth, guess = (data.classes[(data.test_labels[7] + i) % 10] for i in (0, 1))
+    assert titles == [f"{guess} 100 %\nis {truth}"]
+    assert "synthetic" in drawn(figure)
+
+
+# ------------------------------------------------------------------------------ after training
+
+
+@pytest.fixture
+def logits(data):
+    """Three variants: one always right, one that calls every cross a ring, one that is right but for the first ten."""
+    right = torch.nn.functional.one_hot(data.test_labels, 10).float() * 9
+    rings = right.clone()
+    rings[data.test_labels == 5] = torch.eye(10)[1] * 9
+    shifted = right.clone()
+    shifted[:10] = right[:10].roll(1, 1)
+    return {"batch": right, "group": rings, "layer": shifted}
+
+
+def test_confusions_are_counted_by_class(data, logits):
+    figure = plots.plot_confusions(data, logits)
+    panels = {ax.get_label(): ax for ax in figure.axes}
+    shade = {name: panels[name].images[0].get_array() for name in logits}
+    assert shade["batch"].sum() == 0
+    assert shade["group"][5, 1] == 100 and shade["group"].sum() == 100
+    heights = [[bar.get_height() for bar in bars] for bars in panels["classes"].containers]
+    assert heights[0] == [100] * 10 and heights[1] == [100] * 5 + [0] + [100] * 4
+    assert all(height == pytest.approx(90, abs=1.5) for height in heights[2])
+    assert "synthetic" in drawn(figure)
+
+
+def test_disagreements_are_images_on_which_someone_is_right(data, logits):
+    text = drawn(plots.plot_disagreements(data, logits))
+    share = 100 * len({*range(10), *(data.test_labels == 5).nonzero().flatten().tolist()}) / len(data.test_labels)
+    assert f"disagree on {share:.0f} %" in text
+    assert "is cross" in text and "group: ring 100 %" in text
+    figure = plots.plot_disagreements(data, logits)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for ax in figure.axes for text in (ax.title, *ax.texts) if text.get_text()]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert "disagree on 0 %" in drawn(plots.plot_disagreements(data, {name: logits["batch"] for name in logits}))
+
+
+# --------------------------------------------------------------------------------------- study
+
+
+def test_study_pictures_show_means_and_deviations_of_the_last_epoch():
+    rows = study(recipe=["best", "classic"], norm=["batch", "layer"], seed=range(5))
+    values = rows.query("epoch == 2 and recipe == 'best' and norm == 'layer'")["test_acc"]
+    text = drawn(plots.plot_seeds(rows))
+    assert f"{values.mean():.1f} ± {values.std():.1f}" in text and "5 seeds each" in text
+    assert "4 to 5 seeds each" in drawn(plots.plot_seeds(rows.query("seed < 4 or norm != 'layer'")))
+
+    rows = study(norm=["batch", "layer"], batch_size=[2, 8, 32], seed=range(3))
+    figure = plots.plot_batch_sizes(rows)
+    expected = rows.query("epoch == 2 and norm == 'batch'").groupby("batch_size")["test_acc"].mean()
+    assert figure.axes[0].containers[0][0].get_ydata() == pytest.approx(expected.to_numpy())
+
+    rows = study(num_groups=["8", "16", "1", "channels"], seed=range(3))
+    figure = plots.plot_groups(rows)
+    labels = [label.get_text().split("\n")[0] for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["1", "8", "16", "one a channel"]
+    own = plt.figure().subplots()
+    assert plots.plot_groups(rows, own) is own.figure and plots.plot_seeds(
+        study(recipe=["a"], norm=["batch"], seed=[0])
+    )
+    plt.close("all")
+
+
+def test_live_curves_tell_the_time_left_and_keep_their_size():
+    live = plots.LiveCurves(["batch", "group"], 4)
+    row = {"lr": 0.1, "train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 50.0}
+    sizes = {live.picture().data[16:24]}  # width and height in a PNG's header
+    live.follow("batch")([row | {"epoch": 1, "seconds": 10.0}])
+    assert live.seconds_left() == 30 + 40
+    live.follow("batch")([row | {"epoch": n, "seconds": 10.0} for n in range(1, 5)])
+    live.follow("group")([row | {"epoch": 1, "seconds": 20.0}])
+    assert live.seconds_left() == 60
+    sizes.add(live.picture().data[16:24])
+    live.follow("group")([row | {"epoch": n, "seconds": 20.0} for n in range(1, 5)])
+    assert live.seconds_left() == 0
+    sizes.add(live.picture().data[16:24])
+    assert len(sizes) == 1

@@ -1,0 +1,178 @@
+import math
+import random
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import numpy as np
+import pytest
+import torch
+from helpers import QUIET, same, scramble
+
+import model
+import utils
+from normkit.data import Data
+
+CLASSIC = {"batch_size": 64, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
+CLASSIC |= {"schedule": "step", "step_size": 7, "gamma": 0.1, "dropout": 0.01, "augment": False, "head_gain": 3.0}
+CLASSIC |= {"num_groups": 4, "skip": True}
+
+
+def test_the_classic_recipe_is_what_run_does_by_itself(small):
+    by_itself, spelt_out = utils.run("group", small, 1, **QUIET), utils.run("group", small, 1, **CLASSIC, **QUIET)
+    assert by_itself.recipe == spelt_out.recipe == utils.get_recipe("classic") == utils.get_recipe() == utils.Recipe()
+    assert same(by_itself.history, spelt_out.history)
+    assert CLASSIC.items() <= asdict(utils.Recipe()).items()
+
+
+@pytest.mark.parametrize("name", utils.RECIPES)
+def test_a_recipe_is_given_by_name_or_itself_or_as_keywords(name, small):
+    recipe, tiny = utils.get_recipe(name), small.first(9, 5)
+    ways = ({"recipe": name}, {"recipe": recipe}, asdict(recipe))
+    results = [utils.run("batch", tiny, 1, **way, **QUIET) for way in ways]
+    assert all(result.recipe == recipe and same(result.history, results[0].history) for result in results)
+
+
+def test_changes_replace_what_a_recipe_says_unless_none(small):
+    best = utils.get_recipe("best")
+    changed = utils.get_recipe("best", lr=3.0, dropout=None)
+    assert changed == utils.get_recipe(best, lr=3.0) == best.replace(lr=3.0, dropout=None) != best
+    assert asdict(changed) == asdict(best) | {"lr": 3.0}
+    result = utils.run("batch", small.first(9, 5), 1, 4, recipe="best", lr=0.02, dropout=None, **QUIET)
+    assert result.recipe == best.replace(batch_size=4, lr=0.02)
+    with pytest.raises(ValueError, match="'bets'.*classic or best"):
+        utils.get_recipe("bets")
+    with pytest.raises(ValueError, match="setting 'learning_rate'.*lr"):
+        utils.get_recipe("best", learning_rate=1)
+
+
+def test_a_recipe_cannot_be_changed_and_shows_its_settings_in_one_line():
+    recipe = utils.get_recipe("best")
+    with pytest.raises(FrozenInstanceError):
+        recipe.lr = 1
+    assert str(recipe).split() == [f"{each.name}={getattr(recipe, each.name)}" for each in fields(recipe)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_the_best_recipe_at_any_batch_size(norm, batch_size, small, device):
+    tiny = Data("tiny", small.classes, *(part[:9] for part in vars(small).values() if torch.is_tensor(part)))
+    result = utils.run(norm, tiny, 2, device=device, recipe="best", batch_size=batch_size, progress=False)
+    assert len(result.history) == 2 and all(math.isfinite(row["train_loss"]) for row in result.history)
+
+
+def test_the_best_recipe_learns_faster(data):
+    losses = [
+        utils.run("group", data, 4, progress=False, recipe=name, batch_size=32).history[-1]
+        for name in ("best", "classic")
+    ]
+    assert losses[0]["train_loss"] < losses[1]["train_loss"] - 0.2
+
+
+def test_a_misspelt_optimizer_or_schedule(small):
+    with pytest.raises(ValueError, match="'adam'.*sgd or muon"):
+        utils.run("batch", small, optimizer="adam")
+    with pytest.raises(ValueError, match="'cosine'.*step or onecycle"):
+        utils.run("batch", small, schedule="cosine")
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_every_parameter_is_trained_once_and_only_weights_decay(name):
+    net = model.Net("group")
+    recipe = utils.Recipe(optimizer=name, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5, adamw_lr=0.01)
+    optimizer = utils.build_optimizer(net, recipe)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, net.parameters()))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert (group["weight_decay"] == 0.5) == (p.dim() > 1)
+
+
+def test_muon_steps_along_a_nearly_orthogonal_matrix():
+    utils.seed_everything(0)
+    net = model.Net("layer")
+    before = net.C4.conv.weight.detach().clone()
+    recipe = utils.Recipe(optimizer="muon", lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0, adamw_lr=0.01)
+    optimizer = utils.build_optimizer(net, recipe)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) * torch.linspace(1, 10, len(p)).view(-1, *[1] * (p.dim() - 1))
+    optimizer.step()
+    step = (net.C4.conv.weight.detach() - before).flatten(1)  # 32, 288
+    gradient, moved = (torch.linalg.svdvals(t) for t in (net.C4.conv.weight.grad.flatten(1), step))
+    assert gradient.max() > 8 * gradient.min()
+    assert moved.max() < 1.8 * moved.min()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 9, 10, 25, 100])
+def test_one_cycle_rises_to_the_rate_and_falls_towards_zero(steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = utils.one_cycle(optimizer, steps, warmup=0.2)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    peak = rates.index(max(rates))
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert all(rate > 0.001 for rate in rates)
+    if steps >= 25:
+        assert max(rates) == pytest.approx(2, rel=0.15) and peak == pytest.approx(0.2 * steps, abs=1.5)
+        assert rates[-1] < 2 * 2 / (0.8 * steps)
+    assert optimizer.param_groups[0]["lr"] < 1e-4 or steps == 1
+
+
+# ------------------------------------------------------------------------------ bad options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "instance"}, "batch, group, layer"),
+        ({"epochs": 0}, "epochs=0: expected"),
+        ({"epochs": -3}, "epochs=-3: expected"),
+        ({"epochs": 1.5}, "epochs=1.5: expected"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"device": "abacus"}, "abacus.*choose"),
+        ({"precision": "int4"}, "int4.*float32"),
+        ({"memory_format": "blocked"}, "blocked.*choose auto, contiguous or channels_last"),
+        ({"num_groups": 5}, "1, 2, 4, 8, 16 or 'channels'"),
+        ({"dropout": 2}, "dropout=2: expected a probability"),
+        ({"head_gain": 0}, "head_gain=0: expected a positive number"),
+        ({"backend": "warp"}, "'warp'.*choose auto, eager, fused or compile"),
+        ({"recipe": "bets"}, "'bets'.*choose classic or best"),
+        ({"learning_rate": 0.1}, "setting 'learning_rate'.*lr"),
+        ({"optimizer": "adam"}, "'adam'.*sgd or muon"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"seed": "0"}, "seed='0'"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+    ],
+)
+def test_bad_options_stop_a_run_before_it_prints(data, options, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        utils.run(**({"norm": "group", "data": data} | options))
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------- the seed
+
+
+@pytest.mark.parametrize("seed", [-1, np.int64(3), 2**64 - 1, -(2**63)])
+def test_any_whole_number_is_a_seed(small, seed):
+    tiny = small.first(9, 5)
+    first, again, other = (utils.run("layer", tiny, 1, seed=each, **QUIET) for each in (seed, int(seed), 7))
+    assert first.seed == seed and same(first.history, again.history) and not same(first.history, other.history)
+
+
+def test_a_run_without_a_seed_draws_one_and_names_it(small):
+    tiny = small.first(9, 5)
+    first, other = (utils.run("layer", tiny, 1, seed=None, **QUIET) for _ in range(2))
+    assert first.seed != other.seed
+    assert same(first.history, utils.run("layer", tiny, 1, seed=first.seed, **QUIET).history)
+
+
+def test_a_run_leaves_the_global_generators_as_they_were(small):
+    scramble()
+    states = [(random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())]
+    utils.run("layer", small.first(9, 5), 1, dropout=0.2, **QUIET)
+    with pytest.raises(FloatingPointError):
+        utils.run("group", small, 1, lr=1e30, **QUIET)
+    states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()))
+    assert same(*states)

@@ -1,0 +1,12 @@
+import torch
+
+import utils
+from normkit.synthetic import make_synthetic
+
+
+def test_stand_in_is_marked_seeded_and_balanced():
+    data, again = utils.load_data("synthetic"), make_synthetic()
+    assert data.synthetic and "synthetic" in data.name
+    assert torch.equal(data.train_images, again.train_images)
+    assert data.train_images.shape == (5000, 3, 32, 32) and data.train_labels.bincount().tolist() == [500] * 10
+    assert not torch.equal(data.train_images, make_synthetic(seed=1).train_images)
