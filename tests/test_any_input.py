@@ -1,4 +1,4 @@
-"""Whatever users pass: right figures, or one ValueError or TypeError of the kit's own."""
+"""Whatever users pass: right metrics, or one ValueError or TypeError of the kit's own."""
 
 import numpy as np
 import torch
@@ -72,21 +72,21 @@ def batches(draw):
 
 @many
 @given(batches())
-def test_figures_are_right_or_refused(case):
+def test_metrics_are_right_or_refused(case):
     loader, fits = case
-    figures = outcome(lambda: utils.test(NET, loader, precision="float32"))
+    metrics = outcome(lambda: utils.test(NET, loader, precision="float32"))
     optimizer = torch.optim.SGD(NET.parameters(), 0.0)
     trained = outcome(lambda: utils.train(NET, loader, optimizer, precision="float32", progress=False))
-    assert (figures is not None) == (trained is not None) == (fits and len(loader) > 0)
-    if figures is not None:
+    assert (metrics is not None) == (trained is not None) == (fits and len(loader) > 0)
+    if metrics is not None:
         images, labels = loader[0]
         with torch.no_grad():
             logits = NET(images.float())
         classes = labels.argmax(1) if labels.dim() > 1 else labels
-        assert abs(figures.loss - F.cross_entropy(logits, labels).item()) < 1e-5
-        assert abs(figures.loss - trained.loss) < 1e-4
-        assert figures.correct == trained.correct == len(loader) * int((logits.argmax(1) == classes).sum())
-        assert figures.total == trained.total == len(loader) * len(labels)
+        assert abs(metrics.loss - F.cross_entropy(logits, labels).item()) < 1e-5
+        assert abs(metrics.loss - trained.loss) < 1e-4
+        assert metrics.correct == trained.correct == len(loader) * int((logits.argmax(1) == classes).sum())
+        assert metrics.total == trained.total == len(loader) * len(labels)
 
 
 @many

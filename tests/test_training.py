@@ -30,17 +30,17 @@ def by_hand(net, loader):
 
 
 @pytest.mark.parametrize("batch_size", [1, 64, 101, 1000])
-def test_figures_equal_those_by_hand_with_a_ragged_last_batch(data, batch_size):
+def test_metrics_equal_those_by_hand_with_a_ragged_last_batch(data, batch_size):
     train_loader, test_loader = utils.get_loaders(data, batch_size, device="cpu")
     net = linear()
     trained = utils.train(net, train_loader, torch.optim.SGD(net.parameters(), 0.0), precision="float32", **QUIET)
     tested = utils.test(net, test_loader, precision="float32")
-    for figures, loader in ((trained, train_loader), (tested, test_loader)):
+    for metrics, loader in ((trained, train_loader), (tested, test_loader)):
         loss, accuracy = by_hand(net, loader)
-        assert figures.loss == pytest.approx(loss, rel=1e-5)
-        assert figures.accuracy == pytest.approx(accuracy)
-        assert figures.total == len(loader.labels) and figures.correct == round(accuracy * figures.total / 100)
-        assert [type(figure) for figure in figures] == [float, float, int, int]
+        assert metrics.loss == pytest.approx(loss, rel=1e-5)
+        assert metrics.accuracy == pytest.approx(accuracy)
+        assert metrics.total == len(loader.labels) and metrics.correct == round(accuracy * metrics.total / 100)
+        assert [type(figure) for figure in metrics] == [float, float, int, int]
 
 
 def test_an_epoch_equals_plain_sgd(data):
@@ -155,8 +155,8 @@ def test_the_printed_lines_and_steplrs_sequence(data, capsys):
     for (rate, name, bar, test), row in zip(blocks, history, strict=True):
         assert rate == f"Adjusting learning rate of group 0 to {row['lr']:.4e}."
         assert name == f"Epoch {row['epoch']}"
-        figures, progress = bar.split(": 100%", 1)
-        assert re.fullmatch(r"Train: Loss=\d+\.\d{4} Batch_id=5 Accuracy=\d+\.\d\d", figures)
+        metrics, progress = bar.split(": 100%", 1)
+        assert re.fullmatch(r"Train: Loss=\d+\.\d{4} Batch_id=5 Accuracy=\d+\.\d\d", metrics)
         assert re.fullmatch(r"\|█+\| 6/6 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+(it/s|s/it)\] *", progress)
         assert f"Accuracy={row['train_acc']:.2f}:" in bar
         hits = round(row["test_acc"] * 101 / 100)
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_figures(data, norm, precision, capsys):
+def test_how_a_run_is_computed_is_chosen_by_a_keyword_and_does_not_change_its_metrics(data, norm, precision, capsys):
     losses = []
     ways = (
         ("contiguous", "eager", "eager: PyTorch's modules"),
@@ -362,7 +362,7 @@ def test_an_error_of_the_images_is_none_of_the_compilers(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_compiled_network_has_the_figures_of_the_written_one(data, norm, device, capsys):
+def test_a_compiled_network_has_the_metrics_of_the_written_one(data, norm, device, capsys):
     options = {"data": data, "epochs": 2, "device": device, "dropout": 0, "precision": "float32"}
     compiled, plain = (utils.run(norm, backend=backend, **options).history for backend in ("compile", "eager"))
     printed = capsys.readouterr().out

@@ -12,13 +12,15 @@ import resource
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from training_speed import first, name_of  # noqa: E402
+from training_speed import load, name_of  # noqa: E402
 
 import model  # noqa: E402
 import utils  # noqa: E402
+from normkit.device import choose_precision  # noqa: E402
 
 
 def peak_memory(device):
@@ -65,19 +67,19 @@ def main():
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, after each row")
     args = parser.parse_args()
 
-    precision = str(utils.choose_precision("auto", args.device)).removeprefix("torch.")
+    precision = str(choose_precision("auto", args.device)).removeprefix("torch.")
     where = f"{name_of(args.device)}, {torch.get_num_threads()} threads, {precision}, torch {torch.__version__}"
     print(where)
     rows = []
     for images in args.images:
-        data, runs = first(args.data, images), 2 if images == min(args.images) else 1
+        data, runs = load(args.data, images), 2 if images == min(args.images) else 1
         for norm in args.norm:
             for batch_size in args.batch_size:
                 row = cost(norm, data, batch_size, args.device, runs)
                 rows.append(row | {"data": data.name, "where": where})
                 if args.csv:
-                    utils.pd.DataFrame(rows).to_csv(args.csv, index=False)
-            part = utils.pd.DataFrame(rows[-len(args.batch_size) :]).drop(columns=["data", "where"])
+                    pd.DataFrame(rows).to_csv(args.csv, index=False)
+            part = pd.DataFrame(rows[-len(args.batch_size) :]).drop(columns=["data", "where"])
             print("\n" + part.to_string(index=False), flush=True)
 
 

@@ -7,7 +7,7 @@ turn, several rounds of one pass over the same images; the table shows medians, 
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
 import multiprocessing
 import platform
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -25,6 +26,11 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import utils  # noqa: E402
+from normkit.backend import choose_backend  # noqa: E402
+from normkit.cifar10 import MEAN, STD  # noqa: E402
+from normkit.device import autocast, choose_memory_format, choose_precision  # noqa: E402
+from normkit.fused import Fused  # noqa: E402
+from normkit.synthetic import make_synthetic  # noqa: E402
 
 FULL_EPOCH = 50_000  # images
 
@@ -35,7 +41,7 @@ class Pictures(Dataset):
     def __init__(self, images, labels):
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
         self.labels = labels.tolist()
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(utils.MEAN, utils.STD)])
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
     def __len__(self):
         return len(self.labels)
@@ -45,7 +51,7 @@ class Pictures(Dataset):
 
 
 def usual_loop(norm, data, batch_size, device, workers):
-    """A pass of the plain loop: PIL images, DataLoader, float32, figures read at each step."""
+    """A pass of the plain loop: PIL images, DataLoader, float32, numbers read at each step."""
     net = model.Net(norm).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     loader = DataLoader(Pictures(data.train_images, data.train_labels), batch_size, shuffle=True, num_workers=workers)
@@ -66,30 +72,46 @@ def usual_loop(norm, data, batch_size, device, workers):
     return one_pass
 
 
-def kit(norm, data, batch_size, device, precision="auto", augment=False, resident=False, compiled=False):
-    """A pass of utils.train as utils.run sets it up; resident=True feeds it one ready batch again and again."""
-    dtype = utils.choose_precision(precision, device)
-    net = model.Net(norm)
-    net = net.to(device, memory_format=utils.choose_memory_format("auto", net, device, dtype))
+def network_for(norm, device, precision, backend):
+    """The network as utils.run sets it up."""
+    net = model.Net(norm).to(device)
+    network, _ = choose_backend(backend, net)
+    if not isinstance(network, Fused):
+        net.to(memory_format=choose_memory_format("auto", net, device, choose_precision(precision, device)))
+    return network
+
+
+def sgd(network, device):
+    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
+
+
+def kit(norm, data, batch_size, device, precision="auto", augment=False, backend="auto"):
+    """A pass of utils.train."""
+    network = network_for(norm, device, precision, backend)
     loader, _ = utils.get_loaders(data, batch_size, augment, device)
-    if compiled:
-        net = utils.compile_network(net, loader, dtype)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=device.type in ("cuda", "cpu"))
-    if not resident:
-        return lambda: utils.train(net, loader, optimizer, precision=precision, progress=False)
+    optimizer = sgd(network, device)
+    return lambda: utils.train(network, loader, optimizer, precision=precision, progress=False)
 
-    images, labels = next(iter(loader))
 
-    def floor():
-        net.train()
-        for _ in range(len(loader)):
-            with utils.autocast(device, dtype):
-                logits = net(images)
+def own_loop(norm, data, batch_size, device, resident=False):
+    """A pass of a loop that anybody could write, on the kit's loader and fuse(model), numbers read at its end.
+
+    resident=True feeds it one ready batch again and again.
+    """
+    network, dtype = network_for(norm, device, "auto", "auto"), choose_precision("auto", device)
+    loader, _ = utils.get_loaders(data, batch_size, False, device)
+    optimizer, batch = sgd(network, device), next(iter(loader))
+
+    def one_pass():
+        network.train()
+        for images, labels in itertools.repeat(batch, len(loader)) if resident else loader:
+            with autocast(device, dtype):
+                logits = network(images)
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
 
-    return floor
+    return one_pass
 
 
 def loading(norm, data, batch_size, device):
@@ -109,19 +131,17 @@ CONTENDERS = {
     "kit": kit,
     "kit, float32": lambda *args: kit(*args, precision="float32"),
     "kit, augmentation": lambda *args: kit(*args, augment=True),
-    "kit, compiled": lambda *args: kit(*args, compiled=True),
-    "floor: one resident batch": lambda *args: kit(*args, resident=True),
+    "kit, modules": lambda *args: kit(*args, backend="eager"),
+    "kit, compiled": lambda *args: kit(*args, backend="compile"),
+    "own loop on fuse(model)": own_loop,
+    "floor: one resident batch": lambda *args: own_loop(*args, resident=True),
     "loader alone, augmentation": loading,
 }
 
 
-def first(name, images):
+def load(name, images):
     """The first training images of the data set called name, and next to nothing to test on."""
-    if name == "synthetic":
-        return utils.make_synthetic(images, 10)
-    data = utils.load_data(name)
-    sizes = {"train_images": images, "train_labels": images, "test_images": 10, "test_labels": 10}
-    return dataclasses.replace(data, **{name: getattr(data, name)[:size].clone() for name, size in sizes.items()})
+    return make_synthetic(images, 10) if name == "synthetic" else utils.load_data(name).first(images, 10)
 
 
 def serve(pipe, contender, norm, data, batch_size, device):
@@ -204,12 +224,12 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=6400, help="images in a pass (default 6400)")
     parser.add_argument("--data", choices=["synthetic", "cifar10"], default="synthetic")
-    parser.add_argument("--compile", action="store_true", help="the kit's network translated by torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="the kit's network compiled by torch.compile, too")
     parser.add_argument("--rounds", type=int, default=3, help="counted passes of each contender (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
 
-    data = first(args.data, args.images)
+    data = load(args.data, args.images)
     about = {
         "device": name_of(args.device),
         "threads": torch.get_num_threads(),
@@ -225,7 +245,7 @@ def main():
     for norm in args.norm:
         seconds = race(contenders, norm, data, args.batch_size, args.device, args.rounds)
         rows += rows_of(norm, seconds, len(data.train_labels))
-        print("\n" + utils.pd.DataFrame(rows[-len(contenders) :]).to_string(index=False))
+        print("\n" + pd.DataFrame(rows[-len(contenders) :]).to_string(index=False))
         print(f"loader's share of training with augmentation: {loaders_share(seconds)} %", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
