@@ -33,7 +33,7 @@ def conv_norm_relu(norm, C, K, dropout=0.0, skip_source=-1):
 
 def run_kernel(layers, x, dtype=torch.float32, nchw=False):
     x = x.float().contiguous() if nchw else x.to(dtype, memory_format=torch.channels_last)
-    parameters = [parameter for layer in layers for parameter in layer.named_parameters().values()]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
     return FusedFunction.apply(layers, dtype, torch.is_grad_enabled(), nchw, x, *parameters)
 
 

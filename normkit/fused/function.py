@@ -59,12 +59,11 @@ def fill_params(layers, x, parameters):
     fields, tensors = [(structs[0], "x")], [x]
     N, C, H, W = x.shape
     for struct, layer in zip(structs, layers):
-        for name in layer.named_parameters():
-            fields.append((struct, name))
-            tensors.append(next(parameters))
-            if name == "weight":
-                K = len(tensors[-1])
-                struct.weight_c_stride, struct.weight_tap_stride = tensors[-1].stride(1), tensors[-1].stride(3)
+        own = [next(parameters) for _ in layer.parameter_names]
+        fields += [(struct, name) for name in layer.parameter_names]
+        tensors += own
+        K, (_, c_stride, _, tap_stride) = len(own[0]), own[0].stride()
+        struct.weight_c_stride, struct.weight_tap_stride = c_stride, tap_stride
         struct.kind, struct.N, struct.C, struct.K, struct.H, struct.W = layer.kind, N, C, K, H, W
         if layer.kind == params.CONV_NORM_RELU:
             struct.skip_source = layer.skip_source
@@ -83,10 +82,11 @@ def set_norm(struct, norm):
     if type(norm) is nn.GroupNorm:
         struct.num_groups = norm.num_groups
         return
+    statistics = norm._buffers
     struct.use_running_stats, struct.momentum = not norm.training, norm.momentum
-    struct.running_mean, struct.running_var = norm.running_mean.data_ptr(), norm.running_var.data_ptr()
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    struct.running_mean, struct.running_var = (statistics[f"running_{name}"].data_ptr() for name in ("mean", "var"))
+    if norm.training and statistics["num_batches_tracked"] is not None:
+        statistics["num_batches_tracked"].add_(1)
 
 
 def set_pointers(fields, tensors):

@@ -6,6 +6,9 @@ from torch import nn
 
 from normkit.fused import params
 
+# Modules and parameters are read from PyTorch's own dictionaries: this runs at every call, and attributes of a module
+# take ten times as long.
+
 
 class ConvNormReLU(NamedTuple):
     """3×3 convolution, the output of layer number skip_source added (-1: none), norm, ReLU, dropout."""
@@ -16,13 +19,13 @@ class ConvNormReLU(NamedTuple):
     skip_source: int = -1
 
     kind = params.CONV_NORM_RELU
+    parameter_names = ("weight", "bias", "norm_weight", "norm_bias")
+
+    def parameters(self):
+        return [*parameters_of(self.conv), *parameters_of(self.norm)]
 
     def out_size(self, H, W):
         return H, W
-
-    def named_parameters(self):
-        conv, norm = self.conv, self.norm
-        return {"weight": conv.weight, "bias": conv.bias, "norm_weight": norm.weight, "norm_bias": norm.bias}
 
 
 class Conv1x1MaxPool(NamedTuple):
@@ -32,12 +35,13 @@ class Conv1x1MaxPool(NamedTuple):
     pool: nn.MaxPool2d
 
     kind = params.CONV1X1_MAXPOOL
+    parameter_names = ("weight", "bias")
+
+    def parameters(self):
+        return parameters_of(self.conv)
 
     def out_size(self, H, W):
         return H // 2, W // 2
-
-    def named_parameters(self):
-        return {"weight": self.conv.weight, "bias": self.conv.bias}
 
 
 class AvgPoolLinear(NamedTuple):
@@ -47,30 +51,38 @@ class AvgPoolLinear(NamedTuple):
     conv: nn.Conv2d
 
     kind = params.AVGPOOL_LINEAR
+    parameter_names = ("weight", "bias")
+
+    def parameters(self):
+        return parameters_of(self.conv)
 
     def out_size(self, H, W):
         return 1, 1
 
-    def named_parameters(self):
-        return {"weight": self.conv.weight, "bias": self.conv.bias}
+
+def parameters_of(module):
+    """Returns a module's weight and bias; None for one that it lacks."""
+    return module._parameters.get("weight"), module._parameters.get("bias")
 
 
 def layers_of(net):
     """Returns the layers of a model.Net, in the order in which they run."""
+    modules = net._modules
 
-    def conv(block, skip_source=-1):
-        return ConvNormReLU(block.conv, block.norm, block.dropout, skip_source if net.skip else -1)
+    def conv(name, skip_source=-1):
+        block = modules[name]._modules
+        return ConvNormReLU(block["conv"], block["norm"], block["dropout"], skip_source if net.skip else -1)
 
     return [
-        conv(net.C1),
-        conv(net.C2),
-        Conv1x1MaxPool(net.c3, net.P1),
-        conv(net.C3),
-        conv(net.C4),
-        conv(net.C5, skip_source=3),  # C3
-        Conv1x1MaxPool(net.c6, net.P2),
-        conv(net.C7),
-        conv(net.C8),
-        conv(net.C9, skip_source=7),  # C7
-        AvgPoolLinear(net.GAP, net.C10),
+        conv("C1"),
+        conv("C2"),
+        Conv1x1MaxPool(modules["c3"], modules["P1"]),
+        conv("C3"),
+        conv("C4"),
+        conv("C5", skip_source=3),  # C3
+        Conv1x1MaxPool(modules["c6"], modules["P2"]),
+        conv("C7"),
+        conv("C8"),
+        conv("C9", skip_source=7),  # C7
+        AvgPoolLinear(modules["GAP"], modules["C10"]),
     ]

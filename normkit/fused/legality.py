@@ -12,7 +12,7 @@ from torch.utils import _device, _python_dispatch
 import model
 from normkit.fused import params
 from normkit.fused.build import library
-from normkit.fused.layers import layers_of
+from normkit.fused.layers import layers_of, parameters_of
 
 CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), model.ConvBlock)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
@@ -87,27 +87,30 @@ def of_network(net):
     if type(net) is not model.Net:
         yield f"the model is a {type(net).__name__}: the kernel computes model.Net alone"
         return
+    children = net._modules
     for name, kind in CHILDREN.items():
-        if type(getattr(net, name, None)) is not kind:
-            yield f"{name} is a {type(getattr(net, name, None)).__name__}"
+        if type(children.get(name)) is not kind:
+            yield f"{name} is a {type(children.get(name)).__name__}"
             return
-    for name, module in net.named_modules():
+    parts = [module for name, kind in CHILDREN.items() for module in children[name]._modules.values()]
+    for module in (net, *children.values(), *parts):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            yield f"{name or 'the network'} has a hook"
-        if "forward" in vars(module):
-            yield f"{name or 'the network'} has a forward of its own"
+            yield f"{name_of(module, net)} has a hook"
+        if "forward" in module.__dict__:
+            yield f"{name_of(module, net)} has a forward of its own"
     width, widths = 3, []
     for layer in layers_of(net):
-        found = next(of_layer(layer, width), None)
-        if found is not None:
-            module, reason = found
-            name = next((name for name, each in net.named_modules() if each is module), "a module")
-            yield f"{name} {reason}"
-            return
-        width = len(layer.conv.weight)
+        for module, reason in of_layer(layer, width):
+            yield f"{name_of(module, net)} {reason}"
+        width = len(layer.parameters()[0])
         widths.append(width)
         if layer.kind == params.CONV_NORM_RELU and widths[layer.skip_source] != width:
             yield "a skip joins layers of different widths"
+
+
+def name_of(module, net):
+    name = next((name for name, each in net.named_modules() if each is module), "a module")
+    return name or "the network"
 
 
 def of_layer(layer, width):
@@ -118,8 +121,9 @@ def of_layer(layer, width):
     if type(conv) is not (model.Conv2d if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
         yield conv, f"is a {type(conv).__name__}"
         return
-    yield from of_tensors(conv, conv.weight, conv.bias)
-    K, C = conv.weight.shape[:2]
+    weight, bias = parameters_of(conv)
+    yield from of_tensors(conv, weight, bias)
+    K, C = weight.shape[:2]
     if (C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != expected:
         yield conv, f"is another convolution than {size}×{size} of {width} channels"
     if (K if layer.kind == params.CONV_NORM_RELU else C) % 16:
@@ -140,11 +144,12 @@ def of_norm(norm, K):
     if type(norm) not in (nn.BatchNorm2d, nn.GroupNorm):
         yield norm, f"is a {type(norm).__name__}: the kernel computes BatchNorm2d and GroupNorm"
         return
-    tensors = [norm.weight, norm.bias]
+    tensors = parameters_of(norm)
     if type(norm) is nn.BatchNorm2d:
-        if norm.running_mean is None or norm.momentum is None:
+        statistics = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+        if any(each is None for each in (*statistics, norm.momentum)):
             yield norm, "keeps no running average"
-        tensors += [norm.running_mean, norm.running_var]
+        tensors += statistics
     elif K % norm.num_groups:
         yield norm, f"has {norm.num_groups} groups for {K} channels"
     yield from of_tensors(norm, *tensors)
@@ -158,7 +163,7 @@ def of_tensors(module, *tensors):
             yield module, "lacks a weight or a bias"
         elif type(tensor) not in (torch.Tensor, nn.Parameter):
             yield module, f"holds a {type(tensor).__name__}"
-        elif tensor.device.type != "cpu":
+        elif not tensor.is_cpu:
             yield module, f"is on {tensor.device}: the kernel is for CPUs"
         elif tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             yield module, f"is {tensor.dtype}, {tensor.layout}: the kernel takes float32, strided"

@@ -41,7 +41,7 @@ class Fused(nn.Module):
             images = images.float().contiguous()
         else:
             images = images.to(dtype, memory_format=torch.channels_last)
-        parameters = [parameter for layer in layers for parameter in layer.named_parameters().values()]
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
         return FusedFunction.apply(layers, dtype, needs_grad, nchw, images, *parameters).flatten(1)
 
     def run_modules(self, images):

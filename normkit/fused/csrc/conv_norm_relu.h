@@ -204,13 +204,14 @@ template <typename T, typename Convolution> struct ConvNormReLU {
     sum_over_images(sum_h, p.dnorm_bias);
     sum_over_images(sum_hv, p.dnorm_weight);
     sum_over_images(sum_dpre_activation, p.dbias);
-    parallel_for(9 * p.C, [&](int64_t row) {  // of (9, C, K)
-      for (int64_t k = 0; k < K; k += LANES) {
-        vec_f32 sum = {};
-        for (int64_t chunk = 0; chunk < chunks; chunk++)
-          sum += load(dweights + chunk * convolution.weight_size + row * K + k);
-        for (int64_t l = 0; l < LANES; l++) p.dweight[p.weight_index(k + l, row % p.C, row / p.C)] = sum[l];
-      }
+    parallel_for(p.C, [&](int64_t c) {  // by c: in PyTorch's ordinary layout its 9 taps share a cache line
+      for (int64_t tap = 0; tap < 9; tap++)
+        for (int64_t k = 0; k < K; k += LANES) {
+          vec_f32 sum = {};
+          for (int64_t chunk = 0; chunk < chunks; chunk++)
+            sum += load(dweights + chunk * convolution.weight_size + (tap * p.C + c) * K + k);
+          for (int64_t l = 0; l < LANES; l++) p.dweight[p.weight_index(k + l, c, tap)] = sum[l];
+        }
     });
   }
 };
