@@ -30,7 +30,8 @@ class Net(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}")
-        if num_groups != "channels" and (not isinstance(num_groups, int) or num_groups < 1 or 16 % num_groups):
+        whole = hasattr(num_groups, "__index__")  # as Python's, NumPy's and torch's whole numbers have
+        if num_groups != "channels" and (not whole or num_groups < 1 or 16 % num_groups):
             raise ValueError(
                 f"num_groups={num_groups!r} does not divide the normalised widths 16 and 32: "
                 "choose 1, 2, 4, 8, 16 or 'channels'"

@@ -24,7 +24,7 @@ from normkit.backend import BACKENDS, choose_backend, plain_model
 from normkit.checkpoint import Checkpoint, plain_lines
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
-from normkit.fused import Fused
+from normkit.fused import fuse
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import RandomState, check_seed, generators_of, generators_preserved, seed_everything
 from normkit.tables import results_table  # noqa: F401
@@ -115,21 +115,21 @@ def train(
     loader: any iterable of (images, labels) with a length; labels are int64 (N,), or (N, classes) shares.
     criterion(logits, labels): the mean loss of a batch. scheduler, if given, is stepped after each batch.
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend.
-    A loss that is not finite raises FloatingPointError.
+    A loss that is huge or not finite raises FloatingPointError.
     """
     network, _ = choose_backend(backend, model)
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    loss_sum, correct, finite_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
-    finite, total = torch.ones((), dtype=torch.bool, device=device), 0
+    loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
+    sound, total = torch.ones((), dtype=torch.bool, device=device), 0
     closure_needed = optim.needs_closure(optimizer)
     network.train()
     optim.set_mode(optimizer, "train")
 
     def read_metrics():
-        if not finite:
+        if not sound:
             raise FloatingPointError(
-                f"the loss is not finite from batch {int(finite_batches)} on, at learning rate "
-                f"{float(optimizer.param_groups[0]['lr']):g}; first seen in "
+                f"the loss is {'huge' if loss.isfinite() else 'not finite'} from batch {int(sound_batches)} on, "
+                f"at learning rate {float(optimizer.param_groups[0]['lr']):g}; first seen in "
                 f"{checks.first_non_finite(plain_model(network), images)}"
             )
         accuracy = 100 * correct.item() / total
@@ -153,9 +153,9 @@ def train(
             logits = compute_logits(network, images, compute_dtype)
             labels = checks.check_labels(labels, logits, batch_id)
             loss = criterion(logits, labels)
-            finite &= loss.isfinite()
-            finite_batches += finite
-            if device.type == "cpu" and not finite:  # nothing to wait for, so before the weights are spoilt
+            sound &= checks.is_sound(loss)
+            sound_batches += sound
+            if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
             if closure_needed:
                 optimizer.step(functools.partial(compute_and_backward, images, labels))
@@ -232,9 +232,9 @@ def fit(
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch"; ReduceLROnPlateau
     gets the training loss, or with mode="max" the training accuracy.
     checkpoint: a file, written after each epoch; the same call goes on from it, to the very numbers of a run that
-    never stopped. An interrupt returns the history so far. A loss that is not finite raises FloatingPointError and
-    leaves model, optimizer and scheduler as the last finished epoch left them. on_epoch(history) is called after each
-    finished epoch, and with those that a checkpoint held. backend: see train.
+    never stopped. An interrupt returns the history so far. A loss that is huge or not finite raises FloatingPointError,
+    and leaves model, optimizer and scheduler as the last finished epoch left them. on_epoch(history) is called after
+    each finished epoch, and with those that a checkpoint held. backend: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     epochs = checks.check_epochs(epochs)
@@ -245,7 +245,7 @@ def fit(
     optim.check_optimizer(optimizer, model, scheduler)
     network, backend_line = choose_backend(backend, model)
     model = plain_model(network)
-    options = {"criterion": criterion, "precision": precision, "backend": "eager"}  # network is chosen already
+    options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
     parts = {"model": model, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler is not None else {})
     history = History()
@@ -253,7 +253,8 @@ def fit(
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
         random_state = RandomState(device, generators_of(train_loader))
         settings = functools.partial(settings_of, model, optimizer, scheduler, train_loader, compute_dtype)
-        checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
+        loader_state = {"loader": train_loader} if hasattr(train_loader, "load_state_dict") else {}
+        checkpoint = Checkpoint(checkpoint, parts | loader_state | {"random": random_state}, settings)
         history = History(checkpoint.restore())
         if len(history) > epochs:
             raise ValueError(f"{checkpoint.path} holds {len(history)} epochs, more than epochs={epochs}")
@@ -277,8 +278,8 @@ def fit(
             trained = train(network, train_loader, optimizer, per_batch, progress=progress, **options)
             optim.set_mode(optimizer, "eval")
             tested = test(network, test_loader, **options)
-            if not math.isfinite(tested.loss):
-                raise FloatingPointError("the test loss is not finite")
+            if not tested.loss < checks.EXPLODED:
+                raise FloatingPointError(f"the test loss is {'huge' if math.isfinite(tested.loss) else 'not finite'}")
         except FloatingPointError as error:
             for name, part in parts.items():
                 part.load_state_dict(before[name])
@@ -352,8 +353,18 @@ class Recipe:
     head_gain: float = 3.0
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # a scalar of NumPy's or torch's
+                object.__setattr__(self, name, value.item())
         checks.check_choice("optimizer", self.optimizer, ["sgd", "muon"])
         checks.check_choice("schedule", self.schedule, ["step", "onecycle"])
+        for name in ("batch_size", "step_size"):
+            checks.whole_number(name, getattr(self, name))
+        for name in ("lr", "adamw_lr", "gamma"):
+            checks.number_between(name, getattr(self, name), above=0)
+        checks.number_between("momentum", self.momentum, least=0, below=1)
+        checks.number_between("weight_decay", self.weight_decay, least=0)
+        checks.number_between("warmup", self.warmup, least=0, below=1)
 
     def __str__(self):
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
@@ -455,9 +466,8 @@ def run(
     with generators_preserved(device):
         seed_everything(seed)
         model = Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain).to(device)
-        network, _ = choose_backend(backend, model)
         memory_format = choose_memory_format(memory_format, model, device, dtype)
-        if not isinstance(network, Fused):  # which takes either
+        if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
             model.to(memory_format=memory_format)
         batch_size = recipe.batch_size
         train_loader, test_loader = get_loaders(data, batch_size, recipe.augment, device, seed)

@@ -1,10 +1,10 @@
-"""What the notebook, model.py and utils.py stand on.
+"""The package behind the notebook and utils.py.
 
 data         Data, a data set in memory, and the checks of it; train_val_split
 cifar10      load_data: finds, fetches, verifies, unpacks, reads and caches CIFAR-10
 synthetic    make_synthetic, the built-in stand-in for CIFAR-10
 augment      every way to shift and flip an image
-files        files of tensors and plain values that are whole at every moment
+files        files of tensors and plain values, written atomically
 checks       the errors for bad input, in training and elsewhere
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
 randomness   seeds, and the state of every generator that training draws from
@@ -12,7 +12,7 @@ optim        what the loop has to know of optimizers and schedulers that are not
 device       device, precision, memory format, and the self-check of norms
 backend      what computes a network: its modules, the fused kernel, or torch.compile
 fused        fuse(): the kernel for CPUs; see fused/README.md
-environment  check_setup: what the kit runs on, and what is amiss
+environment  check_setup: what the kit runs on, and what is missing
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
 style        colours and style of all pictures

@@ -13,11 +13,15 @@ def choose_backend(backend, model):
     """Returns a callable that computes the model, and a line that says which it is and why not a faster one.
 
     "auto": the fused kernel where it can be, else the model itself. "fused": raises ValueError where it cannot be.
-    A model that is Fused or Compiled already is returned as it is.
+    Of a Fused or Compiled, the model in it counts; but a Compiled is kept by "auto" and "compile".
+    backend None: what was chosen before, and is called as it is.
     """
+    if backend is None:
+        return model, ""
     check_choice("backend", backend, BACKENDS)
-    if isinstance(model, Fused | Compiled):
-        return model, type(model).__name__.lower()
+    if isinstance(model, Compiled) and backend in ("auto", "compile"):
+        return model, "torch.compile"
+    model = plain_model(model)
     if backend == "eager":
         return model, "eager: PyTorch's modules"
     if backend == "compile":

@@ -1,6 +1,7 @@
 """The errors for bad input: what was given, what is accepted, and the next step."""
 
 import contextlib
+import math
 import operator
 import traceback
 
@@ -24,6 +25,15 @@ def whole_number(name, value, least=1):
     if number is None or number < least:
         raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
     return number
+
+
+def number_between(name, value, *, above=-math.inf, least=-math.inf, below=math.inf):
+    """Raises ValueError unless value is a finite number within the bounds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not value > above or not value >= least or not value < below:
+        bounds = (f"above {above:g}", above), (f"of at least {least:g}", least), (f"below {below:g}", below)
+        said = " and ".join(text for text, bound in bounds if math.isfinite(bound))
+        raise ValueError(f"{name}={value!r}: expected a number {said}")
 
 
 def check_epochs(epochs, limit=None):
@@ -143,6 +153,14 @@ def first_non_finite(model, images):
         for hook in hooks:
             hook.remove()
     return f"module {found[0]}" if found else "the loss"
+
+
+EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
+
+
+def is_sound(loss):
+    """Whether a loss is a number that training can go on from: a tensor, so that nothing waits for the device."""
+    return loss.detach().abs() < EXPLODED  # false for NaN
 
 
 @contextlib.contextmanager

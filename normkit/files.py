@@ -1,4 +1,4 @@
-"""Files of tensors and plain values that are whole at every moment."""
+"""Files of tensors and plain values, written atomically."""
 
 import collections
 import io

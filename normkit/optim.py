@@ -32,7 +32,7 @@ def check_optimizer(optimizer, model, scheduler=None):
         raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
 
 
-MOST_STEPS = 20_000  # that are gone through in advance: a second or less
+MAX_STEPS_CHECKED = 20_000  # that are gone through in advance: a second or less
 
 
 def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
@@ -51,11 +51,11 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
     saved = [{key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
     done = 0
     try:
-        if scheduler.last_epoch + steps > getattr(scheduler, "total_steps", math.inf):
+        if steps > MAX_STEPS_CHECKED and scheduler.last_epoch + steps > getattr(scheduler, "total_steps", math.inf):
             raise ValueError(f"it has {scheduler.total_steps} in all, {scheduler.last_epoch} of them done")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of steps before the optimizer's
-            while done < min(steps, MOST_STEPS):
+            while done < min(steps, MAX_STEPS_CHECKED):
                 done += 1
                 scheduler.step()
                 rates = [float(group["lr"]) for group in groups]

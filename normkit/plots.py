@@ -40,19 +40,19 @@ def plot_curves(histories, title=None, until=None):
     figure, axes = subplots(1, 2, figsize=(11, 4.4))
     further = iter(FURTHER_COLORS * len(runs))
     colors = {label: COLORS.get(label) or next(further) for label in runs}
-    for ax, figure_name, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
+    for ax, metric, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
         ends = {}
         for label, history in runs.items():
             epochs = [row["epoch"] for row in history]
-            train, test = ([row[f"{split}_{figure_name}"] for row in history] for split in ("train", "test"))
+            train, test = ([row[f"{split}_{metric}"] for row in history] for split in ("train", "test"))
             ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
             ends[label] = (epochs[-1], test[-1])
         if until:
             ax.set_xlim(0.5, until + 0.5)
-        mark_learning_rates(ax, next(iter(runs.values())), high=figure_name == "loss")
-        label_ends(ax, ends, colors, "{:.1f} %" if figure_name == "acc" else "{:.2f}")
-        ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[figure_name])
+        mark_learning_rates(ax, next(iter(runs.values())), high=metric == "loss")
+        label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
+        ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
         ax.xaxis.get_major_locator().set_params(integer=True)
     styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
     figure.legend(
@@ -169,9 +169,15 @@ def plot_samples(data, each=10):
     return figure
 
 
+def class_names(data, logits):
+    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer."""
+    return [*map(str, data.classes), *(f"class {label}" for label in range(len(data.classes), logits.shape[1]))]
+
+
 @styled
 def plot_mistakes(data, logits, title=None, rows=2, columns=5):
     """The test images that a network gets wrong with most confidence. logits: (N, classes), from utils.predict."""
+    names = class_names(data, logits)
     confidence, predicted = logits.softmax(1).cpu().max(1)
     wrong = (predicted != data.test_labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
@@ -180,7 +186,7 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
         ax.axis("off")
     for ax, i in zip(axes.flat, wrong.tolist()):
         ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
-        truth, guess = data.classes[data.test_labels[i]], data.classes[predicted[i]]
+        truth, guess = names[data.test_labels[i]], names[predicted[i]]
         ax.set_title(f"{guess} {100 * confidence[i]:.0f} %\nis {truth}", fontsize=10, fontweight="normal")
     figure.suptitle(title or f"{data.name}, most confident mistakes")
     return figure
@@ -192,25 +198,27 @@ def plot_disagreements(data, logits, columns=5, rows=2):
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
+    names = class_names(data, next(iter(logits.values())))
     confidence, predicted = zip(*(each.softmax(1).cpu().max(1) for each in logits.values()))
     confidence, predicted = torch.stack(confidence), torch.stack(predicted)  # variants, N
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
-    line_height = 4  # of text below an image, in its pixels
-    bottom = 32 + line_height * len(logits)
-    size = (columns * 2.2, rows * (2.1 * bottom / 32 + 0.3) + 0.3)
+    height, width = data.test_images.shape[2:]
+    line_height = width / 8  # of text below an image, in its pixels
+    bottom = height + line_height * len(logits)
+    size = (columns * 2.2, rows * (2.1 * bottom / width + 0.3) + 0.3)
     figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, i in zip(axes.flat, chosen.tolist()):
         ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
         ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
-        ax.set_title(f"is {data.classes[data.test_labels[i]]}", fontsize=10)
+        ax.set_title(f"is {names[data.test_labels[i]]}", fontsize=10)
         for line, name in enumerate(logits):
-            guess = f"{name}: {data.classes[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
+            guess = f"{name}: {names[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
             text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": color_of(name)}
-            ax.text(15.5, 32 + line_height * (line + 0.5), guess, **text)
+            ax.text((width - 1) / 2, height + line_height * (line + 0.5), guess, **text)
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
     figure.get_layout_engine().set(h_pad=0.1)  # inches, that the heading keeps clear of the first row's titles
@@ -223,7 +231,8 @@ def plot_confusions(data, logits):
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
-    classes = range(len(data.classes))
+    names = class_names(data, next(iter(logits.values())))
+    classes = range(len(names))
     figure = plt.figure(figsize=(11, 7.2))
     plt.close(figure)
     axes = figure.subplot_mosaic([list(logits), ["classes"] * len(logits)], height_ratios=[3, 2])
@@ -245,8 +254,8 @@ def plot_confusions(data, logits):
                     **{"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "#333333"},
                     fontweight="bold" if truth == guess else "normal",
                 )
-        ax.set_xticks(classes, data.classes, rotation=90, fontsize=9)
-        ax.set_yticks(classes, data.classes if ax is axes[next(iter(logits))] else [], fontsize=9)
+        ax.set_xticks(classes, names, rotation=90, fontsize=9)
+        ax.set_yticks(classes, names if ax is axes[next(iter(logits))] else [], fontsize=9)
         ax.grid(False)
         ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.tick_params(length=0)
@@ -255,7 +264,7 @@ def plot_confusions(data, logits):
         axes["classes"].bar(place, percent.diagonal(), 0.14, color=color, label=name)
     axes[next(iter(logits))].set_ylabel("is really")
     ax = axes["classes"]
-    ax.set_xticks(classes, data.classes)
+    ax.set_xticks(classes, names)
     ax.grid(axis="x", visible=False)
     ax.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -12,6 +12,7 @@ from filelock import FileLock
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
+from model import NORMS
 from normkit.device import choose_precision
 from utils import get_recipe, run
 
@@ -33,7 +34,31 @@ def run_key(keywords, data):
     settings = {name: value for name, value in keywords.items() if name not in HOW}
     norm, epochs, seed = settings.pop("norm"), settings.pop("epochs", 20), settings.pop("seed", 0)
     recipe = get_recipe(settings.pop("recipe", "classic"), **settings)
-    return f"{data.name}, {len(data.train_labels)} images: norm={norm} epochs={epochs} seed={seed} {recipe}"
+    name = f"{data.name}, {len(data.train_labels)} images"
+    return f"{name}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}"
+
+
+def code_of(norm):
+    """Returns a mark of what a norm of somebody's own is made of, so that another one of its name is another run."""
+    builder = NORMS.get(norm)
+    if builder is None or getattr(builder, "__module__", None) == "model":
+        return ""
+    code = getattr(builder, "__code__", None)
+    made_of = [getattr(builder, "__qualname__", repr(builder))] if code is None else list(text_of(code))
+    cells = [cell.cell_contents for cell in getattr(builder, "__closure__", None) or ()]
+    made_of += [repr(getattr(builder, "__defaults__", None)), repr(cells)]
+    return f"#{zlib.crc32(' '.join(made_of).encode()):08x}"
+
+
+def text_of(code):
+    """Yields what a function computes, and not where it was written."""
+    yield code.co_code.hex()
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            yield from text_of(constant)
+        else:
+            yield repr(constant)
 
 
 def run_many(runs, data, file, processes=1):
@@ -45,14 +70,20 @@ def run_many(runs, data, file, processes=1):
     """
     file = Path(file).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
-    planned = {run_key(keywords, data): keywords for keywords in runs}
+    planned, failures = {}, []
+    for keywords in runs:
+        try:
+            planned[run_key(keywords, data)] = keywords
+        except (KeyError, ValueError) as error:
+            asked = " ".join(f"{name}={value}" for name, value in keywords.items())
+            failures.append(f"{asked}: {type(error).__name__}: {error}")
     done = {row["settings"] for row in read_rows(file)}
     todo = {key: keywords for key, keywords in planned.items() if key not in done}
     checkpoints = file.with_name(file.name + ".unfinished")
     paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
-    jobs = (delayed(run_one)(key, keywords, data, paths[key]) for key, keywords in todo.items())
+    norms = dict(NORMS)  # worker processes do not know what a notebook has added
+    jobs = (delayed(run_one)(key, keywords, data, paths[key], norms) for key, keywords in todo.items())
     threads = {"inner_max_num_threads": 1} if processes > 1 else {}
-    failures = []
     with (
         parallel_config("loky", n_jobs=processes, **threads),
         tqdm(total=len(planned), initial=len(planned) - len(todo), desc=file.stem, unit="run", file=sys.stdout) as bar,
@@ -96,10 +127,11 @@ def remove_checkpoint(path):
         pass  # others are unfinished
 
 
-def run_one(key, keywords, data, checkpoint):
+def run_one(key, keywords, data, checkpoint, norms):
     """Returns the key, and the rows of that run or the error that ended it as text."""
+    NORMS.update(norms)
     try:
-        result = run(data=data, **keywords, progress=False, checkpoint=checkpoint)
+        result = run(data=data, **(keywords | {"progress": False, "checkpoint": checkpoint}))
     except Exception as error:
         return key, None, f"{type(error).__name__}: {error}"
     if result.history.unfinished:

@@ -1,5 +1,7 @@
 """Colours and style of all pictures."""
 
+import functools
+
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's palette, told apart by colour-blind readers too: one colour a norm, everywhere.
@@ -24,8 +26,17 @@ STYLE = {
 }
 
 
-# As a decorator: the style holds while the picture is made, and nowhere else; whatever the user's own says.
-styled = plt.style.context(["default", STYLE])
+def styled(plot):
+    """Decorates a function that returns a figure: the style holds while it is made, whatever the user's own says."""
+
+    @functools.wraps(plot)
+    def wrapper(*args, **options):
+        with plt.style.context(["default", STYLE]):
+            figure = plot(*args, **options)
+            figure.draw_without_rendering()  # ticks are made here, in the style of the moment
+            return figure
+
+    return wrapper
 
 
 def color_of(norm):

@@ -7,7 +7,7 @@ import pandas as pd
 
 
 def results_table(results):
-    """A DataFrame, one row a result: last-epoch figures, the best epoch beside them, cost."""
+    """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost."""
     rows = []
     for result in results:
         if not result.history:
@@ -56,7 +56,7 @@ def seeds_table(rows):
 
 
 def trials_table(rows):
-    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's figures.
+    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's metrics.
 
     rows: of study.run_many, with data.train_val_split: its "test" images are the training images held out.
     """

@@ -51,6 +51,7 @@ def no_environment(monkeypatch):
     """The user's own data and mirrors are not the tests'."""
     for name in ("CIFAR10_ROOT", "CIFAR10_URL"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cifar10, "ELSEWHERE", ())
 
 
 @pytest.fixture

@@ -84,6 +84,54 @@ def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
     assert same(data.train_images, pixels["train"]) and same(data.test_images, pixels["test"])
 
 
+def test_what_another_tool_fetched_is_used_if_it_is_the_official_archive(tmp_path, official, monkeypatch, capsys):
+    keras = tmp_path / "keras" / "cifar-10-batches-py.tar.gz"
+    keras.parent.mkdir()
+    keras.write_bytes(official.archive.read_bytes()[:-1])
+    other = tmp_path / "other.tar.gz"
+    shutil.copy(official.archive, other)
+    monkeypatch.setattr(cifar10, "ELSEWHERE", (str(tmp_path / "none"), str(keras), str(other)))
+    monkeypatch.setattr(cifar10, "fetch_archive", lambda root: pytest.fail("fetched what is on disk"))
+    data = utils.load_data("cifar10", tmp_path / "root")
+    assert same(data.train_images, official.pixels["train"])
+    assert f"official archive that was fetched before, {other}" in capsys.readouterr().out
+    assert utils.load_data("cifar10", tmp_path / "root").name == "CIFAR-10" and capsys.readouterr().out == ""
+
+
+def test_an_archive_where_nothing_can_be_written_is_read_all_the_same(tmp_path, official, monkeypatch, capsys):
+    shutil.copy(official.archive, tmp_path / cifar10.ARCHIVE)
+    unpack = cifar10.unpack
+
+    def refuse(archive, root):
+        if root == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        unpack(archive, root)
+
+    monkeypatch.setattr(cifar10, "unpack", refuse)
+    assert same(utils.load_data("auto", tmp_path).train_images, official.pixels["train"])
+    assert "cannot be unpacked into" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["auto", "cifar10"])
+def test_a_place_that_cannot_be_written_is_said(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cifar10, "MIRRORS", ())
+    root = tmp_path / "file" / "data"  # a folder in a file: nobody can make it
+    if name == "auto":
+        assert utils.load_data(name, root).synthetic
+        assert "cannot be put there" in capsys.readouterr().out
+    else:
+        with pytest.raises(cifar10.DataUnavailable, match="cannot be put there.*(?s:.*)By hand"):
+            utils.load_data(name, root)
+
+
+def test_what_lies_beside_the_official_files_does_not_hide_them(tmp_path, official):
+    shutil.unpack_archive(official.archive, tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / cifar10.ARCHIVE).write_bytes(b"half a download")
+    assert same(utils.load_data("cifar10", tmp_path).train_images, official.pixels["train"])
+
+
 def test_damaged_archive_is_refused_and_kept(tmp_path, official):
     archive = tmp_path / cifar10.ARCHIVE
     archive.write_bytes(official.archive.read_bytes()[:-100])

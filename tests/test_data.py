@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normkit.cifar10 import CLASSES
 from normkit.data import Data, train_val_split
@@ -26,11 +28,23 @@ def test_data_of_ones_own_is_checked(change, message):
         Data("mine", CLASSES, **(good | change))
 
 
-def test_the_last_training_images_are_held_out(small):
-    held = train_val_split(small, 21)
-    assert torch.equal(torch.cat([held.train_images, held.test_images]), small.train_images)
-    assert torch.equal(torch.cat([held.train_labels, held.test_labels]), small.train_labels)
-    assert len(held.test_labels) == 21 and "21 training images held out" in held.name
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=80), st.data(), st.booleans())
+def test_images_are_held_out_class_by_class(labels, draw, in_order):
+    labels = torch.tensor(sorted(labels) if in_order else labels)
+    size = draw.draw(st.integers(1, len(labels) - 1))
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    held = train_val_split(Data("any", tuple("abcdef"), images, labels, images[:1], labels[:1]), size)
+    parts = [each[:, 0, 0, 0].tolist() for each in (held.train_images, held.test_images)]
+    assert sorted(parts[0] + parts[1]) == list(range(len(labels))) and len(parts[1]) == size
+    for part, own in zip(parts, (held.train_labels, held.test_labels)):
+        assert part == sorted(part) and torch.equal(labels[part], own)
+    for label, count in enumerate(labels.bincount().tolist()):
+        share = count * size / len(labels)
+        chosen = [i for i in parts[1] if labels[i] == label]
+        assert abs(len(chosen) - share) < 1
+        assert chosen == (labels == label).nonzero().flatten().tolist()[count - len(chosen) :]  # the last ones
+    assert f"{size} training images held out class by class" in held.name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_check_setup_says_where_the_data_is_or_what_its_download_takes(official,
     assert f"CIFAR-10: the official files, in {official.archive.parent}" in capsys.readouterr().out
     check_setup(tmp_path / "not" / "there")
     said = capsys.readouterr().out
-    assert f"not in {tmp_path / 'not' / 'there'} yet" in said and "170 MB" in said and "TO MEND" not in said
+    assert f"not in {tmp_path / 'not' / 'there'} yet" in said and "170 MB" in said and "TO FIX" not in said
     assert f"torch {torch.__version__.split('+')[0]}" in said and "Device: " in said
 
 
@@ -22,9 +22,9 @@ def test_check_setup_names_what_to_mend(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(environment.metadata, "version", lambda name: "2.9.1")
     check_setup(tmp_path / "data")
     said = capsys.readouterr().out
-    assert f"TO MEND: 0.2 GB are free at {tmp_path}" in said
+    assert f"TO FIX: 0.2 GB are free at {tmp_path}" in said
     assert (
-        "TO MEND: torch 2.10" in said and f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision' in said
+        "TO FIX: torch 2.10" in said and f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision' in said
     )
 
 

@@ -57,10 +57,10 @@ def ask_again():
 @COMPILER
 def test_built_once_into_a_private_folder(cache, compilations):
     first = build.library()
-    assert first.reason is None and Path(first.place).parent == cache and len(compilations) == 1
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and [str(path) for path in cache.iterdir()] == [first.place]
-    assert not stat.S_IMODE(Path(first.place).stat().st_mode) & 0o077
-    assert ask_again().place == first.place and len(compilations) == 1
+    assert first.reason is None and Path(first.path).parent == cache and len(compilations) == 1
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700 and [str(path) for path in cache.iterdir()] == [first.path]
+    assert not stat.S_IMODE(Path(first.path).stat().st_mode) & 0o077
+    assert ask_again().path == first.path and len(compilations) == 1
     fused = fuse(model.Net())
     fused(IMAGES)
     assert fused.reason is None
@@ -80,7 +80,7 @@ def test_what_it_is_made_of_is_in_its_key(cache, compilations, monkeypatch, tmp_
     else:
         monkeypatch.setenv("CXX", "c++ -DANOTHER")
     second = ask_again()
-    assert second.place != first.place and second.reason is None and len(compilations) == 2
+    assert second.path != first.path and second.reason is None and len(compilations) == 2
 
 
 @COMPILER
@@ -100,13 +100,13 @@ def test_a_damaged_library_is_built_anew(cache, compiled, compilations, damage):
     file.chmod(0o700)
     found = build.library()
     assert len(compilations) == 1 and found.reason is None
-    assert Path(found.place).read_bytes() == content and fuse(model.Net()).reason is None
+    assert Path(found.path).read_bytes() == content and fuse(model.Net()).reason is None
 
 
 @COMPILER
 @pytest.mark.parametrize("who", ["group", "others", "link", "another user"])
 def test_a_library_that_others_could_write_is_not_loaded(cache, compilations, monkeypatch, who):
-    file = Path(build.library().place)
+    file = Path(build.library().path)
     if who == "link":
         shutil.move(file, cache.parent / "elsewhere.so")
         file.symlink_to(cache.parent / "elsewhere.so")
@@ -135,7 +135,7 @@ def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, 
     else:
         monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda *args, **how: "~/.cache/normkit")
     found = build.library()
-    assert found.reason is None and found.place.startswith("a temporary folder (")
+    assert found.reason is None and found.path.startswith("a temporary folder (")
     fused = fuse(model.Net())
     fused(IMAGES)
     assert fused.reason is None
@@ -205,7 +205,7 @@ from normkit.fused.build import library
 start = time.perf_counter()
 found = library()
 assert found.reason is None, found.reason
-print(found.place, time.perf_counter() - start)
+print(found.path, time.perf_counter() - start)
 """
 
 

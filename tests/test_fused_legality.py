@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
@@ -27,6 +29,16 @@ def own_forward(module):
     module.forward = type(module).forward.__get__(module)
 
 
+def own_conv_forward(conv):
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1)
+
+
+def plain_weight(conv):
+    weight = conv.weight.detach() * 2
+    del conv.weight
+    conv.weight = weight
+
+
 class Subclass(model.Net):
     def forward(self, images):
         return super().forward(images) + 1
@@ -39,8 +51,8 @@ CHANGES = {  # what is done to the network -> what the reason says
     "backward pre-hook": (lambda net: net.C9.norm.register_full_backward_pre_hook(lambda *_: None), "C9.norm has a"),
     "hook of the head": (lambda net: net.GAP.register_forward_hook(lambda *_: None), "GAP has a hook"),
     "hook of the network": (lambda net: net.register_forward_hook(lambda *_: None), "the network has a hook"),
-    "forward of its own": (lambda net: own_forward(net.c6), "c6 has a forward of its own"),
-    "network's forward": (lambda net: own_forward(net), "the network has a forward of its own"),
+    "forward of its own": (lambda net: own_forward(net.c6), "c6 has a forward, weight or bias of its own"),
+    "network's forward": (lambda net: own_forward(net), "the network has a forward, weight or bias"),
     "parametrization": (lambda net: parametrizations.weight_norm(net.C4.conv), "C4.conv is a ParametrizedConv2d"),
     "spectral norm": (lambda net: parametrizations.spectral_norm(net.c3), "c3 is a ParametrizedConv2d"),
     "pruning": (lambda net: prune.l1_unstructured(net.C4.conv, "weight", 0.5), "C4.conv has a hook"),
@@ -62,11 +74,35 @@ CHANGES = {  # what is done to the network -> what the reason says
     "norm of 16": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(16)), "another number of channels"),
     "norm without bias": (lambda net: setattr(net.C9, "norm", nn.GroupNorm(4, 32, bias=False)), "lacks a weight or"),
     "norm without affine": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, affine=False)), "lacks a weight or"),
-    "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no running"),
+    "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no expo"),
     "no statistics": (
         lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, track_running_stats=False)),
-        "C9.norm keeps no running average",
+        "C9.norm keeps no exponential running average",
     ),
+    "statistics switched off": (
+        lambda net: setattr(net.C9.norm, "track_running_stats", False),
+        "C9.norm keeps no exponential running average",
+    ),
+    "statistics of another shape": (
+        lambda net: setattr(net.C9.norm, "running_mean", torch.zeros(32, 1, 1, 1)),
+        "C9.norm is for another number of channels",
+    ),
+    "3×3 weight in c3": (
+        lambda net: setattr(net.c3, "weight", nn.Parameter(torch.ones(8, 16, 3, 3))),
+        "c3 has a weight",
+    ),
+    "1×1 weight in C4": (
+        lambda net: setattr(net.C4.conv, "weight", nn.Parameter(torch.ones(32, 32, 1, 1))),
+        "C4.conv has a weight",
+    ),
+    "bias of one": (lambda net: setattr(net.C10, "bias", nn.Parameter(torch.ones(1))), "C10 has a weight"),
+    "own _conv_forward": (
+        lambda net: own_conv_forward(net.C4.conv),
+        "C4.conv has a forward, weight or bias of its own",
+    ),
+    "plain weight": (lambda net: plain_weight(net.C4.conv), "C4.conv"),
+    "no dropout": (lambda net: setattr(net.C4, "dropout", None), "C4 lacks a part"),
+    "one more part": (lambda net: net.C4.add_module("more", nn.ReLU()), "C4 lacks a part, or has one more"),
     "Dropout": (lambda net: setattr(net.C9, "dropout", nn.Dropout(0.1)), "C9.dropout is a Dropout"),
     "AvgPool2d": (lambda net: setattr(net, "P2", nn.AvgPool2d(2)), "P2 is a AvgPool2d"),
     "3×3 pooling": (lambda net: setattr(net, "P2", nn.MaxPool2d(3, 2, 1)), "P2 is another pooling"),
@@ -102,7 +138,7 @@ def test_a_changed_network_runs_as_its_modules(name):
     try:
         logits = fused(images)
         failed = None
-    except (RuntimeError, AttributeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
         failed = error
     assert reason in fused.reason
     net.load_state_dict(before)
@@ -188,17 +224,19 @@ def test_a_default_device_and_dtype_change_nothing():
         (IMAGES[:0], "(0, 3, 32, 32)"),
         (IMAGES.to("meta"), "meta"),
         (IMAGES.to_sparse(), "torch.sparse"),
+        (torch._neg_view(IMAGES), "negative view"),
+        (torch.zeros(1, 3, 96, 96), "the kernel is for 1600 at most"),
     ],
 )
 def test_images_that_the_kernel_does_not_take_are_the_modules_matter(images, reason):
-    fused = fuse(model.Net("layer"))
+    fused = fuse(model.Net("layer", dropout=0))
     try:
         logits = fused(images)
     except (RuntimeError, ValueError, NotImplementedError):
         with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
             fused.model(images)
     else:
-        assert logits.shape == (0, 10)
+        assert torch.equal(logits, fused.model(images))
     assert reason in fused.reason
 
 
@@ -223,7 +261,7 @@ def test_where_the_kernel_is_required_a_reason_is_an_error():
 def test_a_second_derivative_is_refused_with_advice():
     fused, images = fuse(model.Net("group")), IMAGES.clone().requires_grad_()
     loss = F.cross_entropy(fused(images), torch.arange(4))
-    with pytest.raises(RuntimeError, match="no second derivative: call the model itself"):
+    with pytest.raises(RuntimeError, match="no second derivative and no batched gradients: call the model itself"):
         torch.autograd.grad(loss, images, create_graph=True)
 
 
@@ -234,3 +272,86 @@ def test_a_parameter_changed_between_forward_and_backward_is_noticed():
         fused.model.C4.conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", [model.ConvBlock, nn.GroupNorm])
+def test_a_forward_that_is_replaced_in_its_class_is_seen(kind, monkeypatch):
+    fused, forward = fuse(model.Net("group", dropout=0)), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **how: forward(self, *args, **how) * 2)
+    assert torch.equal(fused(IMAGES), fused.model(IMAGES))
+    assert f"the forward of {kind.__name__} was replaced" in fused.reason
+
+
+WIDE = torch.randn(4, 4, 32, 64, generator=torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)
+STRIDED = {
+    "three of four channels": WIDE[:, :3, :, :32],
+    "a crop": WIDE[:, :3, 4:20, 4:20],
+    "every second column": WIDE[:, :3, :, ::2],
+    "expanded": WIDE[:1, :1, :, :32].expand(4, 3, 32, 32),
+    "flipped": IMAGES.flip(3).transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_images_of_any_strides(name, needs_grad):
+    fused, results = fuse(model.Net("group", dropout=0)), []
+    for network in (fused, fused.model):
+        images = STRIDED[name].detach().requires_grad_(needs_grad)
+        logits = network(images)
+        logits.square().sum().backward()
+        results.append((logits.detach(), images.grad if needs_grad else logits.detach()))
+    assert fused.reason is None
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_of_saved_tensors_and_checkpointing():
+    fused = fuse(model.Net("batch", dropout=0))
+    losses = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
+        losses.append(fused(IMAGES).square().sum())
+    assert "packs saved tensors" in fused.reason
+    for n in (2, 4, 3):
+        images = IMAGES[:n].clone().requires_grad_()
+        torch.utils.checkpoint.checkpoint(fused, images, use_reentrant=False).sum().backward()
+        assert images.grad.isfinite().all()
+    losses[0].backward()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_compiled_fused_network_is_the_compiled_model(mode):
+    torch.compiler.reset()
+    graphs = []
+    fused = fuse(model.Net("group", dropout=0)).train(mode)
+    compiled = torch.compile(fused, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    assert torch.equal(compiled(IMAGES), fused.model(IMAGES)) and len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_batched_gradients_are_refused_with_advice():
+    fused, images = fuse(model.Net("group", dropout=0)), IMAGES[:1].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no batched gradients"):
+        torch.autograd.functional.jacobian(lambda x: fused(x).sum(0), images, vectorize=True)
+
+
+def test_threads_do_not_take_each_others_reasons():
+    fused = fuse(model.Net("group", dropout=0)).eval()
+    with torch.no_grad():
+        expected = {torch.float32: fused(IMAGES), torch.float64: None}
+
+    def ask(i):
+        with torch.inference_mode():
+            return fused(IMAGES) if i % 2 else pytest.raises(RuntimeError, fused, IMAGES.double())
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(80)))
+    assert all(torch.equal(answer, expected[torch.float32]) for answer in answers[1::2])
+
+
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_flat_images_are_no_nan(norm):
+    fused = fuse(model.Net(norm, dropout=0))
+    for images in (torch.zeros(4, 3, 40, 40), torch.full((2, 3, 32, 32), 3.7)):
+        torch.testing.assert_close(fused(images), fused.model(images), rtol=1e-3, atol=1e-3)
+    assert fused.reason is None

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from nbconvert import PythonExporter
 
+import model
 from normkit import cifar10
 
 ROOT = Path(__file__).parent.parent
@@ -64,13 +67,33 @@ def test_cells_and_text_are_short(notebook):
     assert words <= 1100
 
 
-def test_the_readmes_example(tmp_path, monkeypatch, data):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
-    assert len(example.strip().splitlines()) <= 10
+def test_the_readmes_code(tmp_path, monkeypatch, data, capsys):
+    """All of it, one block after the other, as in one notebook."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/none",))
     monkeypatch.setattr(cifar10, "make_synthetic", lambda: data)
-    exec(example, {})
+    monkeypatch.setattr(model, "NORMS", dict(model.NORMS))
+    namespace = {}
+    for block in blocks:
+        assert len(block.strip().splitlines()) <= 10
+        exec(block, namespace)
+    assert len(blocks) == 3 and namespace["logits"].shape == (64, 10)
+    assert sum(p.numel() for p in model.Net("instance").parameters()) == 48_178
+
+
+@pytest.mark.slow
+def test_runs_as_a_script(tmp_path):
+    """As nbconvert writes it; pictures that are a cell's last line are lost, and nothing else."""
+    source, _ = PythonExporter().from_filename(ROOT / "S8.ipynb")
+    for name, value in (("EPOCHS", "1"), ("DATA", '"synthetic"')):
+        source = re.sub(rf"^{name} = .*", f"{name} = {value}", source, flags=re.M)
+    (tmp_path / "S8.py").write_text(source, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    command = [sys.executable, tmp_path / "S8.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Test set: Average loss") == 5
 
 
 def test_importing_prints_nothing():

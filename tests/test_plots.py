@@ -1,10 +1,14 @@
+import numpy as np
 import pytest
 import torch
-from helpers import drawn, study
+from helpers import NORMS, drawn, linear, study
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from normkit import plots
+import utils
+from normkit import anatomy, plots
+from normkit.data import Data
 from normkit.style import COLORS
 
 
@@ -119,3 +123,61 @@ def test_live_curves_tell_the_time_left_and_keep_their_size():
     assert live.seconds_left() == 0
     sizes.add(live.picture().data[16:24])
     assert len(sizes) == 1
+
+
+# ----------------------------------------------------------------------------------- elsewhere
+
+
+def test_what_fit_returns_goes_straight_into_the_curves(data):
+    net = linear()
+    history = utils.fit(
+        net, *utils.get_loaders(data, device="cpu"), torch.optim.SGD(net.parameters(), 0.01), epochs=2, progress=False
+    )
+    figure = plots.plot_curves(history)
+    assert [line.get_ydata()[-1] for line in figure.axes[0].lines[:2]] == [
+        history[-1][f"{s}_loss"] for s in ("train", "test")
+    ]
+
+
+SETTINGS = [
+    {"figure.autolayout": True},
+    {"figure.constrained_layout.use": True},
+    {"axes.grid": False, "axes.facecolor": "black", "text.color": "white", "lines.linewidth": 9},
+    {"savefig.bbox": "tight", "figure.dpi": 40, "axes.prop_cycle": plt.cycler(color=["red"])},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_users_own_settings_change_no_picture(results, settings):
+    pictures = []
+    for own in ({}, settings):
+        with plt.rc_context(own):
+            figure = plots.plot_curves(results)
+            figure.draw_without_rendering()
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            legend = figure.legends[0].get_window_extent()
+            assert all(ax.xaxis.label.get_window_extent().y0 >= legend.y1 for ax in figure.axes)
+            pictures.append(np.asarray(canvas.buffer_rgba()))
+            assert all(plt.rcParams[name] == value for name, value in own.items())  # and the user's stay
+    assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (64, 64)])
+@pytest.mark.parametrize("classes", [("yes", "no"), tuple(f"class with a long name {i}" for i in range(10))])
+def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (120, 3, *size), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(120) % len(classes)
+    own = Data("mine", classes, images, labels, images[:60], labels[:60])
+    results = [utils.run(norm, own, 1, 60, device="cpu", augment=True, progress=False) for norm in NORMS]
+    loader = utils.get_loaders(own, 60, device="cpu")[1]
+    logits = {result.norm: utils.predict(result.model, loader)[0] for result in results}
+    logits["group"][:, 9] += 100  # a class that the data may not have
+    figures = [plots.plot_samples(own, 3), plots.plot_confusions(own, logits), plots.plot_disagreements(own, logits)]
+    figures += [plots.plot_mistakes(own, each) for each in logits.values()]
+    figures += [plots.plot_curves(results), anatomy.plot_network(results[0].model, size[0])]
+    stages = {"at the end": {result.norm: result.model for result in results}}
+    figures.append(anatomy.plot_activations(stages, next(iter(loader))[0]))
+    text = " ".join(map(drawn, figures))
+    assert classes[0] in text and (len(classes) == 10 or "class 9" in text)

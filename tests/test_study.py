@@ -1,6 +1,8 @@
 import pandas as pd
 import pytest
+import torch
 
+import model
 import utils
 from normkit.data import train_val_split
 from normkit.study import grid, run_many
@@ -103,3 +105,46 @@ def test_every_row_names_its_recipe(small, tmp_path):
     run = FEW | {"norm": "layer", "epochs": 1}
     rows = run_many([run, run | {"recipe": "best"}], small, tmp_path / "study.csv")
     assert rows["recipe"].tolist() == pd.read_csv(tmp_path / "study.csv")["recipe"].tolist() == ["classic", "best"]
+
+
+# ----------------------------------------------------------------------------- norms of one's own
+
+
+def identity(channels, num_groups):
+    return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_norm_of_the_notebook_is_known_to_the_workers(small, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(model, "NORMS", model.NORMS)  # given back
+    monkeypatch.setitem(model.NORMS, "None", lambda channels, num_groups: torch.nn.Identity())
+    runs = grid(norm=["None", "layer"], epochs=1, batch_size=50)
+    rows = run_many(runs, small, tmp_path / "study.csv", processes)
+    assert list(rows["norm"]) == ["None", "layer"]
+    again = run_many(runs, small, tmp_path / "study.csv", processes)
+    pd.testing.assert_frame_equal(rows, again)
+
+
+def test_a_norm_that_was_changed_is_run_anew_and_one_that_was_moved_is_not(small, tmp_path, monkeypatch):
+    def run(builder):
+        monkeypatch.setitem(model.NORMS, "mine", builder)
+        rows = run_many([{"norm": "mine", "epochs": 1, "batch_size": 50}], small, tmp_path / "study.csv")
+        return rows["settings"].iloc[0]
+
+    def with_momentum(momentum):
+        return lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=momentum)
+
+    first = run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9))
+    assert run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9)) == first
+    others = [run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.5)), run(identity)]
+    others += [run(with_momentum(0.9)), run(with_momentum(0.5)), run(torch.nn.BatchNorm2d)]
+    assert len({first, *others}) == 6
+    monkeypatch.setitem(model.NORMS, "batch", lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9))
+    changed = run_many([{"norm": "batch", "epochs": 1, "batch_size": 50}], small, tmp_path / "study.csv")
+    assert "norm=batch#" in changed["settings"].iloc[0]
+
+
+def test_two_processes_that_write_to_one_file_lose_no_row(small, tmp_path):
+    file, few = tmp_path / "study.csv", {"norm": "layer", "epochs": 1, "batch_size": 50}
+    run_many([few | {"seed": 0, "on_epoch": lambda history: run_many([few | {"seed": 1}], small, file)}], small, file)
+    assert sorted(pd.read_csv(file)["seed"]) == [0, 1]

@@ -41,11 +41,11 @@ INSTALL = {  # a package manager -> the command that installs a C++ compiler
 
 
 class Library(NamedTuple):
-    """The kernel's functions, or the reason why there are none; place: where the compiled library lies."""
+    """The kernel's functions, or the reason why there are none; path: where the compiled library lies."""
 
     functions: ctypes.CDLL | None
     reason: str | None
-    place: str = ""
+    path: str = ""
 
 
 class BuildError(Exception):

@@ -33,21 +33,27 @@ class FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or is_batched(dout):
             raise RuntimeError(
-                "the fused kernel has no second derivative: call the model itself in place of fuse(model), "
-                "or train with backend='eager'"
+                "the fused kernel has no second derivative and no batched gradients: call the model itself in place of "
+                "fuse(model), or train with backend='eager'"
             )
         workspace, *tensors = ctx.saved_tensors
         dout = dout.contiguous(memory_format=torch.channels_last)
-        learned = [i for i, (_, name) in enumerate(ctx.fields) if name in PARAMETERS]
-        gradients = [torch.empty_like(tensors[i]) for i in learned]
+        indices = [i for i, (_, name) in enumerate(ctx.fields) if name in PARAMETERS]
+        gradients = [torch.empty_like(tensors[i]) for i in indices]
         dx = torch.empty_like(tensors[0]) if ctx.needs_input_grad[4] else None
         set_pointers(ctx.fields, tensors)  # anew: saved tensors may have been moved in between
         set_pointers([(ctx.structs[-1], "dout"), (ctx.structs[0], "dx")], [dout, dx])
-        set_pointers([(ctx.fields[i][0], f"d{ctx.fields[i][1]}") for i in learned], gradients)
+        set_pointers([(ctx.fields[i][0], f"d{ctx.fields[i][1]}") for i in indices], gradients)
         call(library().functions.backward, ctx.use_bf16, ctx.structs, len(ctx.structs), workspace.data_ptr())
         return None, None, None, None, dx, *gradients
+
+
+def is_batched(tensor):
+    """Whether a tensor stands for many, as in vmap, or in torch.autograd.grad(is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 PARAMETERS = {"weight", "bias", "norm_weight", "norm_bias"}
@@ -59,10 +65,10 @@ def fill_params(layers, x, parameters):
     fields, tensors = [(structs[0], "x")], [x]
     N, C, H, W = x.shape
     for struct, layer in zip(structs, layers):
-        own = [next(parameters) for _ in layer.parameter_names]
+        weight, *others = [next(parameters) for _ in layer.parameter_names]
         fields += [(struct, name) for name in layer.parameter_names]
-        tensors += own
-        K, (_, c_stride, _, tap_stride) = len(own[0]), own[0].stride()
+        tensors += [weight, *others]
+        K, (_, c_stride, _, tap_stride) = len(weight), weight.stride()
         struct.weight_c_stride, struct.weight_tap_stride = c_stride, tap_stride
         struct.kind, struct.N, struct.C, struct.K, struct.H, struct.W = layer.kind, N, C, K, H, W
         if layer.kind == params.CONV_NORM_RELU:

@@ -14,9 +14,17 @@ from normkit.fused import params
 from normkit.fused.build import library
 from normkit.fused.layers import layers_of, parameters_of
 
+MAX_PIXELS = 40 * 40  # of an image: in larger maps the kernel's float32 sums lose digits of a norm's variance
+
 CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), model.ConvBlock)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
 CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
+PARTS = ("conv", "norm", "dropout")  # of a ConvBlock
+
+# What the kernel stands in for, as it was when this was imported: somebody may replace a class's forward later.
+KINDS = {*CHILDREN.values(), model.Net, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
+FORWARDS = {kind: kind.forward for kind in KINDS}
+REPLACED = {"forward", "_conv_forward", "weight", "bias"}  # what an instance may have of its own
 
 
 def reason_against(net, images=None):
@@ -57,6 +65,8 @@ def of_call():
         yield "a TorchFunctionMode watches every operation"
     if nn_module._has_any_global_hook():
         yield "a hook watches all modules"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield "a hook packs saved tensors"
     if compute_dtype() not in (torch.float32, torch.bfloat16):
         yield f"autocast asks for {compute_dtype()}: the kernel computes in float32 and bfloat16"
 
@@ -70,6 +80,10 @@ def of_images(images):
         yield f"the images are {images.layout} {tuple(images.shape)}: expected (N, 3, H, W) with N at least 1"
     elif any(size < 8 or size % 4 for size in images.shape[2:]):
         yield f"the images have {images.shape[2]}×{images.shape[3]} pixels: expected multiples of 4, at least 8"
+    elif images.shape[2] * images.shape[3] > MAX_PIXELS:
+        yield f"the images have {images.shape[2]}×{images.shape[3]} pixels: the kernel is for {MAX_PIXELS} at most"
+    elif images.is_neg():
+        yield "the images are a negative view"
     elif images.dtype not in (torch.float32, compute_dtype()):
         yield f"the images are {images.dtype}: expected {compute_dtype()}"
 
@@ -92,12 +106,20 @@ def of_network(net):
         if type(children.get(name)) is not kind:
             yield f"{name} is a {type(children.get(name)).__name__}"
             return
-    parts = [module for name, kind in CHILDREN.items() for module in children[name]._modules.values()]
+    parts = []
+    for name, kind in CHILDREN.items():
+        if kind is model.ConvBlock:
+            parts += [children[name]._modules.get(part) for part in PARTS]
+            if None in parts or len(children[name]._modules) != len(PARTS):
+                yield f"{name} lacks a part, or has one more"
+                return
     for module in (net, *children.values(), *parts):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             yield f"{name_of(module, net)} has a hook"
-        if "forward" in module.__dict__:
-            yield f"{name_of(module, net)} has a forward of its own"
+        if not REPLACED.isdisjoint(module.__dict__):
+            yield f"{name_of(module, net)} has a forward, weight or bias of its own"
+        if type(module).forward is not FORWARDS.get(type(module), type(module).forward):
+            yield f"the forward of {type(module).__name__} was replaced"
     width, widths = 3, []
     for layer in layers_of(net):
         for module, reason in of_layer(layer, width):
@@ -123,9 +145,11 @@ def of_layer(layer, width):
         return
     weight, bias = parameters_of(conv)
     yield from of_tensors(conv, weight, bias)
-    K, C = weight.shape[:2]
+    K, C = weight.shape[0], weight.shape[1]
     if (C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != expected:
         yield conv, f"is another convolution than {size}×{size} of {width} channels"
+    if weight.shape != (K, C, size, size) or bias.shape != (K,):
+        yield conv, f"has a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)}"
     if (K if layer.kind == params.CONV_NORM_RELU else C) % 16:
         yield conv, f"has {K} output and {C} input channels: the kernel's vectors take multiples of 16"
     if layer.kind == params.CONV_NORM_RELU:
@@ -147,13 +171,13 @@ def of_norm(norm, K):
     tensors = parameters_of(norm)
     if type(norm) is nn.BatchNorm2d:
         statistics = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-        if any(each is None for each in (*statistics, norm.momentum)):
-            yield norm, "keeps no running average"
+        if not norm.track_running_stats or any(each is None for each in (*statistics, norm.momentum)):
+            yield norm, "keeps no exponential running average"
         tensors += statistics
     elif K % norm.num_groups:
         yield norm, f"has {norm.num_groups} groups for {K} channels"
     yield from of_tensors(norm, *tensors)
-    if any(len(tensor) != K for tensor in tensors):
+    if any(tensor.shape != (K,) for tensor in tensors):
         yield norm, f"is for another number of channels than {K}"
 
 

@@ -1,4 +1,4 @@
-"""fuse(model): a callable beside the model that computes the same, sooner."""
+"""fuse(model): a callable beside the model that computes the same, faster."""
 
 import warnings
 
@@ -18,9 +18,10 @@ def fuse(model):
 class Fused(nn.Module):
     """Calls the kernel where it computes what the model would, else the model.
 
-    It has the model's parameters, buffers and mode, and leaves the model as it is: calling that always runs PyTorch's
-    modules. reason: why the last call ran the modules, in words, or None if the kernel ran; before the first call, why
-    the kernel cannot run at all. required: raise with the reason instead of running the modules.
+    It shares the model's parameters and buffers, and leaves the model as it is: calling that always runs PyTorch's
+    modules. Its train() and eval() are the model's too; as a module of its own it names the parameters "model.C1.…".
+    reason: why the last call ran the modules, in words, or None if the kernel ran; before the first call, why the
+    kernel cannot run at all. required: raise with the reason instead of running the modules.
     """
 
     def __init__(self, model):
@@ -32,24 +33,26 @@ class Fused(nn.Module):
 
     def forward(self, images):
         """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
-        self.reason = reason_against(self.model, images)
-        if self.reason is not None:
-            return self.run_modules(images)
+        if torch.compiler.is_compiling():  # which sees the model itself, and nothing of what follows
+            return self.model(images)
+        self.reason = reason = reason_against(self.model, images)
+        if reason is not None:
+            return self.run_modules(images, reason)
         layers, dtype, needs_grad = layers_of(self.model), compute_dtype(), torch.is_grad_enabled()
         nchw = not (needs_grad and images.requires_grad)
         if nchw:
             images = images.float().contiguous()
         else:
-            images = images.to(dtype, memory_format=torch.channels_last)
+            images = images.to(dtype).contiguous(memory_format=torch.channels_last)
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         return FusedFunction.apply(layers, dtype, needs_grad, nchw, images, *parameters).flatten(1)
 
-    def run_modules(self, images):
+    def run_modules(self, images, reason):
         """Calls the model, and warns once of a reason that was not there when it was fused."""
         if self.required:
-            raise RuntimeError(f"the fused kernel is required, and cannot be used: {self.reason}")
+            raise RuntimeError(f"the fused kernel is required, and cannot be used: {reason}")
         output = self.model(images)
-        if self.reason != self.known_reason and not torch.compiler.is_compiling():
-            warnings.warn(f"PyTorch's modules ran in place of the fused kernel: {self.reason}", stacklevel=4)
-            self.known_reason = self.reason
+        if reason != self.known_reason:
+            warnings.warn(f"PyTorch's modules ran in place of the fused kernel: {reason}", stacklevel=4)
+            self.known_reason = reason
         return output

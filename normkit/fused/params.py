@@ -1,4 +1,4 @@
-"""The ctypes twin of LayerParams in csrc/layer_params.h."""
+"""The ctypes counterpart of LayerParams in csrc/layer_params.h."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Memory for the kernel's activations and gradients, lent from pass to pass."""
+"""Memory for the kernel's activations and gradients, reused from pass to pass."""
 
 import collections
 import weakref
@@ -18,6 +18,6 @@ def take_workspace(size):
         memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     if len(memory) < size:
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-    lent = memory.numpy()
-    weakref.finalize(lent, _POOL.append, memory).atexit = False
-    return torch.from_numpy(lent)
+    array = memory.numpy()
+    weakref.finalize(array, _POOL.append, memory).atexit = False
+    return torch.from_numpy(array)[:size]

@@ -97,7 +97,8 @@ template <typename T, typename Convolution> struct ConvNormReLU {
             }
             sum /= float(area);
             store(p.mean + n * K + k, pivot + sum);
-            store(p.var + n * K + k, squares / float(area) - sum * sum);
+            const vec_f32 var = squares / float(area) - sum * sum;
+            store(p.var + n * K + k, select(!(var < 0), var));  // rounding may leave it below 0; NaN stays
           });
         },
         [&](int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end) {

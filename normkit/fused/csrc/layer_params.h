@@ -2,7 +2,7 @@
 // and the library is refused where the two structs differ in size.
 //
 // Sizes:  N images, C channels in, K channels out, H rows and W columns of the layer's input.
-// Types:  T is what activations are stored in, float or bf16. All arithmetic is in float32.
+// Types:  T is what activations are stored in, float or bf16. Sums are in float32.
 // Layout: activations are channels_last, (N, H, W, C), but for the network's first input if nchw is set.
 // Names:  d + name is the gradient of the loss with respect to name.
 #pragma once

@@ -1,0 +1,357 @@
+"""Loaders, models, optimizers and schedules of one's own in the kit's loops."""
+
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import QUIET, linear, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_optimizer import ScheduleFreeSGD
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset, default_collate
+from torchvision.transforms import v2
+
+import model
+import utils
+from normkit import checks
+from normkit.randomness import generators_of
+
+
+@pytest.fixture(scope="module")
+def loaders(data):
+    return utils.get_loaders(data, 64, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(loaders):
+    """Normalised images and labels as a data set of torch's."""
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
+
+
+def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
+    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
+
+
+# ------------------------------------------------------------------------------------- loaders
+
+
+def test_the_kits_loaders_have_what_a_loop_of_ones_own_asks_for(data):
+    train_loader, test_loader = utils.get_loaders(
+        data, np.int64(64), device="cpu", seed=torch.tensor(3), drop_last=True
+    )
+    assert (len(train_loader.dataset), len(test_loader.dataset)) == (330, 101)
+    assert train_loader.batch_size == 64 and train_loader.drop_last and not test_loader.drop_last
+    assert train_loader.generator is None
+    assert [len(labels) for _, labels in train_loader] == [64] * 5 == [64] * len(train_loader)
+    assert sum(len(labels) for _, labels in test_loader) == 101
+    with pytest.raises(ValueError, match="drops all of the 330 images"):
+        utils.get_loaders(data, 331, device="cpu", drop_last=True)
+
+
+@pytest.mark.parametrize("mix", [v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])
+def test_labels_may_be_shares_of_classes(pairs, mix):
+    mixed = DataLoader(pairs, 32, collate_fn=lambda samples: mix(*default_collate(samples)))
+    net = linear()
+    assert len(fit(net, (mixed, DataLoader(pairs, 32)))) == 1
+    images, shares = (torch.cat(parts) for parts in zip(*mixed))
+    metrics = utils.test(net, [(images, shares)])
+    logits = net(images)
+    assert metrics.loss == pytest.approx(F.cross_entropy(logits, shares).item(), rel=1e-5)
+    assert metrics.correct == int((logits.argmax(1) == shares.argmax(1)).sum())
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        ({"image": 1, "label": 2}, "a dict of image, label: expected a pair"),
+        ((1, 2, 3), "a tuple of 3: expected a pair"),
+        (torch.zeros(2), "a Tensor: expected a pair"),
+    ],
+)
+def test_what_is_no_pair_is_told(batch, message):
+    with pytest.raises(TypeError, match=message):
+        utils.test(linear(), [batch])
+
+
+def test_uint8_images_are_told_how_to_be_normalised():
+    with pytest.raises(ValueError, match=r"uint8.*v2.ToDtype\(torch.float32, scale=True\) and v2.Normalize"):
+        utils.test(linear(), [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))])
+
+
+def test_generators_are_found_wherever_a_loader_keeps_them(pairs):
+    own, other = torch.Generator(), np.random.default_rng(0)
+    sampler = RandomSampler(pairs, generator=own)
+    sampler.numpy = other
+    assert list(generators_of(DataLoader(pairs, 8, sampler=sampler)).values()) == [own, other]
+    batches = torch.utils.data.BatchSampler(RandomSampler(pairs, generator=own), 8, False)
+    assert list(generators_of(DataLoader(pairs, batch_sampler=batches)).values()) == [own]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+def test_a_samplers_own_generator_goes_on_where_it_was(pairs, tmp_path, kind):
+    class Shuffled(torch.utils.data.Sampler):
+        def __init__(self):
+            makers = {"torch": lambda: torch.Generator().manual_seed(0), "numpy": lambda: np.random.default_rng(0)}
+            self.rng = makers.get(kind, lambda: __import__("random").Random(0))()
+
+        def __len__(self):
+            return len(pairs)
+
+        def __iter__(self):
+            if kind == "torch":
+                return iter(torch.randperm(len(self), generator=self.rng).tolist())
+            order = list(range(len(self)))
+            self.rng.shuffle(order)
+            return iter(order)
+
+    def run(epochs, checkpoint=None):
+        net = linear()
+        loader = DataLoader(pairs, 32, sampler=Shuffled())
+        fit(net, (loader, DataLoader(pairs, 64)), epochs=epochs, checkpoint=checkpoint)
+        return net.state_dict()
+
+    whole, _, resumed = run(3), run(1, tmp_path / "c"), run(3, tmp_path / "c")
+    assert same(whole, resumed)
+
+
+# -------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["frozen", "scripted", "no parameters", "quantized"])
+def test_models_without_parameters_are_evaluated(loaders, kind):
+    net = linear().eval()
+    images = next(iter(loaders[1]))[0]
+    if kind == "frozen":
+        net = torch.jit.freeze(torch.jit.trace(net, images))
+    elif kind == "scripted":
+        net = torch.jit.script(net)
+    elif kind == "quantized":
+        net = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+    else:
+        net = nn.Sequential(nn.AdaptiveAvgPool2d((2, 5)), nn.Flatten(), nn.Linear(30, 10).requires_grad_(False))
+        net[2] = nn.Identity()
+        net = nn.Sequential(*net, nn.AdaptiveAvgPool1d(10))
+    metrics = utils.test(net, loaders[1])
+    assert metrics.total == 101 and 0 <= metrics.accuracy <= 100
+
+
+def test_a_model_on_two_devices_is_one_clear_error(loaders):
+    net = nn.Sequential(linear(), nn.Linear(10, 10, device="meta"))
+    for call in (lambda: utils.test(net, loaders[1]), lambda: fit(net, loaders)):
+        with pytest.raises(ValueError, match=r"several devices, cpu, meta: .*model.to\(device\)"):
+            call()
+
+
+Outputs = namedtuple("Outputs", "logits aux")
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda x: Outputs(x, x), lambda x: {"logits": x}, lambda x: (x, None), lambda x: x[:-1], lambda x: x.sum(1)],
+)
+def test_other_outputs_than_logits_are_one_clear_error(loaders, output):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+
+        def forward(self, images):
+            return output(self.net(images))
+
+    for call in (lambda: utils.test(Model(), loaders[1]), lambda: fit(Model(), loaders)):
+        with pytest.raises(TypeError, match=r"the model returns .*expected logits \(\d+, classes\)"):
+            call()
+
+
+def test_images_in_any_memory_layout(pairs):
+    images, labels = pairs.tensors
+    net, expected = model.Net("group").eval(), None
+    wide = torch.zeros(*images.shape[:3], 64)
+    wide[..., ::2] = images
+    layouts = [images, images.to(memory_format=torch.channels_last), wide[..., ::2], images.flip(0).flip(0)]
+    for each in layouts:
+        metrics = utils.test(net, [(each, labels)])
+        expected = expected or metrics
+        assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------- optimizers, schedules
+
+
+def test_several_parameter_groups_are_logged_each(loaders, capsys):
+    net = linear()
+    optimizer = torch.optim.SGD([{"params": [net[1].weight], "lr": 0.1}, {"params": [net[1].bias]}], 0.01)
+    utils.fit(net, *loaders, optimizer, epochs=1)
+    said = capsys.readouterr().out
+    assert "group 0 to 1.0000e-01" in said and "group 1 to 1.0000e-02" in said
+
+
+def test_a_schedule_free_optimizer_is_tested_with_its_averages(loaders):
+    net = linear()
+    optimizer = ScheduleFreeSGD(net.parameters(), lr=0.05)
+    row = fit(net, loaders, optimizer, epochs=2)[-1]
+    optimizer.eval()
+    assert utils.test(net, loaders[1]).loss == pytest.approx(row["test_loss"])
+    optimizer.train()
+    assert utils.test(net, loaders[1]).loss != pytest.approx(row["test_loss"])
+
+
+def test_the_optimizer_has_to_be_the_models_and_the_scheduler_the_optimizers(loaders):
+    net, other = linear(), linear()
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        fit(net, loaders, torch.optim.SGD(other.parameters(), 0.1))
+    scheduler = lr_scheduler.StepLR(torch.optim.SGD(other.parameters(), 0.1), 1)
+    with pytest.raises(ValueError, match="another optimizer"):
+        fit(net, loaders, None, scheduler)
+
+
+FAILING = {
+    "StepLR(step_size=0)": lambda o: lr_scheduler.StepLR(o, 0),
+    "CosineAnnealingLR(T_max=0)": lambda o: lr_scheduler.CosineAnnealingLR(o, 0),
+    "OneCycleLR, too short": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=2),
+    "a list that ends": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: [1, 0.5][epoch]),
+    "a rate that is none": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: float("nan") if epoch else 1.0),
+    "a negative rate": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 - epoch),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_schedule_that_would_fail_on_the_way_is_refused_before_training(loaders, name, capsys):
+    net = linear()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scheduler = FAILING[name](optimizer)
+    rate = optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="fails at step .* of the 3 it is to take, one after each epoch"):
+        utils.fit(net, *loaders, optimizer, scheduler, 3)
+    assert "Epoch" not in capsys.readouterr().out and same(before, net.state_dict())
+    assert optimizer.param_groups[0]["lr"] == rate
+
+
+SCHEDULES = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=5),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: np.interp(epoch, [0, 1, 3], [0.2, 1, 0.1])),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 4),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=10),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("same_objects", [True, False])
+def test_every_schedule_goes_on_from_its_checkpoint_as_if_never_stopped(loaders, tmp_path, name, same_objects):
+    def build():
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+        return net, optimizer, SCHEDULES[name](optimizer)
+
+    def run(parts, checkpoint=None, stop_after=None):
+        def stop(history):
+            if len(history) == stop_after:
+                raise KeyboardInterrupt
+
+        net, optimizer, scheduler = parts
+        options = {"checkpoint": checkpoint, "on_epoch": stop}
+        return fit(net, loaders, optimizer, scheduler, epochs=4, **options), net.state_dict()
+
+    plain = build()
+    rates = []
+    for _ in range(4):  # what torch itself gives
+        rates.append(plain[1].param_groups[0]["lr"])
+        plain[1].step()
+        plain[2].step(*[1.0] * (name == "ReduceLROnPlateau"))
+    history, weights = run(build())
+    if name != "ReduceLROnPlateau":
+        assert [row["lr"] for row in history] == pytest.approx(rates)
+    parts = build()
+    assert len(run(parts, tmp_path / "c", stop_after=2)[0]) == 2
+    again, resumed = run(parts if same_objects else build(), tmp_path / "c")
+    assert same(list(again), list(history)) and same(weights, resumed)
+
+
+def test_settings_identify_a_run_and_where_its_schedule_stands_does_not(loaders, tmp_path):
+    def run(lr, gamma, epochs):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), lr)
+        return fit(net, loaders, optimizer, lr_scheduler.StepLR(optimizer, 1, gamma), epochs, checkpoint=tmp_path / "c")
+
+    run(0.1, 0.5, 2)
+    for lr, gamma in ((0.05, 0.5), (0.025, 0.5), (0.1, 0.1)):  # 0.025: where the first run's rate stands now
+        with pytest.raises(ValueError, match="of another run"):
+            run(lr, gamma, 3)
+    assert len(run(0.1, 0.5, 3)) == 3
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_training(loaders, tmp_path):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer.param_groups[0]["note"] = Outputs  # a class
+    with pytest.raises(TypeError, match=r"state of the optimizer \(SGD\).*train without checkpoint="):
+        fit(net, loaders, optimizer, checkpoint=tmp_path / "c")
+
+
+def test_after_an_explosion_weights_optimizer_and_schedule_are_those_of_the_last_epoch(loaders):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    fit(net, loaders, optimizer, scheduler)
+    before = [part.state_dict() for part in (net, optimizer, scheduler)]
+    before = [{k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()} for state in before]
+    momenta = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
+    optimizer.param_groups[0]["lr"] = 1e20  # large, but no number overflows
+    with pytest.raises(FloatingPointError, match="the loss is huge from batch 1 on, at learning rate 1e"):
+        fit(net, loaders, optimizer, scheduler)
+    assert same(before[0], net.state_dict()) and same(before[2], scheduler.state_dict())
+    assert all(map(torch.equal, momenta, [state["momentum_buffer"] for state in optimizer.state.values()]))
+    optimizer.param_groups[0]["lr"] = 0.001
+    assert fit(net, loaders, optimizer)[-1]["train_loss"] < 10
+
+
+# --------------------------------------------------------------------------------- any scalars
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 400),
+    st.sampled_from([int, np.int64, np.uint16, torch.tensor]),
+    st.sampled_from([int, np.int32, torch.tensor, float, str, np.float64, lambda n: None, bool]),
+)
+def test_whole_numbers_of_any_library_are_whole_numbers(n, good, kind):
+    assert checks.whole_number("n", good(n)) == n and type(checks.whole_number("n", good(n))) is int
+    if kind in (int, np.int32, torch.tensor):
+        assert checks.whole_number("n", kind(n)) == n
+    else:
+        with pytest.raises(ValueError, match="n=.*expected a whole number"):
+            checks.whole_number("n", kind(n))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.floats(1e-6, 10), st.sampled_from([float, np.float32, np.float64, torch.tensor]))
+def test_rates_of_any_library_are_rates(rate, kind):
+    recipe = utils.get_recipe(lr=kind(rate), momentum=kind(0.5))
+    assert type(recipe.lr) is float and recipe.lr == pytest.approx(rate, rel=1e-5)
+    assert "tensor" not in str(recipe) and "np." not in str(recipe)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "0.1", True])
+def test_rates_that_are_none_are_refused_before_anything_runs(value):
+    if value is None:
+        assert utils.get_recipe(lr=None) == utils.get_recipe()
+        return
+    with pytest.raises(ValueError, match="lr=.*expected a number above 0"):
+        utils.get_recipe(lr=value)
