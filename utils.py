@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import random
+import re
 import sys
 import time
 import zlib
@@ -26,7 +27,7 @@ from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, generators_of, generators_preserved, seed_everything
+from normkit.randomness import RandomState, check_seed, generators_of, generators_preserved, objects_of, seed_everything
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -45,6 +46,10 @@ class Loader:
     def __init__(
         self, images, labels, batch_size=64, shuffle=False, augment=False, device=None, seed=0, drop_last=False
     ):
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"the images are {checks.describe(images)}: expected uint8, 0 to 255; they are normalised here"
+            )
         if not len(images):
             raise ValueError("there are no images to load: the split is empty")
         self.device = get_device(device)
@@ -144,7 +149,7 @@ def train(
         return backward(criterion(compute_logits(network, images, compute_dtype), labels))
 
     with (
-        tqdm(total=len(loader), desc="Train", file=sys.stdout, disable=not progress) as bar,
+        tqdm(total=checks.length_of(loader), desc="Train", file=sys.stdout, disable=not progress) as bar,
         checks.oom_advice(loader),
     ):
         for batch_id, batch in enumerate(loader):
@@ -152,7 +157,7 @@ def train(
             images = checks.check_images(images, device, dtype)
             logits = compute_logits(network, images, compute_dtype)
             labels = checks.check_labels(labels, logits, batch_id)
-            loss = criterion(logits, labels)
+            loss = checks.check_loss(criterion(logits, labels), criterion)
             sound &= checks.is_sound(loss)
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
@@ -211,7 +216,8 @@ def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend=
     """Returns Metrics of the model in evaluation mode, each image counted once."""
     logits, labels = predict(model, loader, precision=precision, backend=backend)
     correct, total = int((logits.argmax(1) == checks.classes_of(labels)).sum()), len(labels)
-    return Metrics(criterion(logits, labels).item(), 100 * correct / total, correct, total)
+    loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
+    return Metrics(loss.item(), 100 * correct / total, correct, total)
 
 
 test.__test__ = False  # not a test of pytest's
@@ -240,14 +246,17 @@ def fit(
     epochs = checks.check_epochs(epochs)
     checks.check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
     for loader in (train_loader, test_loader):
-        if not len(loader):
+        if not checks.length_of(loader):
             raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
     optim.check_optimizer(optimizer, model, scheduler)
     network, backend_line = choose_backend(backend, model)
     model = plain_model(network)
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
-    parts = {"model": model, "optimizer": optimizer} | ({"scheduler": scheduler} if scheduler is not None else {})
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+    kept = {name: part for name, part in parts.items() if name != "scheduler" or optim.is_torchs(part)}
+    own_loaders = [each for _, each in objects_of(train_loader) if isinstance(each, Loader)]
     history = History()
     if checkpoint is not None:
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
@@ -267,9 +276,9 @@ def fit(
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-        if isinstance(train_loader, Loader):
-            train_loader.epoch = epoch - 1  # whatever passes were made over it before
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in kept.items()}
+        for loader in own_loaders:
+            loader.epoch = epoch - 1  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
             log(f"Adjusting learning rate of group {i} to {float(group['lr']):.4e}.")
         log(f"Epoch {epoch}", flush=True)
@@ -281,7 +290,7 @@ def fit(
             if not tested.loss < checks.EXPLODED:
                 raise FloatingPointError(f"the test loss is {'huge' if math.isfinite(tested.loss) else 'not finite'}")
         except FloatingPointError as error:
-            for name, part in parts.items():
+            for name, part in kept.items():
                 part.load_state_dict(before[name])
             raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
         accuracy = f"{tested.correct}/{tested.total} ({tested.accuracy:.2f}%)"
@@ -302,17 +311,19 @@ def fit(
             if on_epoch is not None:
                 on_epoch(history)
     except KeyboardInterrupt:
-        history.unfinished = len(history) + 1
+        history.unfinished = len(history) + 1 if len(history) < epochs else None
         goes_on = " Run again to go on after the last whole epoch." if checkpoint else ""
-        log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
+        if history.unfinished:
+            log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
     return history
 
 
 def settings_of(model, optimizer, scheduler, loader, compute_dtype):
     """Returns what identifies a run in its checkpoint, as text by name."""
-    settings = {"model": str(model), "optimizer": plain_lines(optimizer, *optimizer.param_groups)}
+    addresses = re.compile(r" at 0x[0-9a-f]+")  # of functions in a model, another in each process
+    settings = {"model": addresses.sub("", str(model)), "optimizer": plain_lines(optimizer, *optimizer.param_groups)}
     if scheduler is not None:
-        settings["scheduler"] = plain_lines(scheduler, scheduler.state_dict())
+        settings["scheduler"] = plain_lines(scheduler, getattr(scheduler, "state_dict", dict)())
     settings["loader"] = f"{type(loader).__name__} of {len(loader)} batches"
     if isinstance(loader, Loader):
         settings["loader"] = str(loader)

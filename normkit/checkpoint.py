@@ -20,7 +20,7 @@ class Checkpoint:
     """
 
     def __init__(self, path, parts, settings):
-        self.path = Path(path).expanduser()
+        self.path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
         self.previous = self.path.with_name(self.path.name + ".previous")
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings

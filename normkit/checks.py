@@ -52,6 +52,30 @@ def describe(value):
     return type(value).__name__ + (f" {tuple(shape)}" if shape is not None else "")
 
 
+def length_of(loader):
+    """Returns a loader's number of batches."""
+    try:
+        return len(loader)
+    except TypeError:
+        raise TypeError(
+            f"the loader is a {type(loader).__name__} without a length: give a DataLoader, a list of batches, or a "
+            "class with __len__ and __iter__"
+        ) from None
+
+
+def check_loss(loss, criterion, needs_grad=True):
+    """Returns a criterion's loss, if it is the mean over a batch as one number."""
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise TypeError(f"the criterion returns {describe(loss)}: expected one number, the mean loss of the batch")
+    if getattr(criterion, "reduction", "mean") != "mean":
+        raise ValueError(
+            f"the criterion has reduction={criterion.reduction!r}: expected 'mean', the mean loss of the batch"
+        )
+    if needs_grad and not loss.requires_grad:
+        raise ValueError("the loss does not depend on any parameter that is trained: are all of them frozen?")
+    return loss
+
+
 def check_batch(batch):
     """Returns the images and labels of what a loader yields."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -78,7 +78,7 @@ def load_data(name="auto", root="data"):
 
 def data_root(root):
     """Returns the folder to look in: CIFAR10_ROOT's or else root's, also where they name what lies in it."""
-    root = Path(os.environ.get("CIFAR10_ROOT") or root).expanduser()
+    root = Path(os.path.expandvars(os.environ.get("CIFAR10_ROOT", "").strip() or root)).expanduser()
     return root.parent if root.name in (FOLDER, ARCHIVE) and root.exists() else root
 
 
@@ -257,10 +257,11 @@ def read_through_cache(root, folders, read):
 
     A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
     """
-    files = sorted(path for folder in folders for path in (root / folder).rglob("*"))
-    lines = (f"{path.relative_to(root)} {(found := path.stat()).st_size} {found.st_mtime_ns}" for path in files)
-    source = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    cache = root / "tensors.pt"
+    files = sorted(path.relative_to(root) for folder in folders for path in (root / folder).rglob("*"))
+    stats = ((path, (root / path).lstat()) for path in files if not is_litter(path))
+    lines = (f"{path} {found.st_size} {found.st_mtime_ns}" for path, found in stats)
+    source = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+    cache = root / "normkit-cache.pt"
     with contextlib.suppress(OSError, ValueError):
         state = read_state(cache)
         if isinstance(state, dict) and state.get("source") == source:

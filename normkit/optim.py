@@ -3,9 +3,10 @@
 import copy
 import inspect
 import math
+import types
 import warnings
 
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import lr_scheduler
 
 
 def needs_closure(optimizer):
@@ -28,31 +29,44 @@ def check_optimizer(optimizer, model, scheduler=None):
         raise ValueError(
             "the optimizer holds none of the model's parameters: build it from model.parameters(), after the model"
         )
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+    steered = getattr(scheduler, "optimizer", optimizer)
+    if not any(id(p) in trained for group in steered.param_groups for p in group["params"]):
         raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
+
+
+def is_torchs(scheduler):
+    """Whether a scheduler is one of torch's, and holds no functions of somebody's own."""
+    inner = getattr(scheduler, "_schedulers", [])
+    attributes = getattr(scheduler, "__dict__", {})
+    functions = [value for value in attributes.values() if isinstance(value, types.FunctionType)]
+    functions += attributes.get("lr_lambdas", [])
+    own = [each for each in functions if getattr(each, "__module__", "") != lr_scheduler.__name__]
+    return type(scheduler).__module__ == lr_scheduler.__name__ and not own and all(map(is_torchs, inner))
 
 
 MAX_STEPS_CHECKED = 20_000  # that are gone through in advance: a second or less
 
 
 def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
-    """Raises ValueError where the scheduler would fail on the way, or give a rate that is none.
+    """Raises ValueError where the scheduler would fail on the way, or set a negative or infinite learning rate.
 
-    Goes through its steps once and sets it back: torch accepts StepLR(step_size=0), say, and fails at the first step.
+    Goes through the steps of torch's own schedulers once and sets them back: torch accepts StepLR(step_size=0), say,
+    and fails at the first step. Schedulers with functions or objects of somebody's own are left alone.
     """
-    if scheduler is None:
-        return
-    if isinstance(scheduler, ReduceLROnPlateau):
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         if scheduler_step == "batch":
             raise ValueError("ReduceLROnPlateau waits for an epoch's metrics: choose scheduler_step='epoch'")
+        return
+    if not is_torchs(scheduler):
         return
     steps = epochs * (batches if scheduler_step == "batch" else 1)
     state, groups = copy.deepcopy(scheduler.state_dict()), optimizer.param_groups
     saved = [{key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in groups]
     done = 0
     try:
-        if steps > MAX_STEPS_CHECKED and scheduler.last_epoch + steps > getattr(scheduler, "total_steps", math.inf):
-            raise ValueError(f"it has {scheduler.total_steps} in all, {scheduler.last_epoch} of them done")
+        last_epoch = getattr(scheduler, "last_epoch", 0)  # ChainedScheduler has none
+        if steps > MAX_STEPS_CHECKED and last_epoch + steps > getattr(scheduler, "total_steps", math.inf):
+            raise ValueError(f"it has {scheduler.total_steps} in all, {last_epoch} of them done")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of steps before the optimizer's
             while done < min(steps, MAX_STEPS_CHECKED):
@@ -61,7 +75,7 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
                 rates = [float(group["lr"]) for group in groups]
                 if not all(0 <= rate < math.inf for rate in rates):
                     raise ValueError(f"the learning rate becomes {rates}")
-    except Exception as error:  # a user's function may raise anything
+    except Exception as error:  # each scheduler fails in its own way
         raise ValueError(
             f"{type(scheduler).__name__} fails at step {done} of the {steps} it is to take, one after each "
             f"{scheduler_step}: {type(error).__name__}: {error}"

@@ -24,9 +24,15 @@ def plot_curves(histories, title=None, until=None):
     histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history.
     until: the epoch that the axis reaches, if further than the histories do.
     """
+    if hasattr(histories, "columns"):
+        raise TypeError(
+            "plot_curves draws histories, not a table: give results of utils.run, or what utils.fit returns"
+        )
+    if hasattr(histories, "history"):
+        histories = [histories]
     if isinstance(histories, dict):
-        runs = dict(histories)
-    elif histories and all(hasattr(result, "history") for result in histories):
+        runs = {label: getattr(each, "history", each) for label, each in histories.items()}
+    elif (histories := list(histories)) and all(hasattr(result, "history") for result in histories):
         repeated = len({result.norm for result in histories}) < len(histories)
         runs = {f"{r.norm}, seed {r.seed}" if repeated else r.norm: r.history for r in histories}
         title = title or ", ".join(sorted({result.data for result in histories}))

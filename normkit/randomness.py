@@ -1,9 +1,11 @@
 """The generators that training may draw from."""
 
+import collections
 import contextlib
 import operator
 import random
 import secrets
+import types
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ def seed_everything(seed):
 class RandomState:
     """The state of the global generators, of a device's, and of further ones, as state_dict and load_state_dict.
 
-    generators: a dict from a name to a torch.Generator, a np.random.Generator or a random.Random.
+    generators: a dict from a name to a generator of torch's, NumPy's or Python's.
     """
 
     def __init__(self, device=None, generators=()):
@@ -62,11 +64,14 @@ class RandomState:
 def read(generator):
     if isinstance(generator, torch.Generator):
         return generator.get_state()
+    if isinstance(generator, np.random.RandomState):
+        name, keys, *rest = generator.get_state()
+        return (name, keys.tolist(), *rest)
     return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
 
 
 def write(generator, state):
-    if isinstance(generator, torch.Generator):
+    if isinstance(generator, torch.Generator | np.random.RandomState):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)
@@ -74,22 +79,30 @@ def write(generator, state):
         generator.bit_generator.state = state
 
 
-def generators_of(loader):
-    """Returns the generators that a loader, its samplers and its data set hold, by where they are found."""
-    found, seen = {}, set()
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+PASSED_OVER = (torch.Tensor, np.ndarray, torch.nn.Module, type, types.ModuleType, types.FunctionType, str, bytes)
 
-    def search(name, owner):
-        if owner is None or id(owner) in seen or not hasattr(owner, "__dict__"):
-            return
+
+def objects_of(loader, most=1000):
+    """Yields (where, object) for a loader and whatever it holds: samplers, data sets, transforms, other loaders."""
+    waiting, seen = collections.deque([("loader", loader)]), set()
+    while waiting and len(seen) < most:
+        where, owner = waiting.popleft()
+        if id(owner) in seen or isinstance(owner, PASSED_OVER):
+            continue
         seen.add(id(owner))
-        for attribute, value in vars(owner).items():
-            if isinstance(value, torch.Generator | np.random.Generator | random.Random):
-                found[f"{name}.{attribute}"] = value
-            elif attribute.lstrip("_") in ("sampler", "batch_sampler", "dataset"):
-                search(f"{name}.{attribute}", value)
+        yield where, owner
+        if isinstance(owner, GENERATORS):
+            continue
+        if isinstance(owner, list | tuple):
+            waiting.extend((f"{where}[{i}]", each) for i, each in enumerate(owner[:100]))
+        elif hasattr(owner, "__dict__"):
+            waiting.extend((f"{where}.{name}", value) for name, value in vars(owner).items())
 
-    search("loader", loader)
-    return found
+
+def generators_of(loader):
+    """Returns the random generators that a loader and what it holds draw from, by where they are found."""
+    return {where: found for where, found in objects_of(loader) if isinstance(found, GENERATORS)}
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """Many runs into one file."""
 
+import functools
 import itertools
 import os
+import re
 import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -43,22 +46,28 @@ def code_of(norm):
     builder = NORMS.get(norm)
     if builder is None or getattr(builder, "__module__", None) == "model":
         return ""
-    code = getattr(builder, "__code__", None)
-    made_of = [getattr(builder, "__qualname__", repr(builder))] if code is None else list(text_of(code))
-    cells = [cell.cell_contents for cell in getattr(builder, "__closure__", None) or ()]
-    made_of += [repr(getattr(builder, "__defaults__", None)), repr(cells)]
-    return f"#{zlib.crc32(' '.join(made_of).encode()):08x}"
+    return f"#{zlib.crc32(' '.join(text_of(builder)).encode()):08x}"
 
 
-def text_of(code):
-    """Yields what a function computes, and not where it was written."""
-    yield code.co_code.hex()
-    yield repr(code.co_names)
-    for constant in code.co_consts:
-        if hasattr(constant, "co_code"):
-            yield from text_of(constant)
-        else:
-            yield repr(constant)
+def text_of(value):
+    """Yields what a function, or something that holds functions, is made of, and not where it was written."""
+    if isinstance(value, functools.partial):
+        yield from text_of([value.func, value.args, value.keywords])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from text_of(each)
+    elif isinstance(value, dict):
+        yield from text_of(list(value.items()))
+    elif isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        yield from text_of([value.__code__, value.__defaults__, cells])
+    elif isinstance(value, types.CodeType):
+        yield from (value.co_code.hex(), repr(value.co_names))
+        yield from text_of(value.co_consts)
+    elif isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}"
+    else:
+        yield re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def run_many(runs, data, file, processes=1):
@@ -68,13 +77,13 @@ def run_many(runs, data, file, processes=1):
     any moment, the same call goes on after the last whole epoch. A run that fails costs no other, and is told at the
     end. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
     """
-    file = Path(file).expanduser()
+    file = Path(file).expanduser().absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     planned, failures = {}, []
-    for keywords in runs:
+    for keywords in [runs] if isinstance(runs, dict) else runs:
         try:
             planned[run_key(keywords, data)] = keywords
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             asked = " ".join(f"{name}={value}" for name, value in keywords.items())
             failures.append(f"{asked}: {type(error).__name__}: {error}")
     done = {row["settings"] for row in read_rows(file)}
@@ -106,14 +115,22 @@ def read_rows(file):
     """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None."""
     if not file.exists():
         return []
-    return pd.read_csv(file, keep_default_na=False, na_values=[""]).to_dict("records")
+    try:
+        table = pd.read_csv(file, keep_default_na=False, na_values=[""])
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
+    if not {"settings", "epoch"} <= set(table):
+        raise ValueError(
+            f"{file} is no study's file: it has the columns {', '.join(map(str, table))}. Name another file"
+        )
+    return table.to_dict("records")
 
 
 def add_rows(file, rows):
     """Adds rows to a study's file, which another process may be writing to as well."""
     with FileLock(file.with_name(f".{file.name}.lock")):
         written = file.with_name(file.name + ".writing")
-        pd.DataFrame(read_rows(file) + rows).to_csv(written, index=False, float_format="%.6g")
+        pd.DataFrame(read_rows(file) + rows).to_csv(written, index=False)
         os.replace(written, file)
 
 
@@ -139,5 +156,8 @@ def run_one(key, keywords, data, checkpoint, norms):
     device = next(result.model.parameters()).device
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
     where = {"where": f"{device}, {precision}, torch {torch.__version__}", "settings": key}
-    asked = {"data": data.name, "recipe": "classic"} | keywords
-    return key, [asked | row | where for row in result.history], None
+    recipe = result.recipe
+    asked = {"data": data.name, "recipe": "classic", "epochs": len(result.history), "seed": result.seed}
+    asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr} | keywords
+    measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
+    return key, [asked | row | {"epoch": int(row["epoch"])} | where for row in measured], None

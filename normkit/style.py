@@ -33,7 +33,7 @@ def styled(plot):
     def wrapper(*args, **options):
         with plt.style.context(["default", STYLE]):
             figure = plot(*args, **options)
-            figure.draw_without_rendering()  # ticks are made here, in the style of the moment
+            figure.figure.draw_without_rendering()  # ticks are made here, in the style of the moment
             return figure
 
     return wrapper

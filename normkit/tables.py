@@ -1,6 +1,7 @@
 """Tables of one run and of many."""
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,8 @@ import pandas as pd
 def results_table(results):
     """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost."""
     rows = []
-    for result in results:
+    results = [results] if hasattr(results, "history") else results
+    for result in results.values() if isinstance(results, dict) else results:
         if not result.history:
             raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
         last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
@@ -50,7 +52,8 @@ def seeds_table(rows):
     for (recipe, norm), each in last.groupby(["recipe", "norm"], sort=False):
         cell = {"recipe": recipe, "variant": norm}
         for column, name in (("train_acc", "training accuracy %"), ("test_acc", "test accuracy %")):
-            cell[name] = f"{each[column].mean():.2f} ± {each[column].std():.2f}"
+            deviation = f" ± {each[column].std():.2f}" if len(each) > 1 else ""
+            cell[name] = f"{each[column].mean():.2f}{deviation}"
         cells.append(cell | {"lowest test %": f"{each['test_acc'].min():.2f}", "seeds": len(each)})
     return pd.DataFrame(cells).set_index(["recipe", "variant"])
 
@@ -61,9 +64,8 @@ def trials_table(rows):
     rows: of study.run_many, with data.train_val_split: its "test" images are the training images held out.
     """
     last = last_epochs(rows)
-    settings = [dict(pair.split("=", 1) for pair in line.rpartition(": ")[2].split()) for line in last["settings"]]
-    table = pd.DataFrame(settings)
-    table = table.loc[:, table.nunique() > 1]
+    table = pd.DataFrame(dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line)) for line in last["settings"])
+    table = table.loc[:, (table.nunique() > 1) | (table.columns == "norm")]
     for column, name in (("train_acc", "training accuracy %"), ("test_acc", "held-out accuracy %")):
         table[name] = [f"{accuracy:.2f}" for accuracy in last[column]]
     table["held-out loss"] = [f"{loss:.3f}" for loss in last["test_loss"]]
@@ -92,6 +94,6 @@ def compare_norms(rows):
 
 def count_seeds(rows):
     """How many seeds lie behind each point of a picture, in words."""
-    settings = last_epochs(rows)["settings"].str.replace(r" seed=\d+", "", regex=True)
+    settings = last_epochs(rows)["settings"].str.replace(r" seed=-?\d+", "", regex=True)
     fewest, most = settings.value_counts().agg(["min", "max"])
     return f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"

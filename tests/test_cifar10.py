@@ -224,7 +224,7 @@ def test_the_second_reading_comes_from_the_cache(tmp_path, monkeypatch, reads):
     first = utils.load_data("cifar10", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert same_data(utils.load_data("cifar10", "."), first) and len(reads) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tensors.pt", "test", "train"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["normkit-cache.pt", "test", "train"]
 
 
 def test_official_files_are_cached_too(official, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_changed_source_is_read_anew(tmp_path, reads, change):
 def test_a_damaged_or_foreign_cache_is_made_anew(tmp_path, reads, damage, capfd):
     write_image_folder(tmp_path)
     first = utils.load_data("cifar10", tmp_path)
-    cache = tmp_path / "tensors.pt"
+    cache = tmp_path / "normkit-cache.pt"
     content = bytearray(cache.read_bytes())
     if damage == "a flipped bit":
         content[len(content) // 2] ^= 1

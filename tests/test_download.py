@@ -75,7 +75,7 @@ def test_good(server, official, tmp_path, monkeypatch):
     assert data.name == "CIFAR-10" and data.train_labels.tolist() == official.labels["train"]
     assert server.asked == ["/good"]
     assert leftovers(tmp_path / "new" / "folder") == sorted(
-        [datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "tensors.pt"]
+        [datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "normkit-cache.pt"]
     )
     utils.load_data("auto", tmp_path / "new" / "folder")
     assert server.asked == ["/good"]  # from then on it is on disk
@@ -136,7 +136,7 @@ def test_two_at_once(server, official, tmp_path, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         for data in pool.map(lambda _: utils.load_data("cifar10", tmp_path), range(4)):
             assert data.train_labels.tolist() == official.labels["train"]
-    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "tensors.pt"])
+    assert leftovers(tmp_path) == sorted([datasets.CIFAR10.base_folder, cifar10.ARCHIVE, "normkit-cache.pt"])
 
 
 TWO_PROCESSES = """
@@ -170,7 +170,7 @@ def test_two_processes_at_once(server, official, tmp_path):
     for process in both:
         output, errors = process.communicate(timeout=60)
         assert f"labels {official.labels['train']}" in output, errors
-    assert leftovers(root) == sorted([files.base_folder, cifar10.ARCHIVE, "tensors.pt"])
+    assert leftovers(root) == sorted([files.base_folder, cifar10.ARCHIVE, "normkit-cache.pt"])
 
 
 def test_a_full_disk_is_said(server, tmp_path, monkeypatch, capsys):

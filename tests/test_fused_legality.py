@@ -72,7 +72,7 @@ CHANGES = {  # what is done to the network -> what the reason says
     "instance norm": (lambda net: setattr(net.C9, "norm", nn.InstanceNorm2d(32, affine=True)), "C9.norm is a Instance"),
     "no norm": (lambda net: setattr(net.C9, "norm", nn.Identity()), "C9.norm is a Identity"),
     "norm of 16": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(16)), "another number of channels"),
-    "norm without bias": (lambda net: setattr(net.C9, "norm", nn.GroupNorm(4, 32, bias=False)), "lacks a weight or"),
+    "norm without bias": (lambda net: net.C9.norm.register_parameter("bias", None), "lacks a weight or a bias"),
     "norm without affine": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, affine=False)), "lacks a weight or"),
     "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no expo"),
     "no statistics": (

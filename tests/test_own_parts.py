@@ -92,6 +92,70 @@ def test_generators_are_found_wherever_a_loader_keeps_them(pairs):
     assert list(generators_of(DataLoader(pairs, batch_sampler=batches)).values()) == [own]
 
 
+class Random:
+    """A transform that draws from a generator of its own."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __call__(self, image):
+        return image + 0.1 * float(self.rng.uniform())
+
+
+class Transformed(torch.utils.data.Dataset):
+    def __init__(self, pairs, transforms):
+        self.pairs, self.transforms = pairs, transforms
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        image, label = self.pairs[i]
+        for transform in self.transforms:
+            image = transform(image)
+        return image, label
+
+
+class Wrapper:
+    """A loader around a loader."""
+
+    def __init__(self, loader):
+        self.inner = loader
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+@pytest.mark.parametrize("kind", ["RandomState", "Generator", "the kit's loader", "a DataLoader's generator"])
+def test_what_a_loader_holds_goes_on_where_it_was(data, pairs, tmp_path, kind):
+    def loader():
+        if kind == "the kit's loader":
+            return Wrapper(utils.get_loaders(data, 64, True, "cpu")[0])
+        if kind == "a DataLoader's generator":
+            return Wrapper(DataLoader(pairs, 32, shuffle=True, generator=torch.Generator().manual_seed(0)))
+        rng = np.random.RandomState(0) if kind == "RandomState" else np.random.default_rng(0)
+        parts = [Transformed(pairs, [Random(rng)]), Transformed(pairs, [])]
+        return DataLoader(torch.utils.data.ConcatDataset(parts), 32)
+
+    def run(epochs, checkpoint=None):
+        net = linear()
+        history = fit(net, (loader(), DataLoader(pairs, 64)), epochs=epochs, checkpoint=checkpoint)
+        return list(history), net.state_dict()
+
+    whole, _, resumed = run(3), run(1, tmp_path / "c"), run(3, tmp_path / "c")
+    assert same(whole, resumed)
+
+
+def test_a_loader_without_a_length_and_float_images_are_told(pairs, loaders):
+    with pytest.raises(TypeError, match="a zip without a length: give a DataLoader"):
+        fit(linear(), (zip(*pairs.tensors), loaders[1]))
+    with pytest.raises(ValueError, match="torch.float32.*expected uint8, 0 to 255"):
+        utils.Loader(*pairs.tensors)
+
+
 @pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
 def test_a_samplers_own_generator_goes_on_where_it_was(pairs, tmp_path, kind):
     class Shuffled(torch.utils.data.Sampler):
@@ -215,9 +279,9 @@ FAILING = {
     "StepLR(step_size=0)": lambda o: lr_scheduler.StepLR(o, 0),
     "CosineAnnealingLR(T_max=0)": lambda o: lr_scheduler.CosineAnnealingLR(o, 0),
     "OneCycleLR, too short": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=2),
-    "a list that ends": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: [1, 0.5][epoch]),
-    "a rate that is none": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: float("nan") if epoch else 1.0),
-    "a negative rate": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 - epoch),
+    "in a sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.CosineAnnealingLR(o, 0)], [1]
+    ),
 }
 
 
@@ -355,3 +419,110 @@ def test_rates_that_are_none_are_refused_before_anything_runs(value):
         return
     with pytest.raises(ValueError, match="lr=.*expected a number above 0"):
         utils.get_recipe(lr=value)
+
+
+# ------------------------------------------------------------------------------- criteria, wrappers
+
+
+class Focal(nn.Module):
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize(
+    "criterion, message",
+    [
+        (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum': expected 'mean'"),
+        (Focal(), r"returns torch.float32 \(64,\): expected one number"),
+        (lambda logits, labels: (logits.mean(), 0), "returns tuple: expected one number"),
+        (lambda logits, labels: logits.mean().item(), "returns float: expected one number"),
+    ],
+)
+def test_a_criterion_gives_the_mean_of_a_batch_or_is_refused(loaders, criterion, message):
+    net = linear()
+    for call in (
+        lambda: fit(net, loaders, criterion=criterion),
+        lambda: utils.test(net, [next(iter(loaders[1]))], criterion=criterion),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    with pytest.raises(ValueError, match="all of them frozen"):
+        fit(linear().requires_grad_(False), loaders)
+
+
+class GradualWarmup(lr_scheduler.LRScheduler):
+    """Raises the rate over some epochs, and then lets another scheduler go on: a class that many projects copy."""
+
+    def __init__(self, optimizer, epochs, after):
+        self.epochs, self.after = epochs, after
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        if self.last_epoch <= self.epochs:
+            return [rate * self.last_epoch / self.epochs for rate in self.base_lrs]
+        return self.after.get_last_lr()
+
+    def step(self, *args):
+        if self.last_epoch >= self.epochs:
+            self.after.step()
+            self.last_epoch += 1
+            self._last_lr = self.after.get_last_lr()
+        else:
+            super().step()
+
+
+def test_a_scheduler_around_another_and_one_with_a_state_of_its_own_are_left_alone(loaders):
+    def rates(fitted):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        scheduler = GradualWarmup(optimizer, 2, lr_scheduler.ExponentialLR(optimizer, 0.5))
+        if fitted:
+            return [row["lr"] for row in fit(net, loaders, optimizer, scheduler, 6)]
+        found = []
+        for _ in range(6):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step(), scheduler.step()
+        return found
+
+    assert rates(True) == pytest.approx(rates(False))
+    net, given = linear(), iter([1, 0.5, 0.25, 0.125])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: next(given))
+    assert [row["lr"] for row in fit(net, loaders, optimizer, scheduler, 3)] == pytest.approx([0.1, 0.05, 0.025])
+
+
+class Halving:
+    """A schedule with step() alone."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        self.optimizer.param_groups[0]["lr"] /= 2
+
+
+def test_a_schedule_that_can_only_step(loaders):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    assert [row["lr"] for row in fit(net, loaders, optimizer, Halving(optimizer), 3)] == [0.1, 0.05, 0.025]
+
+
+def test_a_checkpoint_follows_a_link_and_stays_where_it_was_named(loaders, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "c").symlink_to(tmp_path / "disk" / "file")
+    monkeypatch.chdir(tmp_path / "here")
+    net = linear()
+    fit(net, loaders, epochs=2, checkpoint="c", on_epoch=lambda history: monkeypatch.chdir(tmp_path))
+    assert (tmp_path / "here" / "c").is_symlink() and (tmp_path / "disk" / "file").exists()
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(fit(linear(), loaders, epochs=2, checkpoint="c")) == 2
+
+
+def test_an_interrupt_after_the_last_epoch_leaves_nothing_out(loaders):
+    def stop(history):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    history = fit(linear(), loaders, epochs=2, on_epoch=stop)
+    assert len(history) == 2 and history.unfinished is None

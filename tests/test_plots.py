@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 import utils
-from normkit import anatomy, plots
+from normkit import anatomy, plots, tables
 from normkit.data import Data
 from normkit.style import COLORS
 
@@ -96,7 +96,7 @@ def test_study_pictures_show_means_and_deviations_of_the_last_epoch():
     rows = study(norm=["batch", "layer"], batch_size=[2, 8, 32], seed=range(3))
     figure = plots.plot_batch_sizes(rows)
     expected = rows.query("epoch == 2 and norm == 'batch'").groupby("batch_size")["test_acc"].mean()
-    assert figure.axes[0].containers[0][0].get_ydata() == pytest.approx(expected.to_numpy())
+    assert list(figure.axes[0].containers[0][0].get_ydata()) == pytest.approx(expected.tolist())
 
     rows = study(num_groups=["8", "16", "1", "channels"], seed=range(3))
     figure = plots.plot_groups(rows)
@@ -126,6 +126,18 @@ def test_live_curves_tell_the_time_left_and_keep_their_size():
 
 
 # ----------------------------------------------------------------------------------- elsewhere
+
+
+def test_the_curves_take_what_is_at_hand(results):
+    for given in (results[0], {"a": results[0]}, (result for result in results), iter(results)):
+        assert len(plots.plot_curves(given).axes) == 2
+    with pytest.raises(TypeError, match="draws histories, not a table"):
+        plots.plot_curves(tables.histories_table(results))
+    assert len(tables.results_table(results[0])) == len(tables.results_table({"a": results[0]})) == 1
+    figure = plt.figure()
+    rows = study(recipe=["best"], norm=["batch"], seed=range(2))
+    plots.plot_seeds(rows, figure.subfigures(1, 2)[0].subplots())
+    plt.close(figure)
 
 
 def test_what_fit_returns_goes_straight_into_the_curves(data):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 import torch
@@ -6,6 +9,7 @@ import model
 import utils
 from normkit.data import train_val_split
 from normkit.study import grid, run_many
+from normkit.tables import trials_table
 
 FEW = {"epochs": 2, "batch_size": 50}
 
@@ -148,3 +152,45 @@ def test_two_processes_that_write_to_one_file_lose_no_row(small, tmp_path):
     file, few = tmp_path / "study.csv", {"norm": "layer", "epochs": 1, "batch_size": 50}
     run_many([few | {"seed": 0, "on_epoch": lambda history: run_many([few | {"seed": 1}], small, file)}], small, file)
     assert sorted(pd.read_csv(file)["seed"]) == [0, 1]
+
+
+def test_rows_hold_what_was_asked_and_large_seeds_exactly(small, tmp_path):
+    runs = [
+        {"norm": "layer", "epochs": 1, "batch_size": 50},
+        {"norm": "layer", "epochs": 1, "seed": 20240101, "lr": 0.02},
+    ]
+    rows = run_many(runs, small, tmp_path / "study.csv")
+    assert rows["seed"].tolist() == [0, 20240101] and rows["batch_size"].tolist() == [50, 64]
+    assert rows["base_lr"].tolist() == [0.01, 0.02] and rows["num_groups"].tolist() == [4, 4]
+    table = trials_table(rows)
+    assert list(table.index) == ["layer", "layer"] and list(table["lr"]) == ["0.01", "0.02"]
+
+
+@pytest.mark.parametrize("content", ["", "a;b\n1;2\n", 'a,b\n"1', "norm,seed\nbatch,0\n"])
+def test_a_file_that_is_no_studys_is_named_and_kept(small, tmp_path, content):
+    file = tmp_path / "study.csv"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="study.csv (is no study's file|cannot be read)"):
+        run_many([{"norm": "layer", "epochs": 1, "batch_size": 50}], small, file)
+    assert file.read_text() == content
+
+
+class Builder:
+    def __call__(self, channels, num_groups):
+        return torch.nn.Identity()
+
+
+def test_the_mark_of_a_norm_is_the_same_in_every_process():
+    script = f"""
+import functools, sys
+sys.path[:0] = {sys.path!r}
+import torch, model
+from normkit.study import code_of
+from test_study import Builder
+model.NORMS["a"] = functools.partial(lambda eps, channels, num_groups: torch.nn.BatchNorm2d(channels, eps), 1e-3)
+model.NORMS["b"] = Builder()
+model.NORMS["c"] = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: torch.nn.Identity())
+print([code_of(name) for name in "abc"])
+"""
+    said = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(said) == 1 and len(set(eval(said.pop()))) == 3

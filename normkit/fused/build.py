@@ -185,6 +185,9 @@ def load(path):
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded: {error}") from None
+    for name in ("layer_params_size", "forward", "backward"):
+        if not hasattr(functions, name):
+            raise BuildError(f"the compiled kernel does not export {name}: does CXX have a flag that hides it?")
     functions.layer_params_size.restype = ctypes.c_int64
     if functions.layer_params_size() != ctypes.sizeof(LayerParams):
         raise BuildError("the compiled kernel's LayerParams is not the one of params.py")

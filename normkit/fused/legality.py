@@ -99,7 +99,8 @@ def of_mode(net):
 def of_network(net):
     """model.Net with its own kinds of modules, in float32 on the CPU, and nobody watching them."""
     if type(net) is not model.Net:
-        yield f"the model is a {type(net).__name__}: the kernel computes model.Net alone"
+        again = " as it was before model was reloaded" if type(net).__qualname__ == "Net" else ""
+        yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
         return
     children = net._modules
     for name, kind in CHILDREN.items():
