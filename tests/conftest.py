@@ -54,6 +54,11 @@ def no_environment(monkeypatch):
     monkeypatch.setattr(cifar10, "ELSEWHERE", ())
 
 
+@pytest.fixture(scope="module")
+def loaders(data):
+    return utils.get_loaders(data, 64, device="cpu")
+
+
 @pytest.fixture
 def official(tmp_path_factory, monkeypatch):
     """An archive in the official layout with ten images a file, whose checksums stand in for CIFAR-10's."""

@@ -27,6 +27,12 @@ def linear(seed=0):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
 
 
+def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
+    """utils.fit with plain SGD unless told otherwise, and in silence."""
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
+    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
+
+
 def everything(loader):
     """A pass over a loader as one batch: images, labels."""
     images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))

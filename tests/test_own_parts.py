@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, linear, same
+from helpers import fit, linear, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,19 +20,9 @@ from normkit.randomness import generators_of
 
 
 @pytest.fixture(scope="module")
-def loaders(data):
-    return utils.get_loaders(data, 64, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def pairs(loaders):
     """Normalised images and labels as a data set of torch's."""
     return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
-
-
-def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
-    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
-    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
 
 
 # ------------------------------------------------------------------------------------- loaders

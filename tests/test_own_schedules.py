@@ -4,30 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, linear, same
+from helpers import fit, linear, same
 from pytorch_optimizer import ScheduleFreeSGD
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import TensorDataset
 
 import utils
-
-
-@pytest.fixture(scope="module")
-def loaders(data):
-    return utils.get_loaders(data, 64, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def pairs(loaders):
-    """Normalised images and labels as a data set of torch's."""
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
-
-
-def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
-    optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
-    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
-
 
 # ---------------------------------------------------------------------- optimizers, schedules
 
