@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -122,7 +121,9 @@ def train(
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend.
     A loss that is huge or not finite raises FloatingPointError.
     """
-    network, _ = choose_backend(backend, model)
+    network, backend_line = choose_backend(backend, model)
+    if progress and backend_line:
+        print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
     loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
     sound, total = torch.ones((), dtype=torch.bool, device=device), 0
@@ -169,7 +170,6 @@ def train(
                 optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-
             # Summed on the device: to read a number is to wait for it, so that is done when the bar redraws.
             loss_sum += loss.detach() * len(labels)
             correct += (logits.argmax(1) == checks.classes_of(labels)).sum()
@@ -452,7 +452,7 @@ class Result:
 
     norm: str
     seed: int
-    model: nn.Module = field(repr=False)
+    model: torch.nn.Module = field(repr=False)
     history: list[dict] = field(repr=False)
     data: str = ""
     recipe: Recipe = field(default=Recipe(), repr=False)

@@ -168,6 +168,14 @@ def test_silence(data, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_single_epoch_says_what_computes_it(data, capsys):
+    loader = utils.get_loaders(data, 110, device="cpu")[0]
+    for net, line in ((model.Net("group"), AUTO_LINE), (linear(), "the model is a Sequential: the kernel computes")):
+        utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.0), precision="float32")
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith("Backend: ") and (line in first or AUTO_LINE.startswith("eager"))
+
+
 def test_the_loss_in_the_bar_is_the_last_batchs(data, capsys):
     net, loader = linear(), utils.get_loaders(data, 64, device="cpu")[0]
     utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.0), precision="float32")
