@@ -26,7 +26,7 @@ from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, generators_of, generators_preserved, objects_of, seed_everything
+from normkit.randomness import RandomState, check_seed, generators_preserved, objects_of, seed_everything
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -260,7 +260,7 @@ def fit(
     history = History()
     if checkpoint is not None:
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
-        random_state = RandomState(device, generators_of(train_loader))
+        random_state = RandomState(device, train_loader)
         settings = functools.partial(settings_of, model, optimizer, scheduler, train_loader, compute_dtype)
         loader_state = {"loader": train_loader} if hasattr(train_loader, "load_state_dict") else {}
         checkpoint = Checkpoint(checkpoint, parts | loader_state | {"random": random_state}, settings)
@@ -270,7 +270,7 @@ def fit(
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if history:
-        log(f"Going on after epoch {len(history)}, from {checkpoint.path}\n")
+        log(f"Going on after epoch {len(history)}, from {checkpoint.path}{random_state.note}\n")
         if on_epoch is not None:
             on_epoch(history)
 

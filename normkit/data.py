@@ -1,5 +1,6 @@
 """A data set in memory."""
 
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,13 @@ class Data:
     @property
     def synthetic(self):
         return self.name.startswith("synthetic")
+
+    def crc32(self):
+        """Returns a checksum of all images and labels, in hexadecimal."""
+        checksum = 0
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+        return f"{checksum:#010x}"
 
     def first(self, train_size, test_size=None):
         """Returns the first training images alone, and as many test images as are asked for, or all."""

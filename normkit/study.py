@@ -15,8 +15,9 @@ from filelock import FileLock
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from model import NORMS
-from normkit.device import choose_precision
+from model import NORMS, Net
+from normkit.backend import choose_backend
+from normkit.device import choose_precision, get_device
 from utils import get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what: they are no part of its key.
@@ -32,13 +33,12 @@ def grid(**choices):
     return [dict(zip(choices, each)) for each in itertools.product(*values)]
 
 
-def run_key(keywords, data):
+def run_key(keywords, data_line):
     """Returns the settings of a run in one line; two runs with the same line are the same."""
     settings = {name: value for name, value in keywords.items() if name not in HOW}
     norm, epochs, seed = settings.pop("norm"), settings.pop("epochs", 20), settings.pop("seed", 0)
     recipe = get_recipe(settings.pop("recipe", "classic"), **settings)
-    name = f"{data.name}, {len(data.train_labels)} images"
-    return f"{name}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}"
+    return f"{data_line}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}"
 
 
 def code_of(norm):
@@ -70,19 +70,22 @@ def text_of(value):
         yield re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def run_many(runs, data, file, processes=1):
+def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     """Does all the runs that the file does not hold yet; returns the rows of all as a DataFrame, one row an epoch.
 
     runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. Stopped at
     any moment, the same call goes on after the last whole epoch. A run that fails costs no other, and is told at the
     end. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
+    happened, with the message in the column "diverged" and no metrics.
     """
     file = Path(file).expanduser().absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     planned, failures = {}, []
+    data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
     for keywords in [runs] if isinstance(runs, dict) else runs:
         try:
-            planned[run_key(keywords, data)] = keywords
+            planned[run_key(keywords, data_line)] = keywords
         except (KeyError, TypeError, ValueError) as error:
             asked = " ".join(f"{name}={value}" for name, value in keywords.items())
             failures.append(f"{asked}: {type(error).__name__}: {error}")
@@ -91,7 +94,7 @@ def run_many(runs, data, file, processes=1):
     checkpoints = file.with_name(file.name + ".unfinished")
     paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
     norms = dict(NORMS)  # worker processes do not know what a notebook has added
-    jobs = (delayed(run_one)(key, keywords, data, paths[key], norms) for key, keywords in todo.items())
+    jobs = (delayed(run_one)(key, keywords, data, paths[key], norms, keep_diverged) for key, keywords in todo.items())
     threads = {"inner_max_num_threads": 1} if processes > 1 else {}
     with (
         parallel_config("loky", n_jobs=processes, **threads),
@@ -144,20 +147,42 @@ def remove_checkpoint(path):
         pass  # others are unfinished
 
 
-def run_one(key, keywords, data, checkpoint, norms):
+def run_one(key, keywords, data, checkpoint, norms, keep_diverged):
     """Returns the key, and the rows of that run or the error that ended it as text."""
     NORMS.update(norms)
+    finished = []
+
+    def follow(history):
+        finished[:] = history
+        if keywords.get("on_epoch") is not None:
+            keywords["on_epoch"](history)
+
+    options = {"progress": False, "checkpoint": checkpoint, "on_epoch": follow}
     try:
-        result = run(data=data, **(keywords | {"progress": False, "checkpoint": checkpoint}))
+        result = run(data=data, **(keywords | options))
+        if result.history.unfinished:
+            raise KeyboardInterrupt
+        measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
+        measured = [row | {"epoch": int(row["epoch"])} for row in measured]
+    except FloatingPointError as error:
+        if not keep_diverged:
+            return key, None, f"{type(error).__name__}: {error}"
+        measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
     except Exception as error:
         return key, None, f"{type(error).__name__}: {error}"
-    if result.history.unfinished:
-        raise KeyboardInterrupt
-    device = next(result.model.parameters()).device
-    precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
-    where = {"where": f"{device}, {precision}, torch {torch.__version__}", "settings": key}
-    recipe = result.recipe
-    asked = {"data": data.name, "recipe": "classic", "epochs": len(result.history), "seed": result.seed}
+    about = describe_run(keywords, data)
+    return key, [about | row | {"settings": key} for row in measured], None
+
+
+def describe_run(keywords, data):
+    """Returns the columns that the rows of a run have in common: what was asked, on what data and machine."""
+    names = [name for name in keywords if name not in HOW | {"norm", "recipe", "epochs", "seed"}]
+    recipe = get_recipe(keywords.get("recipe", "classic"), **{name: keywords[name] for name in names})
+    asked = {"data": data.name, "recipe": "classic", "epochs": 20, "seed": 0}
     asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr} | keywords
-    measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
-    return key, [asked | row | {"epoch": int(row["epoch"])} | where for row in measured], None
+    device = get_device(keywords.get("device"))
+    precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
+    model = Net(keywords["norm"], recipe.num_groups).to(device)
+    backend = choose_backend(keywords.get("backend", "auto"), model)[1].split(":")[0]
+    where = f"{device}, {precision}, torch {torch.__version__}"
+    return asked | {"data_crc32": data.crc32(), "where": where, "backend": backend}

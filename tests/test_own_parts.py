@@ -1,5 +1,7 @@
 """Loaders, models, optimizers and schedules of one's own in the kit's loops."""
 
+import itertools
+import random
 from collections import namedtuple
 
 import numpy as np
@@ -144,31 +146,78 @@ def test_a_loader_without_a_length_and_float_images_are_told(pairs, loaders):
         utils.Loader(*pairs.tensors)
 
 
-@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
-def test_a_samplers_own_generator_goes_on_where_it_was(pairs, tmp_path, kind):
-    class Shuffled(torch.utils.data.Sampler):
-        def __init__(self):
-            makers = {"torch": lambda: torch.Generator().manual_seed(0), "numpy": lambda: np.random.default_rng(0)}
-            self.rng = makers.get(kind, lambda: __import__("random").Random(0))()
+RNG = np.random.default_rng(0)  # of a notebook, drawn from by name
 
-        def __len__(self):
-            return len(pairs)
 
-        def __iter__(self):
-            if kind == "torch":
-                return iter(torch.randperm(len(self), generator=self.rng).tolist())
-            order = list(range(len(self)))
-            self.rng.shuffle(order)
-            return iter(order)
+class Sampler(torch.utils.data.Sampler):
+    """A sampler of somebody's own, whose order depends on something of its own."""
 
+    def __init__(self, kind, size):
+        self.kind, self.size, self.epoch, self.order = kind, size, 0, list(range(size))
+        closed_over = np.random.default_rng(0)
+        self.rng = {
+            "torch": lambda: torch.Generator().manual_seed(0),
+            "numpy": lambda: np.random.default_rng(0),
+            "python": lambda: random.Random(0),
+            "in a dict": lambda: {"train": np.random.default_rng(0)},
+            "in a closure": lambda: lambda order: closed_over.shuffle(order),
+        }.get(kind, lambda: None)()
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        order = list(range(self.size))
+        if self.kind == "torch":
+            return iter(torch.randperm(self.size, generator=self.rng).tolist())
+        if self.kind == "a counter":
+            random.Random(self.epoch).shuffle(order)
+            self.epoch += 1
+        elif self.kind == "an order shuffled on":
+            random.Random(0).shuffle(self.order)
+            order = self.order
+        elif self.kind == "a global":
+            RNG.shuffle(order)
+        elif self.kind == "in a closure":
+            self.rng(order)
+        else:
+            (self.rng["train"] if self.kind == "in a dict" else self.rng).shuffle(order)
+        return iter(order)
+
+
+SAMPLERS = ["torch", "numpy", "python", "in a dict", "in a closure", "a global", "a counter", "an order shuffled on"]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_samplers_order_goes_on_where_it_was(pairs, tmp_path, kind):
     def run(epochs, checkpoint=None):
+        RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
         net = linear()
-        loader = DataLoader(pairs, 32, sampler=Shuffled())
+        loader = DataLoader(pairs, 32, sampler=Sampler(kind, len(pairs)))
         fit(net, (loader, DataLoader(pairs, 64)), epochs=epochs, checkpoint=checkpoint)
         return net.state_dict()
 
     whole, _, resumed = run(3), run(1, tmp_path / "c"), run(3, tmp_path / "c")
     assert same(whole, resumed)
+
+
+def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
+    def run(epochs, loader):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        utils.fit(net, loader, DataLoader(pairs, 64), optimizer, epochs=epochs, checkpoint=tmp_path / "c")
+        return capsys.readouterr().out
+
+    def streaming():
+        sampler = Sampler("a counter", len(pairs))
+        sampler.stream = itertools.cycle([1])
+        return DataLoader(pairs, 32, sampler=sampler)
+
+    assert "may differ" not in run(1, streaming())
+    assert "may differ from an uninterrupted run's: loader.sampler.stream is a cycle" in run(2, streaming())
+    persistent = DataLoader(pairs, 32, num_workers=1, persistent_workers=True)
+    assert "persistent workers: what they draw begins anew" in run(3, persistent)
+    assert "may differ" not in run(4, DataLoader(pairs, 32))
 
 
 # -------------------------------------------------------------------------------------- models
