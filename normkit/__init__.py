@@ -18,6 +18,9 @@ tables       tables of one run and of many
 style        colours and style of all pictures
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do
+probes       gradients, likeness of activations and range of the loss, measured in training
+robustness   calibration, and accuracy on corrupted images
+exercises    checks of the notebook's exercises
 
 Imports run one way: plots and tables know histories and tensors, study stands on top of utils, nothing else here knows
 model or utils but fused, which knows the network.

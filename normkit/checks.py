@@ -40,7 +40,9 @@ def check_epochs(epochs, limit=None):
     """Returns epochs as an int; raises unless it is a whole number from 1 to the limit."""
     epochs = whole_number("epochs", epochs)
     if limit is not None and epochs > limit:
-        raise ValueError(f"epochs={epochs}: the assignment allows {limit}; set EPOCH_LIMIT higher to lift that")
+        raise ValueError(
+            f"epochs={epochs}: the assignment allows {limit}. To lift that, change limit= where this is checked"
+        )
     return epochs
 
 

@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from normkit.style import COLORS, FURTHER_COLORS, color_of, styled, subplots
 from normkit.tables import count_seeds, last_epochs
 
+CHANCE = 10  # percent, of CIFAR-10's ten classes
+
 
 @styled
 def plot_curves(histories, title=None, until=None):
@@ -321,6 +323,28 @@ def plot_batch_sizes(rows, ax=None):
     ax.set_xticks(sorted(rows["batch_size"].unique()), sorted(rows["batch_size"].unique()))
     label_ends(ax, ends, {norm: color_of(norm) for norm in ends}, "{:.1f} %")
     ax.set(xlabel="batch size", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    return ax.figure
+
+
+@styled
+def plot_learning_rates(rows, ax=None):
+    """Test accuracy of each norm over the learning rate, mean and standard deviation; a cross is a run that diverged.
+
+    rows: of study.run_many with keep_diverged. Such a run counts as chance, one image in ten guessed right.
+    """
+    ax, last = ax or subplots(figsize=(7.5, 4.2))[1], last_epochs(rows)
+    for norm, each in last.groupby("norm", sort=False):
+        by_rate = each.fillna({"test_acc": CHANCE}).groupby("base_lr")["test_acc"]
+        mean, deviation = by_rate.mean(), by_rate.std().fillna(0)
+        ax.errorbar(mean.index, mean, deviation, color=color_of(norm), marker="o", capsize=3, label=norm)
+        diverged = each[each["test_acc"].isna()]
+        ax.plot(diverged["base_lr"], [CHANCE] * len(diverged), "x", color=color_of(norm), markersize=11)
+    ax.set_xscale("log")
+    rates = sorted(rows["base_lr"].unique())
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(xlabel="learning rate", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
     return ax.figure
 
 

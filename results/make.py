@@ -1,12 +1,14 @@
 """Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py trials seeds bfloat16 float32 batch_sizes groups notebook --processes 2
+CIFAR10_ROOT=folder python results/make.py trials seeds bfloat16 float32 batch_sizes groups learning_rates why notebook
 
-Each name but "notebook" is a study of many runs. It goes on where it was stopped; once complete it takes no time.
-"notebook" runs S8.ipynb from start to end, in place, and saves its histories and pictures.
+A study of many runs goes on where it was stopped; once complete it takes no time. --processes 2: two runs at a time.
+"why" takes some minutes: it measures networks in their first epoch. "notebook" runs S8.ipynb from start to end, in
+place, and saves its histories and pictures.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for worker processes
 
 import model  # noqa: E402
 import utils  # noqa: E402
-from normkit import plots  # noqa: E402
+from normkit import plots, probes  # noqa: E402
 from normkit.data import train_val_split  # noqa: E402
 from normkit.study import grid, run_many  # noqa: E402
 
@@ -124,7 +126,33 @@ def learning_rates(data):
 
 
 STUDIES = {study.__name__: study for study in (trials, seeds, bfloat16, float32, batch_sizes, groups, learning_rates)}
-PICTURES = {"seeds": plots.plot_seeds, "batch_sizes": plots.plot_batch_sizes, "groups": plots.plot_groups}
+PICTURES = {study: getattr(plots, f"plot_{study}") for study in ("seeds", "batch_sizes", "groups", "learning_rates")}
+
+
+def why(data, batches=34, rates=(0.05, 0.1, 0.2, 0.4)):
+    """What each norm, and none, changes in the first epoch of the classic recipe, measured every so many batches.
+
+    The rates of the steps along which the loss is measured are 0.5 to 4 times lr / (1 - momentum), as far as momentum
+    carries a gradient of the recipe's.
+    """
+    rows = []
+    for seed, norm in itertools.product(range(3), [*NORMS, "none"]):
+        utils.seed_everything(seed)
+        net, recipe = model.Net(norm), utils.get_recipe("classic")
+        optimizer = utils.build_optimizer(net, recipe)
+        loader, _ = utils.get_loaders(data, recipe.batch_size, device="cpu", seed=seed)
+        others, _ = utils.get_loaders(data, 256, device="cpu", seed=seed + 1)
+        images, labels = next(iter(others))
+        epoch = list(loader)
+        for step in range(0, len(epoch) + 1, batches):
+            measured = probes.measure(net, images, labels, rates)
+            rows += [{"norm": norm, "seed": seed, "step": step} | row for row in measured]
+            if step < len(epoch):
+                utils.train(net, epoch[step : step + batches], optimizer, progress=False)
+        print(f"{norm}, seed {seed}: measured", flush=True)
+    rows = pd.DataFrame(rows)
+    ends = rows["step"].isin([0, rows["step"].max()])
+    return rows[ends | (rows["quantity"] == "loss")]
 
 
 def compare_precisions(folder):
@@ -167,12 +195,12 @@ def run_notebook():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=[*STUDIES, "notebook"])
+    parser.add_argument("what", nargs="+", choices=[*STUDIES, "why", "notebook"])
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, on a CPU one for each core")
     arguments = parser.parse_args()
     folder = ROOT / "results"
     studies = [name for name in arguments.what if name in STUDIES]
-    data = utils.load_data("cifar10", ROOT / "data") if studies else None
+    data = utils.load_data("cifar10", ROOT / "data") if studies or "why" in arguments.what else None
     for name in studies:
         runs, images = STUDIES[name](data)
         rows = run_many(runs, images, folder / f"{name}.csv", arguments.processes, keep_diverged=True)
@@ -180,6 +208,8 @@ def main():
             PICTURES[name](rows).savefig(folder / f"{name}.png", dpi=110)
         if name == "float32":
             compare_precisions(folder).to_csv(folder / "precision.csv")
+    if "why" in arguments.what:
+        why(data).to_csv(folder / "why.csv", index=False, float_format="%.5g")
     if "notebook" in arguments.what:
         run_notebook()
 

@@ -1,4 +1,4 @@
-"""S8.ipynb as a person meets it: JupyterLab in a browser, all cells run from the menu."""
+"""S8.ipynb as a person meets it: JupyterLab and Notebook 7 in a browser, all cells run."""
 
 import os
 import shutil
@@ -44,9 +44,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+PATHS = {"jupyterlab": "/lab/tree/S8.ipynb?reset", "notebook": "/notebooks/S8.ipynb"}
+
+
 @pytest.fixture
-def lab(folder, tmp_path_factory):
-    """The address of a JupyterLab that serves the folder."""
+def address(application, folder, tmp_path_factory):
+    """The address of the notebook in a JupyterLab, and in a Notebook 7, that serves the folder."""
     home = tmp_path_factory.mktemp("jupyter")
     for name, text in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -58,7 +61,7 @@ def lab(folder, tmp_path_factory):
     options = ["--no-browser", "--allow-root", "--expose-app-in-browser", "--IdentityProvider.token=", "--ip=127.0.0.1"]
     with open(home / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options, f"--port={port}", f"--ServerApp.root_dir={folder}"],
+            [sys.executable, "-m", application, *options, f"--port={port}", f"--ServerApp.root_dir={folder}"],
             env=environment,
             stdout=log,
             stderr=log,
@@ -72,24 +75,26 @@ def lab(folder, tmp_path_factory):
                 break
             except requests.ConnectionError:
                 time.sleep(0.5)
-        yield address
+        yield address + PATHS[application]
     finally:
         process.terminate()
         process.wait(30)
 
 
-def test_all_cells_run_in_jupyterlab(lab, folder):
-    screenshots = Path(os.environ.get("SCREENSHOTS", folder / "screenshots"))
-    screenshots.mkdir(exist_ok=True)
+@pytest.mark.parametrize("application, theme", [("jupyterlab", "Dark"), ("notebook", "Light")])
+def test_all_cells_run_in_a_browser(application, theme, address, folder):
+    screenshots = Path(os.environ.get("SCREENSHOTS", folder / "screenshots")) / f"{application}-{theme}"
+    screenshots.mkdir(exist_ok=True, parents=True)
     with (
         playwright.sync_playwright() as driver,
         driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser,
     ):
         page = browser.new_page(viewport={"width": 1366, "height": 768})
-        page.goto(f"{lab}/lab/tree/S8.ipynb?reset", timeout=120_000)
+        page.goto(address, timeout=120_000)
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
         kernel = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
         page.wait_for_function(kernel, timeout=120_000)
+        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         page.wait_for_timeout(1000)
@@ -112,4 +117,4 @@ def test_all_cells_run_in_jupyterlab(lab, folder):
     assert "widgets" not in saved.metadata
 
 
-PICTURES = 15  # that the notebook shows
+PICTURES = 21  # that the notebook shows

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import NORMS, drawn, linear, study
@@ -149,6 +150,20 @@ def test_what_fit_returns_goes_straight_into_the_curves(data):
     assert [line.get_ydata()[-1] for line in figure.axes[0].lines[:2]] == [
         history[-1][f"{s}_loss"] for s in ("train", "test")
     ]
+
+
+def test_learning_rates_show_which_runs_diverged():
+    lines = []
+    for norm, rate, accuracy in (("batch", 0.01, 70), ("batch", 1.0, 40), ("none", 0.01, 50), ("none", 1.0, None)):
+        for seed in (0, 1):
+            line = {"settings": f"{norm} lr={rate} seed={seed}", "norm": norm, "base_lr": rate, "epoch": 4}
+            lines.append(line | {"test_acc": accuracy, "data": "CIFAR-10"})
+    ax = plots.plot_learning_rates(pd.DataFrame(lines)).axes[0]
+    means = [list(container.lines[0].get_ydata()) for container in ax.containers]
+    assert means == [[70, 40], [50, plots.CHANCE]]
+    crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert len(crosses) == 1 and list(crosses[0].get_xdata()) == [1.0, 1.0]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.01", "1"] and "2 seeds each" in ax.get_title()
 
 
 SETTINGS = [

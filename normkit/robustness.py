@@ -1,0 +1,81 @@
+"""What accuracy alone does not tell: calibration, and accuracy on images that were corrupted."""
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+from normkit.style import color_of, styled, subplots
+
+
+def calibration(logits, labels, bins=10):
+    """Returns the expected calibration error, and for each bin (confidence, accuracy, share of the images).
+
+    Bins are of equal width in confidence; the error is the mean gap between a bin's confidence and its accuracy,
+    weighted by its share (Naeini et al. 2015). Empty bins are left out. All are from 0 to 1.
+    """
+    confidence, predicted = logits.float().softmax(1).cpu().max(1)
+    right = (predicted == labels.cpu()).float()
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    points = []
+    for b in place.unique().tolist():
+        members = place == b
+        points.append((confidence[members].mean().item(), right[members].mean().item(), members.float().mean().item()))
+    return sum(abs(sure - accurate) * share for sure, accurate, share in points), points
+
+
+@styled
+def plot_calibration(data, logits):
+    """Accuracy over confidence for each variant; on the diagonal, a probability is how often it is right.
+
+    logits: a dict from a variant to its logits (N, classes) of the test images, from utils.predict.
+    """
+    figure, axes = subplots(1, len(logits), figsize=(3.2 * len(logits), 3.6), sharey=True, squeeze=False)
+    for ax, (name, each) in zip(axes[0], logits.items()):
+        error, points = calibration(each, data.test_labels)
+        confidence, accuracy, share = map(np.array, zip(*points))
+        ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
+        ax.plot(confidence, accuracy, color=color_of(name), linewidth=1.5)
+        ax.scatter(confidence, accuracy, s=20 + 400 * share, color=color_of(name), alpha=0.75, linewidths=0)
+        ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02))
+        ax.set_aspect("equal")
+    axes[0, 0].set_ylabel("accuracy")
+    figure.suptitle(f"{data.name}, test images; a dot's area is its share of them")
+    return figure
+
+
+def corruptions(images):
+    """Returns images uint8 (N, 3, H, W), clean and corrupted in three ways, by name; the noise is always the same."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return {
+        "clean": images,
+        "noise": (images + 20 * noise).round().clamp(0, 255).to(torch.uint8),  # deviation 20 of 255
+        "blur": transforms.gaussian_blur(images, kernel_size=5, sigma=1.0),  # pixels
+        "contrast": transforms.adjust_contrast(images, 0.4),
+    }
+
+
+@styled
+def plot_corruptions(rows, images, title=None):
+    """Accuracy under each corruption, a bar a variant, and above it what the corruption makes of one image.
+
+    rows: a DataFrame with the columns images (the corruption), norm, test_acc; a norm with something after a comma is
+    hatched. images: of corruptions.
+    """
+    kinds, variants = list(dict.fromkeys(rows["images"])), list(dict.fromkeys(rows["norm"]))
+    figure, axes = subplots(2, len(kinds), figsize=(11, 4.6), height_ratios=[1, 2])
+    for (above, ax), kind in zip(axes.T, kinds):
+        above.imshow(images[kind][0].permute(1, 2, 0).numpy())
+        above.set_title(kind)
+        above.axis("off")
+        for place, variant in enumerate(variants):
+            value = rows.query("images == @kind and norm == @variant")["test_acc"].item()
+            norm, *changed = variant.split(",")
+            ax.bar(place, value, color=color_of(norm), hatch="///" if changed else None, edgecolor="white", linewidth=0)
+            ax.text(place, value, f"{value:.0f}", ha="center", va="bottom", fontsize=10)
+        ax.set(xticks=[], ylim=(0, 100), yticks=[0, 25, 50, 75, 100] if ax is axes[1, 0] else [])
+        ax.grid(False)
+    axes[1, 0].set_ylabel("test accuracy, %")
+    bars = axes[1, -1].patches
+    figure.legend(bars, variants, loc="outside lower center", ncols=len(variants), frameon=False)
+    figure.suptitle(title)
+    return figure

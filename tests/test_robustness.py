@@ -1,0 +1,62 @@
+"""Calibration and corruptions, against their definitions."""
+
+import pandas as pd
+import pytest
+import torch
+
+from normkit import robustness
+
+
+def logits_of(confidences, predicted, classes=10):
+    """Logits whose softmax gives the predicted class that confidence, and the others equal shares of the rest."""
+    shares = torch.tensor([[(1 - c) / (classes - 1)] * classes for c in confidences], dtype=torch.float64)
+    shares[range(len(predicted)), predicted] = torch.tensor(confidences, dtype=torch.float64)
+    return shares.log()
+
+
+def test_calibration_by_hand():
+    logits = logits_of([0.95, 0.95, 0.95, 0.95, 0.55, 0.55], [0, 1, 2, 3, 4, 5])
+    error, points = robustness.calibration(logits, torch.tensor([0, 1, 2, 9, 4, 9]))
+    assert error == pytest.approx(4 / 6 * (0.95 - 0.75) + 2 / 6 * (0.55 - 0.5), abs=1e-6)
+    assert points == [pytest.approx(point, abs=1e-6) for point in [(0.55, 0.5, 2 / 6), (0.95, 0.75, 4 / 6)]]
+
+
+def test_a_network_that_is_always_sure_is_as_wrong_as_its_error():
+    error, points = robustness.calibration(1e4 * torch.eye(10), torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 0, 0]))
+    assert error == pytest.approx(0.3) and points == [pytest.approx((1, 0.7, 1))]
+
+
+def test_calibration_of_what_says_its_frequency_is_zero():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50_000, 10, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
+    assert robustness.calibration(logits, labels)[0] < 0.01
+
+
+def test_corruptions(data):
+    before = data.test_images.clone()
+    found = robustness.corruptions(data.test_images)
+    again = robustness.corruptions(data.test_images)
+    assert torch.equal(found["clean"], before) and torch.equal(data.test_images, before)
+    for kind, images in found.items():
+        assert images.dtype == torch.uint8 and images.shape == before.shape and torch.equal(images, again[kind])
+    gray = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    found = robustness.corruptions(gray)
+    assert found["noise"].float().std().item() == pytest.approx(20, abs=0.5)
+    assert all((found[kind].int() - 128).abs().max() <= 1 for kind in ("blur", "contrast"))
+    pixels = before.float()
+    contrast = robustness.corruptions(before)["contrast"].float()
+    assert (contrast.std((1, 2, 3)) / pixels.std((1, 2, 3))).median().item() == pytest.approx(0.4, abs=0.06)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_pictures(data, size):
+    logits = {name: torch.randn(len(data.test_labels), 10) for name in ("batch", "none")}
+    figure = robustness.plot_calibration(data, logits)
+    assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["batch", "none"]
+    images = robustness.corruptions(data.test_images[:3, :, :size, :size])
+    variants = ["batch", "layer", "batch, statistics anew"]
+    rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in variants]
+    figure = robustness.plot_corruptions(pd.DataFrame(rows), images, "title")
+    bars = [bar for ax in figure.axes for bar in ax.patches]
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, False, True] * 4
