@@ -4,10 +4,8 @@ import copy
 import functools
 import math
 import random
-import re
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -21,10 +19,12 @@ from model import Net
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
 from normkit.backend import BACKENDS, choose_backend, plain_model
-from normkit.checkpoint import Checkpoint, plain_lines
+from normkit.checkpoint import Checkpoint, seed_in
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
+from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
+from normkit.identity import settings_of
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import RandomState, check_seed, generators_preserved, objects_of, seed_everything
 from normkit.tables import results_table  # noqa: F401
@@ -45,10 +45,7 @@ class Loader:
     def __init__(
         self, images, labels, batch_size=64, shuffle=False, augment=False, device=None, seed=0, drop_last=False
     ):
-        if images.dtype != torch.uint8:
-            raise ValueError(
-                f"the images are {checks.describe(images)}: expected uint8, 0 to 255; they are normalised here"
-            )
+        checks.check_split("", images, labels)  # uint8, as they are normalised here
         if not len(images):
             raise ValueError("there are no images to load: the split is empty")
         self.device = get_device(device)
@@ -84,6 +81,10 @@ class Loader:
                 images = shift_and_flip(images, self.views.index_select(0, views[batch]))
             yield images.float().sub_(self.mean).mul_(self.scale), self.labels[order[batch]]
         self.epoch += 1
+
+    def set_epoch(self, epoch):
+        """Chooses the epoch, counted from 0, whose order and augmentation the next pass has; as of samplers."""
+        self.epoch = epoch
 
 
 def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_last=False):
@@ -122,6 +123,9 @@ def train(
     A loss that is huge or not finite raises FloatingPointError.
     """
     network, backend_line = choose_backend(backend, model)
+    checks.check_criterion(criterion)
+    optim.check_optimizer(optimizer, network)
+    optim.check_schedule(scheduler, optimizer, "batch", epochs=0, batches=0)
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
@@ -163,10 +167,10 @@ def train(
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
+            backward(loss)
             if closure_needed:
                 optimizer.step(functools.partial(compute_and_backward, images, labels))
             else:
-                backward(loss)
                 optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -214,6 +218,7 @@ def predict(model, loader, *, precision="auto", backend="auto"):
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend="auto"):
     """Returns Metrics of the model in evaluation mode, each image counted once."""
+    checks.check_criterion(criterion)
     logits, labels = predict(model, loader, precision=precision, backend=backend)
     correct, total = int((logits.argmax(1) == checks.classes_of(labels)).sum()), len(labels)
     loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
@@ -245,53 +250,59 @@ def fit(
     """
     epochs = checks.check_epochs(epochs)
     checks.check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
+    checks.check_criterion(criterion)
     for loader in (train_loader, test_loader):
         if not checks.length_of(loader):
             raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
-    optim.check_optimizer(optimizer, model, scheduler)
     network, backend_line = choose_backend(backend, model)
     model = plain_model(network)
+    optim.check_optimizer(optimizer, model, scheduler)
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-    kept = {name: part for name, part in parts.items() if name != "scheduler" or optim.is_torchs(part)}
-    own_loaders = [each for _, each in objects_of(train_loader) if isinstance(each, Loader)]
-    history = History()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
+    stateless = {name: part for name, part in parts.items() if not hasattr(part, "state_dict")}
+    parts = {name: part for name, part in parts.items() if name not in stateless}
+    with_epochs = [each for _, each in objects_of(loader=train_loader) if callable(getattr(each, "set_epoch", None))]
+    history, source = History(), None
     if checkpoint is not None:
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
-        random_state = RandomState(device, train_loader)
-        settings = functools.partial(settings_of, model, optimizer, scheduler, train_loader, compute_dtype)
-        loader_state = {"loader": train_loader} if hasattr(train_loader, "load_state_dict") else {}
-        checkpoint = Checkpoint(checkpoint, parts | loader_state | {"random": random_state}, settings)
-        history = History(checkpoint.restore())
+        random_state = RandomState(device, loader=train_loader, **stateless)
+        loaders = {"loader": train_loader, "test_loader": test_loader}
+        about = (model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
+        settings = functools.partial(settings_of, *about)
+        checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
+        history[:], source = checkpoint.restore()
         if len(history) > epochs:
-            raise ValueError(f"{checkpoint.path} holds {len(history)} epochs, more than epochs={epochs}")
+            raise ValueError(f"{source} holds {len(history)} epochs, more than epochs={epochs}")
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
-    if history:
-        log(f"Going on after epoch {len(history)}, from {checkpoint.path}{random_state.note}\n")
-        if on_epoch is not None:
-            on_epoch(history)
+    if source is not None:
+        log(f"Going on after epoch {len(history)}, from {source}{random_state.note}\n")
+    elif checkpoint is not None:
+        checkpoint.save(history)  # the start, so that a run stopped in its first epoch begins there again
+    if history and on_epoch is not None:
+        on_epoch(history)
 
     def one_epoch(epoch):
-        start, lr = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in kept.items()}
-        for loader in own_loaders:
-            loader.epoch = epoch - 1  # whatever passes were made over it before
+        start, lr = time.perf_counter(), float(optimizer.param_groups[0].get("lr", math.nan))
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        for each in with_epochs:
+            each.set_epoch(epoch - 1)  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
-            log(f"Adjusting learning rate of group {i} to {float(group['lr']):.4e}.")
+            log(f"Adjusting learning rate of group {i} to {float(group.get('lr', math.nan)):.4e}.")
         log(f"Epoch {epoch}", flush=True)
         per_batch = scheduler if scheduler_step == "batch" else None
         try:
             trained = train(network, train_loader, optimizer, per_batch, progress=progress, **options)
             optim.set_mode(optimizer, "eval")
             tested = test(network, test_loader, **options)
-            if not tested.loss < checks.EXPLODED:
-                raise FloatingPointError(f"the test loss is {'huge' if math.isfinite(tested.loss) else 'not finite'}")
-        except FloatingPointError as error:
-            for name, part in kept.items():
+            if not math.isfinite(tested.loss):
+                raise FloatingPointError("the test loss is not finite")
+        except (FloatingPointError, KeyboardInterrupt) as error:
+            for name, part in parts.items():
                 part.load_state_dict(before[name])
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
         accuracy = f"{tested.correct}/{tested.total} ({tested.accuracy:.2f}%)"
         log(f"Test set: Average loss: {tested.loss:.4f}, Accuracy: {accuracy}\n", flush=True)
@@ -316,19 +327,6 @@ def fit(
         if history.unfinished:
             log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
     return history
-
-
-def settings_of(model, optimizer, scheduler, loader, compute_dtype):
-    """Returns what identifies a run in its checkpoint, as text by name."""
-    addresses = re.compile(r" at 0x[0-9a-f]+")  # of functions in a model, another in each process
-    settings = {"model": addresses.sub("", str(model)), "optimizer": plain_lines(optimizer, *optimizer.param_groups)}
-    if scheduler is not None:
-        settings["scheduler"] = plain_lines(scheduler, getattr(scheduler, "state_dict", dict)())
-    settings["loader"] = f"{type(loader).__name__} of {len(loader)} batches"
-    if isinstance(loader, Loader):
-        settings["loader"] = str(loader)
-        settings["data"] = f"CRC-32 {zlib.crc32(loader.images.cpu().numpy()):08x}"
-    return settings | {"precision": str(compute_dtype)}
 
 
 # --------------------------------------------------------------------------- recipes and a run
@@ -365,7 +363,7 @@ class Recipe:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if hasattr(value, "item"):  # a scalar of NumPy's or torch's
+            if getattr(value, "shape", None) == ():  # a scalar of NumPy's or torch's
                 object.__setattr__(self, name, value.item())
         checks.check_choice("optimizer", self.optimizer, ["sgd", "muon"])
         checks.check_choice("schedule", self.schedule, ["step", "onecycle"])
@@ -376,6 +374,10 @@ class Recipe:
         checks.number_between("momentum", self.momentum, least=0, below=1)
         checks.number_between("weight_decay", self.weight_decay, least=0)
         checks.number_between("warmup", self.warmup, least=0, below=1)
+        checks.number_between("dropout", self.dropout, least=0, most=1)
+        checks.number_between("head_gain", self.head_gain, above=0)
+        for name in ("nesterov", "skip", "augment"):
+            checks.check_choice(name, getattr(self, name), [False, True])
 
     def __str__(self):
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
@@ -392,19 +394,10 @@ class Recipe:
 RECIPES = {
     "classic": Recipe(),
     "best": Recipe(
-        batch_size=128,
-        optimizer="muon",
-        lr=0.05,
-        momentum=0.95,
-        nesterov=True,
-        weight_decay=0.03,
-        adamw_lr=0.01,
-        schedule="onecycle",
-        dropout=0.0,
-        augment=True,
-        head_gain=1.0,
+        batch_size=128, optimizer="muon", lr=0.05, momentum=0.95, nesterov=True, weight_decay=0.03, adamw_lr=0.01,
+        schedule="onecycle", dropout=0.0, augment=True, head_gain=1.0,
     ),
-}
+}  # fmt: skip
 
 
 def get_recipe(recipe="classic", **changes):
@@ -471,12 +464,15 @@ def run(
     The model that is returned is in PyTorch's ordinary memory format, and the random generators are left as they were.
     """
     recipe = get_recipe(recipe, batch_size=batch_size, **changes)
+    if seed is None and checkpoint is not None:
+        seed = seed_in(checkpoint)
     epochs, seed, device = checks.check_epochs(epochs), check_seed(seed), get_device(device)
     dtype = choose_precision(precision, device)
     checks.check_choice("backend", backend, BACKENDS)
     with generators_preserved(device):
         seed_everything(seed)
         model = Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain).to(device)
+        check_data(data, model.C10.out_channels)
         memory_format = choose_memory_format(memory_format, model, device, dtype)
         if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
             model.to(memory_format=memory_format)

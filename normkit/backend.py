@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from normkit.checks import check_choice, device_of
+from normkit.checks import check_choice, check_model, device_of
 from normkit.fused import Fused, fuse
 
 BACKENDS = ("auto", "eager", "fused", "compile")
@@ -19,6 +19,7 @@ def choose_backend(backend, model):
     if backend is None:
         return model, ""
     check_choice("backend", backend, BACKENDS)
+    check_model(model)
     if isinstance(model, Compiled) and backend in ("auto", "compile"):
         return model, "torch.compile"
     model = plain_model(model)

@@ -2,12 +2,13 @@
 
 import io
 import itertools
+import re
 import tempfile
 from pathlib import Path
 
-from normkit.files import plain, read_state, to_bytes, write_state
+from normkit.files import read_state, to_bytes, write_state
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 
 
 class Checkpoint:
@@ -41,11 +42,7 @@ class Checkpoint:
     def check_state(self):
         """Raises TypeError where a part's state could not be read again."""
         for name, part in self.parts.items():
-            try:
-                readable = read_state(io.BytesIO(to_bytes(part.state_dict()))) is not None
-            except Exception:  # whatever pickle or torch says of an object of somebody's own
-                readable = False
-            if not readable:
+            if not is_readable(part.state_dict()):
                 raise TypeError(
                     f"the state of the {name} ({type(part).__name__}) holds more than tensors and plain values, "
                     "so no checkpoint can keep it: train without checkpoint="
@@ -56,6 +53,10 @@ class Checkpoint:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"version": VERSION, "settings": self.settings, "settings_now": self.current_settings()}
         state["history"] = list(history)
+        if not is_readable(state):
+            state = "a row of the history or the state of a part holds more than tensors and plain values"
+            print(f"NO CHECKPOINT of epoch {len(history)}: {state}. Training goes on without.", flush=True)
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self.path.exists() and read_state(self.path) is not None
@@ -64,7 +65,7 @@ class Checkpoint:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
     def restore(self):
-        """Brings every part to the state of the newest whole file, and returns its history; empty if there is none."""
+        """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None."""
         damaged = []
         for path in (self.path, self.previous):
             if not path.exists():
@@ -79,15 +80,21 @@ class Checkpoint:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.settings = state["settings"]
-            return state["history"]
+            return state["history"], path
         if damaged:
             raise ValueError(f"{' and '.join(damaged)} damaged: delete to start from the first epoch")
-        return []
+        return [], None
+
+    def names(self):
+        """Returns the names of the files that are there, in words."""
+        return " and ".join(path.name for path in (self.path, self.previous) if path.exists())
 
     def compare(self, path, state):
         """Raises ValueError with the first setting in which the file's run and this one differ."""
         if not isinstance(state, dict) or state.get("version") != VERSION:
-            raise ValueError(f"{path} is no checkpoint of this version of the kit: delete it, or name another file")
+            raise ValueError(
+                f"{path} is no checkpoint of this version of the kit: name another file, or delete {self.names()}"
+            )
         for name in self.settings | state["settings"]:
             sides = (state["settings"], state["settings_now"], self.settings)
             lines = (str(side.get(name)).splitlines() for side in sides)
@@ -95,18 +102,23 @@ class Checkpoint:
                 if saved != actual and moved == saved:
                     raise ValueError(
                         f"{path} is of another run: its {name} has {saved.strip()!r}, this one's {actual.strip()!r}. "
-                        "Name another file, or delete this one to start from the first epoch"
+                        f"Name another file, or delete {self.names()} to start from the first epoch"
                     )
 
 
-def plain_lines(part, *states):
-    """Returns the part's type and the plain values of its states, a line each."""
-    items = [item for state in states for item in plain(state).items()]
-    lines = [f"{key}: {value}" for key, value in items if is_plain(value)]
-    return "\n".join([type(part).__name__, *lines])
+def is_readable(state):
+    """Whether a state consists of tensors and plain values, so that a file of it could be read again."""
+    try:
+        return read_state(io.BytesIO(to_bytes(state))) is not None
+    except Exception:  # whatever pickle or torch says of an object of somebody's own
+        return False
 
 
-def is_plain(value):
-    if isinstance(value, list | tuple):
-        return all(is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+def seed_in(path):
+    """Returns the seed of the run that a checkpoint file keeps, or None."""
+    path = Path(path).expanduser()
+    for file in (path, path.with_name(path.name + ".previous")):
+        state = read_state(file) if file.is_file() else None
+        if state is not None and (found := re.search(r" seed=(-?\d+)", state.get("settings", {}).get("loader", ""))):
+            return int(found.group(1))
+    return None

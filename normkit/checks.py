@@ -27,11 +27,12 @@ def whole_number(name, value, least=1):
     return number
 
 
-def number_between(name, value, *, above=-math.inf, least=-math.inf, below=math.inf):
+def number_between(name, value, *, above=-math.inf, least=-math.inf, below=math.inf, most=math.inf):
     """Raises ValueError unless value is a finite number within the bounds."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not value > above or not value >= least or not value < below:
+    if not number or not value > above or not value >= least or not value < below or value > most:
         bounds = (f"above {above:g}", above), (f"of at least {least:g}", least), (f"below {below:g}", below)
+        bounds += ((f"of at most {most:g}", most),)
         said = " and ".join(text for text, bound in bounds if math.isfinite(bound))
         raise ValueError(f"{name}={value!r}: expected a number {said}")
 
@@ -56,13 +57,43 @@ def describe(value):
 
 def length_of(loader):
     """Returns a loader's number of batches."""
+    if hasattr(loader, "__next__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(f"the loader is a {type(loader).__name__}, used up after one pass: give the DataLoader itself")
     try:
         return len(loader)
     except TypeError:
-        raise TypeError(
-            f"the loader is a {type(loader).__name__} without a length: give a DataLoader, a list of batches, or a "
-            "class with __len__ and __iter__"
-        ) from None
+        dataset = getattr(loader, "dataset", None)
+        of = (
+            f" of a {type(dataset).__name__}, which has none: give it __len__"
+            if dataset is not None
+            else (": give a DataLoader, a list of batches, or a class with __len__ and __iter__")
+        )
+        raise TypeError(f"the loader is a {type(loader).__name__} without a length{of}") from None
+
+
+def check_criterion(criterion):
+    """Raises TypeError unless a criterion can be called with logits and labels."""
+    if isinstance(criterion, type) or not callable(criterion):
+        given = f"the class {criterion.__name__}" if isinstance(criterion, type) else repr(criterion)
+        raise TypeError(f"the criterion is {given}: expected a function or module, such as nn.CrossEntropyLoss()")
+
+
+def check_model(model):
+    """Raises TypeError unless a model is a torch.nn.Module."""
+    if not isinstance(model, torch.nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"the model is {given}: expected a torch.nn.Module, such as model.Net('batch')")
+
+
+def check_split(split, images, labels):
+    """Raises ValueError unless images and labels are tensors as a data set keeps them."""
+    shape = getattr(images, "shape", ())
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
+        raise ValueError(f"{split}images is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{split}labels is {describe(labels)}: expected a tensor int64 ({len(images)},), one label an image"
+        )
 
 
 def check_loss(loss, criterion, needs_grad=True):
@@ -81,7 +112,7 @@ def check_loss(loss, criterion, needs_grad=True):
 def check_batch(batch):
     """Returns the images and labels of what a loader yields."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, dict) else ""
+        keys = f" of {', '.join(str(key)[:40] for key in batch)}" if isinstance(batch, dict) else ""
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise TypeError(
             f"the loader yields a {type(batch).__name__}{keys or size}: expected a pair (images, labels); "
@@ -105,7 +136,7 @@ def check_images(images, device, dtype):
 
 def check_logits(logits, images):
     """Returns a model's output, if it is one row of logits for each image."""
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images) or logits.is_complex():
         raise TypeError(
             f"the model returns {describe(logits)}: expected logits ({len(images)}, classes). "
             "Where it has several outputs, wrap it in a module that returns the main one"
@@ -130,7 +161,8 @@ def check_labels(labels, logits, batch_id=0):
         if shares:
             sums = labels.sum(1)
             if not (low >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)):
-                raise ValueError(f"labels as shares run from {low:g} to {high:g}: each row has to add up to 1")
+                advice = "; of two classes, give the network two outputs" if classes == 1 else ""
+                raise ValueError(f"labels as shares run from {low:g} to {high:g}: each row has to add up to 1{advice}")
         elif not 0 <= low <= high < classes:
             raise ValueError(f"labels run from {low} to {high}: the network tells 0 to {classes - 1} apart")
     return labels.to(logits.device)

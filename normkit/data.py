@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normkit.checks import describe, whole_number
+from normkit.checks import check_split, whole_number
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,7 @@ class Data:
     def __post_init__(self):
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            shape = getattr(images, "shape", ())
-            if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-                raise ValueError(f"{split}_images is {describe(images)}: expected a tensor uint8 (N, 3, H, W)")
-            if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{split}_labels is {describe(labels)}: "
-                    f"expected a tensor int64 ({len(images)},), one label an image"
-                )
+            check_split(f"{split}_", images, labels)
             if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
                 raise ValueError(
                     f"{split}_labels run from {labels.min()} to {labels.max()}: "
@@ -79,3 +72,16 @@ def train_val_split(data, size=5000):
     name = f"{data.name}, {size} training images held out class by class"
     images = data.train_images
     return Data(name, data.classes, images[~held], labels[~held], images[held], labels[held])
+
+
+def check_data(data, most_classes):
+    """Raises unless data is a Data of no more classes than the network tells apart."""
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"data is a {type(data).__name__}: expected what utils.load_data returns, or a normkit.data.Data"
+        )
+    if len(data.classes) > most_classes:
+        raise ValueError(
+            f"{data.name} has {len(data.classes)} classes, and the network tells {most_classes} apart: train a network "
+            "of your own with utils.fit"
+        )

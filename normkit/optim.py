@@ -10,9 +10,10 @@ from torch.optim import lr_scheduler
 
 
 def needs_closure(optimizer):
-    """Whether step() evaluates the loss by itself, as LBFGS does."""
+    """Whether step() evaluates the loss by itself, as LBFGS does, or once more, as SAM's (first_step) does."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    required = closure is not None and closure.default is inspect.Parameter.empty
+    return required or closure is not None and hasattr(optimizer, "first_step")
 
 
 def set_mode(optimizer, mode):
@@ -22,7 +23,10 @@ def set_mode(optimizer, mode):
 
 
 def check_optimizer(optimizer, model, scheduler=None):
-    """Raises ValueError where the optimizer trains another model, or the scheduler steers another optimizer."""
+    """Raises where one of them is not what its name says, or was built for another model or optimizer."""
+    check_part("optimizer", optimizer, "param_groups", "torch.optim.SGD(model.parameters(), 0.01)")
+    if scheduler is not None:
+        check_part("scheduler", scheduler, "step", "StepLR(optimizer, 7); epochs come after it")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = [p for p in model.parameters() if p.requires_grad]
     if own and not any(id(p) in trained for p in own):
@@ -32,6 +36,13 @@ def check_optimizer(optimizer, model, scheduler=None):
     steered = getattr(scheduler, "optimizer", optimizer)
     if not any(id(p) in trained for group in steered.param_groups for p in group["params"]):
         raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
+
+
+def check_part(name, part, attribute, example):
+    """Raises TypeError unless a part is an object with that attribute, and not a class, a list or a number."""
+    if isinstance(part, type) or not hasattr(part, attribute):
+        given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        raise TypeError(f"the {name} is {given}: expected an object such as {example}")
 
 
 def is_torchs(scheduler):
@@ -57,6 +68,16 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
         if scheduler_step == "batch":
             raise ValueError("ReduceLROnPlateau waits for an epoch's metrics: choose scheduler_step='epoch'")
         return
+    needed = [
+        name
+        for name, each in (inspect.signature(scheduler.step).parameters if scheduler is not None else {}).items()
+        if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
+    if needed:
+        raise TypeError(
+            f"{type(scheduler).__name__}.step takes {', '.join(needed)}, and is called without: give it a default, or "
+            "step the schedule in on_epoch"
+        )
     if not is_torchs(scheduler):
         return
     steps = epochs * (batches if scheduler_step == "batch" else 1)

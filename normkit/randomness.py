@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import functools
 import itertools
 import operator
 import random
@@ -36,29 +37,38 @@ def seed_everything(seed):
 
 
 class RandomState:
-    """What is random about training, as state_dict and load_state_dict: the global generators, a device's, a loader's.
+    """What is random about training, as state_dict and load_state_dict.
 
-    Of a loader that is the generators in it, and the counters of samplers and data sets of somebody's own: whatever
-    plain value in them moves while training goes on. note: what of it no file can hold, in words, or "".
+    That is the state of the global generators, of a device's, and what moves in parts that are given by name, such as
+    loaders: generators, samplers with a state_dict, and counters of somebody's own, plain values that change while
+    training goes on. note: what of it no file can hold, in words, or "".
     """
 
-    def __init__(self, device=None, loader=None):
+    def __init__(self, device=None, **parts):
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
-        self.loader = loader
-        self.generators = generators_of(loader)
-        self.start, self.moved = counters_of(loader), set()
-        lost = "; ".join(lost_in(loader))
+        owners = dict(objects_of(**parts))
+        self.owners = {where: owner for where, owner in owners.items() if not isinstance(owner, torch.nn.Module)}
+        self.start, self.moved = counters_of(self.owners), set()
+        lost = "; ".join(lost_in(self.owners))
         self.note = f". Its order may differ from an uninterrupted run's: {lost}" if lost else ""
+
+    def stateful(self):
+        """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
+        for where, owner in self.owners.items():
+            if isinstance(owner, GENERATORS):
+                yield where, functools.partial(read, owner), functools.partial(write, owner)
+            elif is_stateful(owner):
+                yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
         name, keys, *rest = np.random.get_state()
         state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
         if self.device is not None:
             state["device"] = torch.get_device_module(self.device).get_rng_state()
-        counters = counters_of(self.loader)
+        counters = counters_of(self.owners)
         self.moved |= {place for place in counters if counters[place] != self.start.get(place, counters[place])}
-        state["counters"] = {f"{owner} {name}": counters[owner, name] for owner, name in self.moved}
-        return state | {f"generator {name}": read(each) for name, each in self.generators.items()}
+        state["counters"] = {" ".join(place): counters[place] for place in self.moved if place in counters}
+        return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
     def load_state_dict(self, state):
         random.setstate(state["python"])
@@ -66,14 +76,14 @@ class RandomState:
         torch.set_rng_state(state["torch"])
         if "device" in state and self.device is not None:
             torch.get_device_module(self.device).set_rng_state(state["device"])
-        for name, generator in self.generators.items():
-            if f"generator {name}" in state:
-                write(generator, state[f"generator {name}"])
-        owners, places = dict(objects_of(self.loader)), counters_of(self.loader).keys()
-        for place, value in state.get("counters", {}).items():
+        for where, _, write_state in self.stateful():
+            if f"state of {where}" in state:
+                write_state(state[f"state of {where}"])
+        counters = counters_of(self.owners)
+        for place, value in state["counters"].items():
             where, name = place.rsplit(" ", 1)
-            if (where, name) in places:
-                setattr(owners[where], name, value)
+            if (where, name) in counters:
+                setattr(self.owners[where], name, value)
                 self.moved.add((where, name))
 
 
@@ -97,13 +107,14 @@ def write(generator, state):
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
-PASSED_OVER = (torch.Tensor, np.ndarray, torch.nn.Module, type, types.ModuleType, str, bytes)
+PASSED_OVER = (torch.Tensor, np.ndarray, type, types.ModuleType, str, bytes, int, float, type(None))
+MOST = 1000  # objects looked at
 
 
-def objects_of(loader, most=1000):
-    """Yields (where, object) for a loader and whatever it holds: samplers, data sets, transforms, other loaders."""
-    waiting, seen = collections.deque([("loader", loader)]), set()
-    while waiting and len(seen) < most:
+def objects_of(**roots):
+    """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders."""
+    waiting, seen = collections.deque(roots.items()), set()
+    while waiting and len(seen) < MOST:
         where, owner = waiting.popleft()
         if id(owner) in seen or isinstance(owner, PASSED_OVER):
             continue
@@ -116,14 +127,18 @@ def objects_of(loader, most=1000):
 def parts_of(owner):
     """Yields (step, object) for what an object holds, and for the generators that its code draws from by name."""
     functions = [owner] if isinstance(owner, types.FunctionType) else []
-    if isinstance(owner, list | tuple):
+    if isinstance(owner, types.MethodType):
+        yield ".__self__", owner.__self__
+    elif isinstance(owner, functools.partial):
+        yield from ((f".{name}", getattr(owner, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(owner, list | tuple):
         yield from ((f"[{i}]", each) for i, each in enumerate(owner[:100]))
     elif isinstance(owner, dict):
-        yield from ((f"[{key!r}]", each) for key, each in itertools.islice(owner.items(), 100))
+        yield from ((f"[{key!r}]", owner[key]) for key in itertools.islice(owner, 100) if isinstance(key, str | int))
     elif functions:
-        yield from ((f".__closure__[{i}]", cell.cell_contents) for i, cell in enumerate(owner.__closure__ or ()))
-    elif hasattr(owner, "__dict__"):
-        yield from ((f".{name}", value) for name, value in vars(owner).items())
+        yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
+    else:
+        yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
         if is_somebodys(owner):
             functions = [each for each in vars(type(owner)).values() if isinstance(each, types.FunctionType)]
     for function in functions:
@@ -131,21 +146,35 @@ def parts_of(owner):
         yield from ((f" {name}", names[0][name]) for name in names[1] if isinstance(names[0].get(name), GENERATORS))
 
 
+def closed_over(function):
+    """Returns the values that a function has from around it, but for those that are not there yet."""
+    values = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of an empty cell
+            values.append(cell.cell_contents)
+    return values
+
+
+def attributes_of(owner):
+    """Returns an object's attributes by name, those in slots too."""
+    slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {name: getattr(owner, name) for name in slots if hasattr(owner, name)} | getattr(owner, "__dict__", {})
+
+
 def is_somebodys(owner):
     """Whether an object is of a class that is neither the kit's nor a library's."""
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
 
 
-def generators_of(loader):
-    """Returns the random generators that a loader and what it holds draw from, by where they are found."""
-    return {where: found for where, found in objects_of(loader) if isinstance(found, GENERATORS)}
-
-
-def counters_of(loader):
-    """Returns the plain values of the objects of somebody's own that a loader holds, by (where, name)."""
-    owners = {where: found for where, found in objects_of(loader) if hasattr(found, "__dict__") and is_somebodys(found)}
-    found = {(where, name): value for where, owner in owners.items() for name, value in vars(owner).items()}
+def counters_of(owners):
+    """Returns the plain values of the objects of somebody's own, by (where, name). owners: objects by where."""
+    owners = {where: owner for where, owner in owners.items() if is_somebodys(owner) and not is_stateful(owner)}
+    found = {(where, name): value for where, owner in owners.items() for name, value in attributes_of(owner).items()}
     return {place: copy.copy(value) for place, value in found.items() if is_plain(value)}
+
+
+def is_stateful(owner):
+    return callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None))
 
 
 def is_plain(value):
@@ -154,9 +183,9 @@ def is_plain(value):
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def lost_in(loader):
-    """Yields what a loader's order or augmentation depends on and no file can hold, in words."""
-    for where, found in objects_of(loader):
+def lost_in(owners):
+    """Yields what the order or augmentation of loaders depends on and no file can hold, in words."""
+    for where, found in owners.items():
         if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
         if isinstance(found, torch.utils.data.DataLoader) and found.persistent_workers:

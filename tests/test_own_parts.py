@@ -1,5 +1,6 @@
 """Loaders, models, optimizers and schedules of one's own in the kit's loops."""
 
+import functools
 import itertools
 import random
 from collections import namedtuple
@@ -18,7 +19,7 @@ from torchvision.transforms import v2
 import model
 import utils
 from normkit import checks
-from normkit.randomness import generators_of
+from normkit.randomness import GENERATORS, objects_of
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +75,22 @@ def test_uint8_images_are_told_how_to_be_normalised():
 
 
 def test_generators_are_found_wherever_a_loader_keeps_them(pairs):
+    def found(loader):
+        return [each for _, each in objects_of(loader=loader) if isinstance(each, GENERATORS)]
+
     own, other = torch.Generator(), np.random.default_rng(0)
     sampler = RandomSampler(pairs, generator=own)
     sampler.numpy = other
-    assert list(generators_of(DataLoader(pairs, 8, sampler=sampler)).values()) == [own, other]
+    assert found(DataLoader(pairs, 8, sampler=sampler)) == [own, other]
     batches = torch.utils.data.BatchSampler(RandomSampler(pairs, generator=own), 8, False)
-    assert list(generators_of(DataLoader(pairs, batch_sampler=batches)).values()) == [own]
+    assert found(DataLoader(pairs, batch_sampler=batches)) == [own]
+    module = nn.Identity()
+    module.rng = own
+    slots = type("Slots", (), {"__slots__": ("rng",), "collate": lambda self, samples: default_collate(samples)})()
+    slots.rng = own
+    partial = functools.partial(lambda samples, rng: default_collate(samples), rng=own)
+    for collate in (slots.collate, partial, {"a": [own]}, module, lambda samples: RNG.random() and own):
+        assert own in found(DataLoader(pairs, 8, collate_fn=collate)), collate
 
 
 class Random:
@@ -140,9 +151,9 @@ def test_what_a_loader_holds_goes_on_where_it_was(data, pairs, tmp_path, kind):
 
 
 def test_a_loader_without_a_length_and_float_images_are_told(pairs, loaders):
-    with pytest.raises(TypeError, match="a zip without a length: give a DataLoader"):
+    with pytest.raises(TypeError, match="the loader is a zip, used up after one pass: give the DataLoader itself"):
         fit(linear(), (zip(*pairs.tensors), loaders[1]))
-    with pytest.raises(ValueError, match="torch.float32.*expected uint8, 0 to 255"):
+    with pytest.raises(ValueError, match="torch.float32.*expected a tensor uint8"):
         utils.Loader(*pairs.tensors)
 
 

@@ -1,0 +1,153 @@
+"""What is no model, optimizer, scheduler, criterion, data or setting is told so before training."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import fit, linear
+from torch import nn
+from torch.utils.data import DataLoader
+
+import model
+import utils
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), 0.01)
+
+
+class Needy:
+    """A schedule whose step takes the epoch, as timm's do."""
+
+    def step(self, epoch):
+        pass
+
+
+NO_PARTS = {
+    "no optimizer": (lambda net: (net, None), "the optimizer is None: expected an object such as torch.optim.SGD"),
+    "a list": (lambda net: (net, [1]), r"the optimizer is \[1\]: expected an object"),
+    "a class": (lambda net: (net, torch.optim.SGD), "the optimizer is the class SGD: expected an object"),
+    "a scheduler's class": (lambda net: (net, sgd(net), torch.optim.lr_scheduler.StepLR), "the class StepLR"),
+    "epochs": (lambda net: (net, sgd(net), 5), "the scheduler is 5: expected .* epochs come after it"),
+    "a step with an epoch": (lambda net: (net, sgd(net), Needy()), "Needy.step takes epoch, and is called without"),
+    "no model": (lambda net: (None, sgd(net)), "the model is a NoneType: expected a torch.nn.Module"),
+    "a model's class": (lambda net: (nn.Linear, sgd(net)), "the model is the class Linear"),
+}
+
+
+@pytest.mark.parametrize("case", NO_PARTS)
+def test_what_is_no_part_is_told_before_training(loaders, case):
+    build, message = NO_PARTS[case]
+    net, optimizer, *scheduler = build(linear())
+    with pytest.raises(TypeError, match=message):
+        utils.fit(net, *loaders, optimizer, *scheduler, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss, "cross_entropy", None])
+def test_what_is_no_criterion_is_told(loaders, criterion):
+    for call in (
+        lambda: fit(linear(), loaders, criterion=criterion),
+        lambda: utils.test(linear(), loaders[1], criterion=criterion),
+    ):
+        with pytest.raises(TypeError, match="the criterion is .*: expected a function or module"):
+            call()
+
+
+def test_train_alone_checks_its_parts_too(loaders):
+    net = linear()
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        utils.train(net, loaders[0], sgd(linear(1)), progress=False)
+    optimizer = sgd(net)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau waits for an epoch's metrics"):
+        utils.train(net, loaders[0], optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), progress=False)
+
+
+def test_an_iterator_is_refused_before_it_is_used_up(loaders):
+    with pytest.raises(TypeError, match="used up after one pass: give the DataLoader itself"):
+        fit(linear(), (iter(DataLoader(loaders[0].dataset, 32)), loaders[1]), epochs=2)
+
+
+def test_complex_logits_are_told(loaders):
+    class Complex(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft(x.flatten(1)[:, :10])
+
+    with pytest.raises(TypeError, match=r"the model returns torch.complex64 \(\d+, 10\): expected logits"):
+        utils.test(Complex(), loaders[1])
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation (Foret et al. 2021), with the interface that its public versions share."""
+
+    def __init__(self, params, rho=0.05, lr=0.01):
+        super().__init__(params, {"rho": rho, "lr": lr})
+
+    def first_step(self):
+        norm = torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["at"] = p.data.clone()
+                p.data.add_(p.grad, alpha=group["rho"] / float(norm))
+
+    def step(self, closure=None):
+        assert closure is not None
+        closure = torch.enable_grad()(closure)
+        self.first_step()
+        closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.copy_(self.state[p]["at"]).sub_(p.grad, alpha=group["lr"])
+
+
+def test_sharpness_aware_minimisation_by_hand(loaders):
+    net, own = linear(), linear()
+    utils.train(net, loaders[0], SAM(net.parameters()), progress=False)
+    loaders[0].set_epoch(loaders[0].epoch - 1)  # the same batches
+    optimizer = SAM(own.parameters())
+    for images, labels in loaders[0]:
+        F.cross_entropy(own(images), labels).backward()
+
+        def closure(images=images, labels=labels):
+            optimizer.zero_grad()
+            F.cross_entropy(own(images), labels).backward()
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(net.parameters(), own.parameters()))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"data": "cifar10"}, TypeError, "data is a str: expected what utils.load_data returns"),
+        ({"norm": ["batch", "group"]}, ValueError, r"unknown norm \['batch', 'group'\]: choose one of batch"),
+        ({"dropout": "0.1"}, ValueError, "dropout='0.1': expected a number of at least 0"),
+        ({"head_gain": float("inf")}, ValueError, "head_gain=inf: expected a number above 0"),
+        ({"skip": "no"}, ValueError, "unknown skip 'no': choose False or True"),
+        ({"augment": "yes"}, ValueError, "unknown augment 'yes': choose False or True"),
+        ({"lr": np.array([0.1, 0.2])}, ValueError, "lr=array"),
+    ],
+)
+def test_what_a_run_cannot_take_is_told(data, options, error, message):
+    options = {"norm": "batch", "data": data, "epochs": 1} | options
+    with pytest.raises(error, match=message):
+        utils.run(**options, progress=False)
+
+
+def test_more_classes_than_the_network_has_are_told(data):
+    many = dataclasses.replace(data, name="CIFAR-100", classes=tuple(map(str, range(100))))
+    with pytest.raises(ValueError, match="CIFAR-100 has 100 classes, and the network tells 10 apart: train a network"):
+        utils.run("batch", many, 1, progress=False)
+
+
+def test_a_network_in_another_default_dtype(data):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        net = model.Net("group")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    flat = net.C4.conv.weight.float().flatten(1)
+    assert torch.allclose(flat @ flat.T, torch.eye(32) / 3, atol=0.01)

@@ -1,0 +1,322 @@
+"""The same call goes on exactly, whatever its parts are made of; another call is told apart."""
+
+import dataclasses
+import datetime
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import fit, linear, run, same
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from normkit.files import read_state
+from normkit.identity import mark_of
+
+
+@pytest.fixture(scope="module")
+def pairs(loaders):
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
+
+
+# ------------------------------------------------------------- what identifies a run: its settings
+
+
+def changed_data(data, **changes):
+    return dataclasses.replace(data, **{name: change(getattr(data, name).clone()) for name, change in changes.items()})
+
+
+RUNS = {
+    "head_gain": lambda data: {"head_gain": 1.0},
+    "training labels": lambda data: {"data": changed_data(data, train_labels=lambda labels: labels.roll(1))},
+    "test images": lambda data: {"data": changed_data(data, test_images=lambda images: 255 - images)},
+    "test labels": lambda data: {"data": changed_data(data, test_labels=lambda labels: labels.roll(1))},
+}
+
+
+@pytest.mark.parametrize("changed", RUNS)
+def test_a_changed_run_is_told_apart(data, tmp_path, changed):
+    run(data, tmp_path / "c", 1)
+    with pytest.raises(ValueError, match="is of another run"):
+        run(**({"data": data, "checkpoint": tmp_path / "c", "epochs": 2} | RUNS[changed](data)))
+
+
+def test_a_changed_warmup_is_told_apart(data, tmp_path):
+    run(data, tmp_path / "c", 2, recipe="best")
+    with pytest.raises(ValueError, match="is of another run: its scheduler"):
+        run(data, tmp_path / "c", 2, recipe="best", warmup=0.7)
+
+
+FITS = {
+    "criterion": lambda pairs: {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)},
+    "weights of the criterion": lambda pairs: {"criterion": nn.CrossEntropyLoss(torch.arange(10.0))},
+    "scheduler_step": lambda pairs: {"scheduler_step": "batch"},
+    "tensor as a rate": lambda pairs: {"lr": torch.tensor(0.02)},
+    "fold": lambda pairs: {"train": Subset(pairs, range(50, 100)), "test": Subset(pairs, range(50))},
+    "data set": lambda pairs: {"train": TensorDataset(pairs.tensors[0].flip(0), pairs.tensors[1])},
+}
+
+
+@pytest.mark.parametrize("changed", FITS)
+def test_a_changed_fit_is_told_apart(pairs, tmp_path, changed):
+    def fit_with(train=None, test=None, lr=None, **options):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), torch.tensor(0.01) if lr is None else lr)
+        parts = (
+            DataLoader(train or Subset(pairs, list(range(50))), 25),
+            DataLoader(test or Subset(pairs, list(range(50, 100))), 50),
+        )
+        options = {"criterion": nn.CrossEntropyLoss(), "checkpoint": tmp_path / "c"} | options
+        return fit(net, parts, optimizer, StepLR(optimizer, 3), 2, **options)
+
+    first = fit_with()
+    assert same(fit_with(), first)
+    changes = FITS[changed](pairs)
+    changes = {
+        name: Subset(pairs, list(value.indices)) if isinstance(value, Subset) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match="is of another run"):
+        fit_with(**changes)
+
+
+# ------------------------------------------------------------------------- it goes on where it was
+
+
+@pytest.mark.parametrize("schedule", ["none", "epoch", "batch"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_stopped_in_an_epoch_the_same_call_with_the_same_objects_goes_on(pairs, tmp_path, epoch, schedule):
+    """The stop button in mid-epoch, then the same cell; the first epoch begins anew from where the first call began."""
+
+    class Stopping(DataLoader):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for number, batch in enumerate(super().__iter__()):
+                if self.passes == epoch and number == 2:
+                    raise KeyboardInterrupt
+                yield batch
+
+    def parts(kind):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Dropout(0.3), linear())
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
+        scheduler = {"none": None, "epoch": StepLR(optimizer, 1), "batch": OneCycleLR(optimizer, 0.02, total_steps=12)}
+        options = {"scheduler_step": "batch" if schedule == "batch" else "epoch", "epochs": 3}
+        loader = kind(pairs, 32, shuffle=True, generator=torch.Generator().manual_seed(1))
+        return (net, (loader, DataLoader(pairs, 64)), optimizer, scheduler[schedule]), options
+
+    args, options = parts(DataLoader)
+    whole = fit(*args, **options)
+    args, options = parts(Stopping)
+    before = {name: value.clone() for name, value in args[0].state_dict().items()}
+    stopped = fit(*args, **options, checkpoint=tmp_path / "c")
+    assert stopped.unfinished == epoch and len(stopped) == epoch - 1
+    assert epoch > 1 or same(args[0].state_dict(), before)  # the weights are those of the history
+    resumed = fit(*args, **options, checkpoint=tmp_path / "c")
+    assert same(list(resumed), list(whole))
+
+
+class Counted:
+    """A schedule of somebody's own, without state_dict."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.epoch = optimizer, 0
+
+    def step(self):
+        self.epoch += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + self.epoch)
+
+
+class Wrapped:
+    """An optimizer of somebody's own, without state_dict, around one of torch's."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self):
+        self.optimizer.step()
+
+
+class Stateful(torch.utils.data.Sampler):
+    """A sampler with a state_dict, as torchdata's have."""
+
+    def __init__(self, size):
+        self.size, self.__dict__["hidden"] = size, {"drawn": np.int64(0)}
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        self.hidden["drawn"] += 1
+        return iter(np.random.default_rng(int(self.hidden["drawn"])).permutation(self.size).tolist())
+
+    def state_dict(self):
+        return {"drawn": int(self.hidden["drawn"])}
+
+    def load_state_dict(self, state):
+        self.hidden["drawn"] = np.int64(state["drawn"])
+
+
+class Temperature(nn.Module):
+    """A criterion that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits, labels):
+        return nn.functional.cross_entropy(self.scale * logits, labels)
+
+
+@pytest.mark.parametrize("own", ["scheduler", "optimizer", "sampler", "criterion", "epochs of a sampler"])
+def test_parts_of_somebodys_own_go_on(pairs, tmp_path, own):
+    def fit_for(epochs, **options):
+        net, criterion = linear(), Temperature() if own == "criterion" else nn.CrossEntropyLoss()
+        optimizer = torch.optim.SGD([*net.parameters(), *criterion.parameters()], 0.1, 0.9)
+        scheduler = Counted(optimizer) if own == "scheduler" else None
+        optimizer = Wrapped(optimizer) if own == "optimizer" else optimizer
+        sampler = Stateful(len(pairs)) if own == "sampler" else None
+        if own == "epochs of a sampler":
+            sampler = torch.utils.data.DistributedSampler(pairs, num_replicas=1, rank=0)
+        loader = DataLoader(pairs, 32, sampler=sampler)
+        fit(net, (loader, DataLoader(pairs, 64)), optimizer, scheduler, epochs, criterion=criterion, **options)
+        return net.state_dict() | criterion.state_dict()
+
+    whole, _, resumed = fit_for(3), fit_for(2, checkpoint=tmp_path / "c"), fit_for(3, checkpoint=tmp_path / "c")
+    assert same(whole, resumed)
+
+
+def test_a_distributed_sampler_shuffles_each_epoch_anew(pairs):
+    orders = []
+
+    class Indices(Dataset):
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, i):
+            orders.append(i)
+            return pairs[i]
+
+    sampler = torch.utils.data.DistributedSampler(Indices(), num_replicas=1, rank=0)
+    fit(linear(), (DataLoader(Indices(), 32, sampler=sampler), DataLoader(pairs, 64)), epochs=2)
+    first, second = orders[: len(pairs)], orders[len(pairs) :]
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_an_explosion_sets_a_schedule_with_a_function_back_too(pairs):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    scheduler = LambdaLR(optimizer, lambda step: 1e-3 if step < 6 else 1e30)
+    with pytest.raises(FloatingPointError, match="epoch 2"):
+        fit(net, (DataLoader(pairs, 32), DataLoader(pairs, 64)), optimizer, scheduler, 3, scheduler_step="batch")
+    assert scheduler.last_epoch == 4 and optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_seed_that_was_drawn_goes_on_too(data, tmp_path):
+    options = {"seed": None, "checkpoint": tmp_path / "c"}
+    first, whole = run(data, **options, epochs=1), run(data, **options, epochs=2)
+    assert first.seed == whole.seed and whole.history[0] == first.history[0]
+    assert run(data, epochs=2, seed=whole.seed).history[1]["train_loss"] == whole.history[1]["train_loss"]
+
+
+# -------------------------------------------------------------------------------- nothing is lost
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2026, 1, 1), object(), lambda: 1])
+def test_a_row_that_no_file_can_hold_costs_the_checkpoint_and_not_the_run(data, tmp_path, capsys, value):
+    def add(history):
+        if len(history) == 2:
+            history[-1]["mine"] = value
+
+    file = tmp_path / "c"
+    done = run(data, file, 4, on_epoch=add)
+    assert len(done.history) == 4 and "NO CHECKPOINT of epoch 3: a row of the history" in capsys.readouterr().out
+    assert len(read_state(file)["history"]) == 2
+
+
+def test_what_is_to_be_deleted_to_start_again_is_named(data, tmp_path, capsys):
+    run(data, tmp_path / "c", 2)
+    with pytest.raises(ValueError, match="or delete c and c.previous to start from the first epoch"):
+        run(data, tmp_path / "c", 3, lr=0.5)
+    (tmp_path / "c").unlink()
+    run(data, tmp_path / "c", 2, progress=True)
+    assert re.search(r"Going on after epoch 1, from .*c\.previous\n", capsys.readouterr().out)
+
+
+# --------------------------------------------------------------------- marks of code and of objects
+
+SCALE = 1.0
+
+
+def reads_a_global(channels, num_groups):
+    return nn.BatchNorm2d(channels, eps=SCALE)
+
+
+def class_with(eps):
+    class Norm(nn.Module):
+        def __init__(self, channels, num_groups=None):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(channels, eps=1e-3) if eps else nn.Identity()
+
+        def forward(self, x):
+            return self.norm(x) if eps else x
+
+    return Norm
+
+
+def twice(eps):
+    class Norm(nn.Module):
+        def forward(self, x):
+            return x * 2.0
+
+    class Other(nn.Module):
+        def forward(self, x):
+            return x * 3.0
+
+    chosen = Norm if eps else Other
+    return chosen, lambda channels, num_groups: chosen()
+
+
+def test_what_was_changed_behind_a_builder_changes_its_mark(monkeypatch):
+    before = mark_of(reads_a_global)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert mark_of(reads_a_global) != before
+    assert mark_of(class_with(0)) != mark_of(class_with(1))
+    assert all(mark_of(a) != mark_of(b) for a, b in zip(twice(0), twice(1)))
+    assert all(mark_of(a) == mark_of(b) for a, b in zip(twice(1), twice(1)))
+
+    def keyword_only(eps):
+        def build(channels, num_groups, *, eps=eps):
+            return nn.BatchNorm2d(channels, eps)
+
+        return build
+
+    assert mark_of(keyword_only(1e-3)) == mark_of(keyword_only(1e-3)) != mark_of(keyword_only(1e-5))
+
+    def recursive(channels, num_groups):
+        return recursive(channels, num_groups - 1) if num_groups else nn.Identity()
+
+    assert mark_of(recursive) == mark_of(recursive)
+
+
+def test_marks_are_the_same_in_every_process():
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import torch
+from normkit.identity import mark_of
+from test_resume import reads_a_global, twice
+print(mark_of(reads_a_global), mark_of(twice(1)[1]), mark_of(torch.nn.CrossEntropyLoss(torch.arange(3.0))))
+print(mark_of(lambda x: x in {{"a", "b", "c", "d"}}))
+"""
+    said = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout for _ in range(3)}
+    assert len(said) == 1 and len(set(said.pop().split())) == 4
