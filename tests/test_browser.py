@@ -12,6 +12,8 @@ import nbformat
 import pytest
 import requests
 
+from model import NORMS
+
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -117,4 +119,4 @@ def test_all_cells_run_in_a_browser(application, theme, address, folder):
     assert "widgets" not in saved.metadata
 
 
-PICTURES = 21  # that the notebook shows
+PICTURES = 18 + len(NORMS)  # that the notebook shows

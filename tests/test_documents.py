@@ -1,0 +1,100 @@
+"""What README and notebook say in figures, held against the measured rows."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from normkit.tables import compare_norms, last_epochs, seeds_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = nbformat.read(ROOT / "S8.ipynb", as_version=4)
+
+
+def rows_of(name):
+    return pd.read_csv(ROOT / "results" / f"{name}.csv", keep_default_na=False, na_values=[""])
+
+
+def table_in(text, heading):
+    """The cells of the first table under a line that starts with heading, without its two head lines."""
+    lines = text[text.index(heading) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next((i for i, line in enumerate(lines) if i > start and not line.startswith("|")), len(lines))
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[start + 2 : end]]
+
+
+def text_between(start, end):
+    """The notebook's text from one heading to the next."""
+    text = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+    return text[text.index(start) : text.index(end)]
+
+
+# -------------------------------------------------------------------------------------- README.md
+
+
+def test_the_table_of_results():
+    histories, seeds = rows_of("histories"), seeds_table(rows_of("seeds"))
+    for line, norm in zip(table_in(README, "| variant"), ("batch", "group", "layer"), strict=True):
+        last = histories[histories["norm"] == norm].iloc[-1]
+        expected = [f"{last['train_acc']:.2f} %", f"{last['test_acc']:.2f} %", "48,178"]
+        expected += [f"{seeds.loc[(recipe, norm), 'test accuracy %']} %" for recipe in ("classic", "best")]
+        assert line[0].startswith(norm) and line[1:] == expected
+    assert last["epoch"] == 20 and set(rows_of("seeds")["seed"]) == set(range(5))
+
+
+def test_the_sample_of_the_log_is_of_the_measured_run():
+    first = rows_of("histories").iloc[0]
+    log = README[README.index("Adjusting learning rate") :]
+    loss, correct, accuracy = re.search(r"Average loss: ([\d.]+), Accuracy: (\d+)/10000 \(([\d.]+)%\)", log).groups()
+    assert float(loss) == pytest.approx(first["test_loss"], abs=1e-4)
+    assert float(accuracy) == int(correct) / 100 == pytest.approx(first["test_acc"])
+    assert float(re.search(r"Accuracy=([\d.]+):", log).group(1)) == pytest.approx(first["train_acc"], abs=0.01)
+    minutes, seconds = re.search(r"782/782 \[(\d+):(\d+)<", log).groups()
+    assert 60 * int(minutes) + int(seconds) <= first["seconds"]
+
+
+def test_how_long_it_takes():
+    low, high = map(int, re.search(r"An epoch takes (\d+) to (\d+) seconds", README).groups())
+    assert low <= rows_of("histories")["seconds"].median() <= high
+
+
+def test_the_readme_is_short_and_its_first_command_near():
+    assert len(README.split()) <= 900
+    assert README.splitlines().index("```sh") < 25
+
+
+# ------------------------------------------------------------------------------ results/README.md
+
+
+def test_the_differences_between_norms():
+    found = compare_norms(rows_of("seeds"))
+    for difference, *cells in table_in(RESULTS, "Differences in test accuracy"):
+        for recipe, cell in zip(("classic", "best"), cells, strict=True):
+            row = found.loc[(recipe, difference)]
+            assert cell == f"{row['points']} ({row['95 % interval']})".replace("-0.00", "+0.00"), difference
+
+
+def test_the_precisions():
+    table = rows_of("precision")
+    for norm, *cells in table_in(RESULTS, "Classic recipe, test accuracy after 20 epochs"):
+        each = table[table["norm"] == norm]
+        means = [f"{each[name].mean():.2f} ± {each[name].std():.2f}" for name in ("bfloat16", "float32")]
+        assert cells == [*means, f"{each['difference'].mean():+.2f} ± {each['difference'].std():.2f}"]
+
+
+def test_the_trials_are_in_their_file():
+    """Every accuracy with two decimals, and every loss with three, but for the two trials that no setting makes."""
+    last = last_epochs(rows_of("trials"))
+    accuracies = {f"{value:.2f}" for value in last["test_acc"]}
+    losses = {f"{value:.3f}" for value in last["test_loss"]}
+    text = RESULTS[RESULTS.index("## The trials") : RESULTS.index("The last is as accurate")]
+    tables = [line for line in text.splitlines() if line.startswith("|") and "no setting" not in line]
+    tables = [line for line in tables if "nor is this" not in line]
+    cells = " ".join(" ".join(line.split("|")[2:]) for line in tables)
+    said = re.findall(r"\b(\d\d\.\d\d)\b", cells)
+    assert len(said) > 30 and set(said) <= accuracies
+    assert set(re.findall(r"\b(0\.\d{3})\b", cells)) <= losses
