@@ -14,6 +14,8 @@ device       device, precision, memory format, and the self-check of norms
 backend      what computes a network: its modules, the fused kernel, or torch.compile
 fused        fuse(): the kernel for CPUs; see fused/README.md
 environment  check_setup: what the kit runs on, and what is missing
+engine       compute: many tasks on whatever joblib is set to, a dask cluster too
+rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
 style        colours and style of all pictures

@@ -1,27 +1,30 @@
 """Many runs into one file."""
 
+import contextlib
 import functools
 import itertools
-import os
 import re
 import sys
+import tempfile
+import threading
 import types
 import zlib
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
-from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 from model import NORMS, Net
 from normkit.backend import choose_backend
 from normkit.device import choose_precision, get_device
+from normkit.engine import compute
+from normkit.rows import add_rows, find_done, read_rows
 from utils import get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what: they are no part of its key.
 HOW = {"device", "precision", "memory_format", "backend", "progress", "checkpoint", "on_epoch", "self_check"}
+ONE_AT_A_TIME = threading.RLock()  # an engine may have several threads a process, which share torch's generators
 
 
 def grid(**choices):
@@ -75,7 +78,9 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
 
     runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. Stopped at
     any moment, the same call goes on after the last whole epoch. A run that fails costs no other, and is told at the
-    end. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    end; so is one that kills its process, where that is not this one. processes: runs at a time. More than one have
+    one thread each, which gets more done on a CPU. Inside joblib.parallel_config(backend="dask"), or another engine of
+    joblib's, the runs go there instead; a machine that cannot write into the file's folder keeps no checkpoints.
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
     """
@@ -88,24 +93,24 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
             planned[run_key(keywords, data_line)] = keywords
         except (KeyError, TypeError, ValueError) as error:
             asked = " ".join(f"{name}={value}" for name, value in keywords.items())
-            failures.append(f"{asked}: {type(error).__name__}: {error}")
-    done = {row["settings"] for row in read_rows(file)}
+            failures.append(f"{asked}: {describe_error(error)}")
+    done = find_done(file, {key: keywords.get("epochs", 20) for key, keywords in planned.items()})
     todo = {key: keywords for key, keywords in planned.items() if key not in done}
     checkpoints = file.with_name(file.name + ".unfinished")
     paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
     norms = dict(NORMS)  # worker processes do not know what a notebook has added
-    jobs = (delayed(run_one)(key, keywords, data, paths[key], norms, keep_diverged) for key, keywords in todo.items())
-    threads = {"inner_max_num_threads": 1} if processes > 1 else {}
+    tasks = {key: (key, todo[key], turn, paths[key], norms, keep_diverged) for turn, key in enumerate(todo)}
     with (
-        parallel_config("loky", n_jobs=processes, **threads),
-        tqdm(total=len(planned), initial=len(planned) - len(todo), desc=file.stem, unit="run", file=sys.stdout) as bar,
+        tqdm(total=len(planned), initial=len(done), desc=file.stem, unit="run", file=sys.stdout) as bar,
+        contextlib.closing(compute(run_one, tasks, data, processes)) as outcomes,
     ):
-        for key, rows, failure in Parallel(return_as="generator_unordered")(jobs):
+        for key, outcome, error in outcomes:
+            rows, failure = outcome or (None, describe_error(error))
             if failure:
                 failures.append(f"{key}: {failure}")
-                continue
-            add_rows(file, rows)
-            remove_checkpoint(paths[key])
+            else:
+                add_rows(file, rows)
+                remove_checkpoint(paths[key])
             bar.update()
     if failures:
         raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
@@ -114,27 +119,9 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     return pd.DataFrame(sorted(chosen, key=lambda row: order[row["settings"]]))  # as asked, epochs in their order
 
 
-def read_rows(file):
-    """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None."""
-    if not file.exists():
-        return []
-    try:
-        table = pd.read_csv(file, keep_default_na=False, na_values=[""])
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-        raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
-    if not {"settings", "epoch"} <= set(table):
-        raise ValueError(
-            f"{file} is no study's file: it has the columns {', '.join(map(str, table))}. Name another file"
-        )
-    return table.to_dict("records")
-
-
-def add_rows(file, rows):
-    """Adds rows to a study's file, which another process may be writing to as well."""
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        written = file.with_name(file.name + ".writing")
-        pd.DataFrame(read_rows(file) + rows).to_csv(written, index=False)
-        os.replace(written, file)
+def describe_error(error):
+    """Returns an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def remove_checkpoint(path):
@@ -147,8 +134,8 @@ def remove_checkpoint(path):
         pass  # others are unfinished
 
 
-def run_one(key, keywords, data, checkpoint, norms, keep_diverged):
-    """Returns the key, and the rows of that run or the error that ended it as text."""
+def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
+    """Returns the rows of a run and None, or None and the error that ended it as text."""
     NORMS.update(norms)
     finished = []
 
@@ -157,30 +144,44 @@ def run_one(key, keywords, data, checkpoint, norms, keep_diverged):
         if keywords.get("on_epoch") is not None:
             keywords["on_epoch"](history)
 
-    options = {"progress": False, "checkpoint": checkpoint, "on_epoch": follow}
+    device = keywords.get("device")
+    if device is None and torch.cuda.device_count() > 1:
+        device = f"cuda:{turn % torch.cuda.device_count()}"
+    options = {"device": device, "progress": False, "on_epoch": follow}
+    options["checkpoint"] = checkpoint if can_write(checkpoint.parent.parent) else None
+    with ONE_AT_A_TIME:
+        try:
+            result = run(data=data, **(keywords | options))
+            if result.history.unfinished:
+                raise KeyboardInterrupt
+            measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
+            measured = [row | {"epoch": int(row["epoch"])} for row in measured]
+        except FloatingPointError as error:
+            if not keep_diverged:
+                return None, describe_error(error)
+            measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
+        except Exception as error:
+            return None, describe_error(error)
+        about = describe_run(keywords, data, device)
+    return [about | row | {"settings": key} for row in measured], None
+
+
+def can_write(folder):
+    """Returns whether this machine can write into the folder, which may be another's."""
     try:
-        result = run(data=data, **(keywords | options))
-        if result.history.unfinished:
-            raise KeyboardInterrupt
-        measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
-        measured = [row | {"epoch": int(row["epoch"])} for row in measured]
-    except FloatingPointError as error:
-        if not keep_diverged:
-            return key, None, f"{type(error).__name__}: {error}"
-        measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
-    except Exception as error:
-        return key, None, f"{type(error).__name__}: {error}"
-    about = describe_run(keywords, data)
-    return key, [about | row | {"settings": key} for row in measured], None
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
-def describe_run(keywords, data):
+def describe_run(keywords, data, device):
     """Returns the columns that the rows of a run have in common: what was asked, on what data and machine."""
     names = [name for name in keywords if name not in HOW | {"norm", "recipe", "epochs", "seed"}]
     recipe = get_recipe(keywords.get("recipe", "classic"), **{name: keywords[name] for name in names})
     asked = {"data": data.name, "recipe": "classic", "epochs": 20, "seed": 0}
     asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr} | keywords
-    device = get_device(keywords.get("device"))
+    device = get_device(device)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
     model = Net(keywords["norm"], recipe.num_groups).to(device)
     backend = choose_backend(keywords.get("backend", "auto"), model)[1].split(":")[0]

@@ -1,14 +1,25 @@
+import functools
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from joblib import parallel_config
+from joblib.externals.loky.backend import queues
+from joblib.parallel import ThreadingBackend
 
 import model
 import utils
+from normkit import study
 from normkit.data import train_val_split
 from normkit.study import grid, run_many
+from normkit.synthetic import make_synthetic
 from normkit.tables import trials_table
 
 FEW = {"epochs": 2, "batch_size": 50}
@@ -194,3 +205,186 @@ print([code_of(name) for name in "abc"])
 """
     said = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout for _ in range(2)}
     assert len(said) == 1 and len(set(eval(said.pop()))) == 3
+
+
+# ----------------------------------------------------------------------------- engines
+
+ONE = {"norm": "layer", "epochs": 1, "batch_size": 50}
+
+
+class WithoutGenerators(ThreadingBackend):
+    """Has all results of a call at once, as Ray's and multiprocessing's."""
+
+    supports_return_generator = False
+
+
+@pytest.mark.parametrize("engine", ["loky", "threading", WithoutGenerators()])
+def test_the_callers_engine_computes_the_same(small, tmp_path, engine):
+    runs = [FEW | {"norm": "layer", "seed": seed, "augment": True, "dropout": 0.2} for seed in range(3)]
+    expected = run_many(runs, small, tmp_path / "one by one.csv")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    runs = [
+        run | {"on_epoch": lambda history: (seen / f"{os.getpid()} {threading.get_ident()}").touch()} for run in runs
+    ]
+    with parallel_config(engine, n_jobs=2):
+        rows = run_many(runs, small, tmp_path / "study.csv")
+    processes, threads = zip(*(path.name.split() for path in seen.iterdir()))
+    assert (str(os.getpid()) in processes) == (engine != "loky")
+    assert str(threading.get_ident()) not in threads or engine == "loky"
+    assert rows["train_loss"].tolist() == pytest.approx(expected["train_loss"].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("mapped", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_data_is_not_sent_with_each_task(tmp_path, monkeypatch, mapped):
+    data, sizes = make_synthetic(train_size=600, test_size=20), []
+
+    def measure(*args, **options):
+        sizes.append(len(content := dumps(*args, **options)))
+        return content
+
+    dumps = queues.dumps
+    monkeypatch.setattr(queues, "dumps", measure)
+    with parallel_config("loky", n_jobs=2, **({} if mapped else {"max_nbytes": None})):
+        run_many([ONE | {"seed": seed} for seed in range(4)], data, tmp_path / "study.csv")
+    assert len(sizes) >= 4
+    assert (max(sizes) < 50_000) == mapped  # of 1,843,200
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(marker, _):
+    """Kills the process that comes first."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    die()
+
+
+def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
+    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(5)]
+    runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")
+    runs[3]["on_epoch"] = die
+    with pytest.raises(RuntimeError) as told:
+        run_many(runs, small, tmp_path / "study.csv", processes=2)
+    first, line = str(told.value).splitlines()
+    assert " seed=3 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
+    rows = pd.read_csv(tmp_path / "study.csv")
+    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1, 2, 4) for epoch in (1, 2)]
+    assert "5/5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_sent_costs_no_other(small, tmp_path):
+    runs = [ONE | {"seed": seed} for seed in range(3)]
+    runs[1]["on_epoch"] = functools.partial(print, threading.Lock())
+    with pytest.raises(RuntimeError, match="seed=1 .*ickl"):
+        run_many(runs, small, tmp_path / "study.csv", processes=2)
+    assert sorted(pd.read_csv(tmp_path / "study.csv")["seed"]) == [0, 2]
+
+
+def test_runs_take_turns_over_the_gpus(small, tmp_path, monkeypatch):
+    devices = []
+
+    def run(data, device, **_):
+        devices.append(device)
+        raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(study, "run", run)
+    runs = [ONE | {"seed": seed} for seed in range(4)] + [ONE | {"seed": 4, "device": "cpu"}]
+    with pytest.raises(RuntimeError, match="these failed"):
+        run_many(runs, small, tmp_path / "study.csv")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="these failed"):
+        run_many(runs[:1], small, tmp_path / "study.csv")
+    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0", "cpu", None]
+
+
+def test_where_the_studys_folder_cannot_be_seen_a_run_has_no_checkpoint(small, tmp_path):
+    checkpoint = tmp_path / "of another machine" / "study.csv.unfinished" / "run"
+    rows, failure = study.run_one(small, "key", ONE, 0, checkpoint, {}, False)
+    assert len(rows) == 1 and failure is None and not list(tmp_path.iterdir())
+
+
+def test_progress_counts_runs_that_fail_and_tells_the_time_left(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "tqdm", functools.partial(study.tqdm, mininterval=0, miniters=1))
+    run_many(ONE | {"seed": 3}, small, tmp_path / "study.csv")
+    capsys.readouterr()
+    runs = [ONE | {"seed": seed} for seed in range(4)]
+    with pytest.raises(RuntimeError, match="these failed"):
+        run_many([runs[3], runs[0] | {"momentum": 0.99, "lr": 1e30}, *runs[1:3]], small, tmp_path / "study.csv")
+    told = capsys.readouterr().out
+    assert list(dict.fromkeys(re.findall(r"study: .*?(\d/4) ", told))) == ["1/4", "2/4", "3/4", "4/4"]
+    assert re.search(r"3/4 \[\d\d:\d\d<\d\d:\d\d", told)
+
+
+# ----------------------------------------------------------------------------- damaged files
+
+
+DAMAGE = {
+    "cut off in mid-row": (5, lambda line: line[:30], "[0-9]+ cells in place of"),
+    "cut off in its last cell": (5, lambda line: line[:-9], "unexpected end"),
+    "cut off before its end of line": (5, lambda line: line[:-1], "cut off"),
+    "a cell too few": (3, lambda line: line.replace(",layer,", ","), "[0-9]+ cells in place of"),
+    "a cell too many": (3, lambda line: "x," + line, "[0-9]+ cells in place of"),
+    "no number": (3, lambda line: line.replace(",0.01,", ",0.0\x001,"), ".*NUL|.*float"),
+    "an open quote": (4, lambda line: '"' + line, "',' expected"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_row_is_named_and_kept_and_once_it_is_deleted_its_run_is_done_anew(small, tmp_path, damage):
+    file, (number, change, message) = tmp_path / "study.csv", DAMAGE[damage]
+    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(2)]
+    whole = run_many(runs, small, file)
+    lines = file.read_text().splitlines(keepends=True)
+    content = "".join([*lines[: number - 1], change(lines[number - 1]), *lines[number:]])
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"study.csv cannot be read.*line {number}: ({message}).*delete the line"):
+        run_many([*runs, ONE], small, file)
+    assert file.read_text() == content != "".join(lines)
+    file.write_text("".join([*lines[: number - 1], *lines[number:]]))
+    mended = run_many(runs, small, file)
+    pd.testing.assert_frame_equal(mended.drop(columns="seconds"), whole.drop(columns="seconds"), rtol=1e-4)
+    assert len(file.read_text().splitlines()) == 5
+
+
+def test_a_run_with_gaps_or_twice_in_the_file_is_told_and_done_anew(small, tmp_path, capsys):
+    file = tmp_path / "study.csv"
+    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(3)]
+    whole = run_many(runs, small, file)
+    header, *rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([header, *rows[1:], *rows[2:4]]))  # without the first row, and with the second run twice
+    capsys.readouterr()
+    mended = run_many(runs[:2], small, file)
+    assert "2 of the runs lack epochs, or have them twice" in capsys.readouterr().out
+    expected = whole[whole["seed"] < 2].drop(columns="seconds")
+    pd.testing.assert_frame_equal(mended.drop(columns="seconds"), expected, rtol=1e-4)
+    assert len(pd.read_csv(file)) == 6 and rows[5] in file.read_text()
+
+
+def test_a_diverged_run_is_whole(small, tmp_path, capsys):
+    run = FEW | {"norm": "layer", "momentum": 0.99, "lr": 1e30}
+    first = run_many(run, small, tmp_path / "study.csv", keep_diverged=True)
+    again = run_many(run, small, tmp_path / "study.csv", keep_diverged=True)
+    assert len(first) == 1 and "lack" not in capsys.readouterr().out
+    pd.testing.assert_frame_equal(first, again)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_the_study_and_what_is_finished_is_kept(small, tmp_path, processes):
+    file = tmp_path / "study.csv"
+    runs = [ONE | {"seed": seed} for seed in range(3)]
+    run_many(runs[:1], small, file)
+    content = file.read_text()
+    (tmp_path / "study.csv.writing").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="study.csv cannot be written: .*No space.*holds the runs finished before"):
+        run_many(runs, small, file, processes)
+    assert file.read_text() == content
+    rows = run_many(runs, small, file)
+    assert rows["seed"].tolist() == [0, 1, 2] and names(tmp_path) == ["study.csv"]

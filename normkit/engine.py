@@ -1,0 +1,91 @@
+"""Many tasks on whatever engine joblib is set to: processes of this machine, a dask cluster, Ray."""
+
+import contextlib
+import pickle
+import queue
+import warnings
+
+import numpy as np
+from joblib import Parallel, delayed, effective_n_jobs, parallel_config
+from joblib.parallel import get_active_backend
+
+
+def compute(function, tasks, data, processes=1):
+    """Yields (key, result, error) of each task as it ends: the result of function(data, *arguments), or the error.
+
+    tasks: a dict from a key to arguments. processes: as many of this machine, unless joblib.parallel_config names
+    another engine. data goes to each worker once, and not with each task; but for Ray's, which knows no other way.
+    A task whose process dies may take others with it. All that is lost is tried again in two halves, and so on, so
+    that a task that kills its process is in the end alone: it alone has an error.
+    """
+    left = dict(tasks)
+    backend, _ = get_active_backend()
+    try:
+        results = on_dask(backend, function, tasks, data) if hasattr(backend, "client") else None
+        for key, result in results or on_joblib(backend, function, tasks, data, processes):
+            del left[key]
+            yield key, result, None
+    except Exception as error:  # of the engine: a worker that died, a task that cannot be sent
+        if len(tasks) == 1:
+            yield from ((key, None, error) for key in left)
+            return
+    keys = list(left)
+    for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+        if half:
+            yield from compute(function, {key: tasks[key] for key in half}, data, processes)
+
+
+def on_dask(backend, function, tasks, data):
+    """Yields (key, result) of each task on the cluster of a dask.distributed client; then raises, if any was lost.
+
+    joblib's own way waits for ever where a task has killed its workers, computes in this process where the cluster has
+    one worker, and loses the data with the one worker that it was sent to.
+    """
+    client = backend.client
+    with warnings.catch_warnings():  # as a task, rather than scattered, the data can be had again when a worker dies
+        warnings.filterwarnings("ignore", "Sending large graph")
+        data = client.submit(pickle.loads, pickle.dumps(data), pure=False)
+    waiting, ended, lost = set(), queue.SimpleQueue(), None
+    try:
+        for key, arguments in tasks.items():
+            future = client.submit(call, key, function, data, arguments, pure=False, **backend.submit_kwargs)
+            waiting.add(future)
+            future.add_done_callback(ended.put)
+        while waiting:
+            future = ended.get()
+            waiting.remove(future)
+            try:
+                result = future.result()
+            except Exception as error:
+                lost = error
+            else:
+                future.release()  # or it would be computed again if its worker died later
+                yield result
+    finally:
+        client.cancel(list(waiting))
+    if lost is not None:
+        raise lost
+
+
+def on_joblib(backend, function, tasks, data, processes):
+    """Yields (key, result) of each task on joblib's active engine, or in processes of one thread each."""
+    context, n_jobs = contextlib.nullcontext(), None  # as the caller's parallel_config says, or one after the other
+    if processes != 1:
+        n_jobs = processes
+        if backend.supports_inner_max_num_threads:  # loky
+            context = parallel_config("loky", inner_max_num_threads=backend.inner_max_num_threads or 1)
+    with context:
+        workers = effective_n_jobs(n_jobs)
+        if workers > 1:
+            data = np.frombuffer(pickle.dumps(data), np.uint8)  # which joblib maps into the memory of all workers
+        jobs = [delayed(call)(key, function, data, arguments) for key, arguments in tasks.items()]
+        if backend.supports_return_generator:
+            yield from Parallel(n_jobs, return_as="generator_unordered", batch_size=1)(jobs)
+        else:  # all results of a call come at once, so that it has one task for each worker
+            for start in range(0, len(jobs), workers):
+                yield from Parallel(n_jobs, batch_size=1)(jobs[start : start + workers])
+
+
+def call(key, function, data, arguments):
+    """Returns the key and the result of a task; its data may have come packed."""
+    return key, function(pickle.loads(data) if isinstance(data, np.ndarray) else data, *arguments)
