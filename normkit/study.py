@@ -1,13 +1,10 @@
 """Many runs into one file."""
 
 import contextlib
-import functools
 import itertools
-import re
 import sys
 import tempfile
 import threading
-import types
 import zlib
 from pathlib import Path
 
@@ -17,13 +14,17 @@ from tqdm import tqdm
 
 from model import NORMS, Net
 from normkit.backend import choose_backend
+from normkit.checks import whole_number
 from normkit.device import choose_precision, get_device
 from normkit.engine import compute
+from normkit.identity import mark_of
 from normkit.rows import add_rows, find_done, read_rows
 from utils import get_recipe, run
 
-# Keywords of utils.run that say how a run is computed, and not what: they are no part of its key.
-HOW = {"device", "precision", "memory_format", "backend", "progress", "checkpoint", "on_epoch", "self_check"}
+# Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
+CHOICES = ("precision", "memory_format", "backend")
+HOW = {"device", "progress", "checkpoint", "on_epoch", "self_check", *CHOICES}
+COMPRESSED = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar"}
 ONE_AT_A_TIME = threading.RLock()  # an engine may have several threads a process, which share torch's generators
 
 
@@ -32,45 +33,29 @@ def grid(**choices):
 
     A single value, such as epochs=2, is the same for all.
     """
-    values = [[each] if isinstance(each, str) or not hasattr(each, "__iter__") else each for each in choices.values()]
+    values = [[each] if is_single(each) else each for each in choices.values()]
     return [dict(zip(choices, each)) for each in itertools.product(*values)]
+
+
+def is_single(choice):
+    return isinstance(choice, str) or not hasattr(choice, "__iter__") or getattr(choice, "shape", None) == ()
 
 
 def run_key(keywords, data_line):
     """Returns the settings of a run in one line; two runs with the same line are the same."""
+    if "norm" not in keywords:
+        raise ValueError(f"a run needs a norm: {', '.join(map(str, NORMS))}")
     settings = {name: value for name, value in keywords.items() if name not in HOW}
     norm, epochs, seed = settings.pop("norm"), settings.pop("epochs", 20), settings.pop("seed", 0)
     recipe = get_recipe(settings.pop("recipe", "classic"), **settings)
-    return f"{data_line}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}"
+    chosen = [f" {name}={keywords[name]}" for name in CHOICES if keywords.get(name, "auto") != "auto"]
+    return f"{data_line}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
 
 
 def code_of(norm):
     """Returns a mark of what a norm of somebody's own is made of, so that another one of its name is another run."""
     builder = NORMS.get(norm)
-    if builder is None or getattr(builder, "__module__", None) == "model":
-        return ""
-    return f"#{zlib.crc32(' '.join(text_of(builder)).encode()):08x}"
-
-
-def text_of(value):
-    """Yields what a function, or something that holds functions, is made of, and not where it was written."""
-    if isinstance(value, functools.partial):
-        yield from text_of([value.func, value.args, value.keywords])
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from text_of(each)
-    elif isinstance(value, dict):
-        yield from text_of(list(value.items()))
-    elif isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        yield from text_of([value.__code__, value.__defaults__, cells])
-    elif isinstance(value, types.CodeType):
-        yield from (value.co_code.hex(), repr(value.co_names))
-        yield from text_of(value.co_consts)
-    elif isinstance(value, type):
-        yield f"{value.__module__}.{value.__qualname__}"
-    else:
-        yield re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return "" if builder is None or getattr(builder, "__module__", None) == "model" else f"#{mark_of(builder)}"
 
 
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):
@@ -84,11 +69,15 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
     """
-    file = Path(file).expanduser().absolute()
+    processes, file = whole_number("processes", processes), Path(file).expanduser().absolute()
+    if file.suffix in COMPRESSED:
+        raise ValueError(f"{file.name}: a study is added to run by run, so its file is not compressed: name it .csv")
     file.parent.mkdir(parents=True, exist_ok=True)
     planned, failures = {}, []
     data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
     for keywords in [runs] if isinstance(runs, dict) else runs:
+        if not isinstance(keywords, dict):
+            raise TypeError(f"runs holds a {type(keywords).__name__}: expected dicts of keywords for run, as of grid")
         try:
             planned[run_key(keywords, data_line)] = keywords
         except (KeyError, TypeError, ValueError) as error:
@@ -98,7 +87,8 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     todo = {key: keywords for key, keywords in planned.items() if key not in done}
     checkpoints = file.with_name(file.name + ".unfinished")
     paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
-    norms = dict(NORMS)  # worker processes do not know what a notebook has added
+    asked = {keywords["norm"] for keywords in todo.values()}
+    norms = {name: builder for name, builder in NORMS.items() if name in asked}  # a notebook may have added them
     tasks = {key: (key, todo[key], turn, paths[key], norms, keep_diverged) for turn, key in enumerate(todo)}
     with (
         tqdm(total=len(planned), initial=len(done), desc=file.stem, unit="run", file=sys.stdout) as bar,
@@ -160,7 +150,7 @@ def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
             if not keep_diverged:
                 return None, describe_error(error)
             measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return None, describe_error(error)
         about = describe_run(keywords, data, device)
     return [about | row | {"settings": key} for row in measured], None
@@ -180,7 +170,10 @@ def describe_run(keywords, data, device):
     names = [name for name in keywords if name not in HOW | {"norm", "recipe", "epochs", "seed"}]
     recipe = get_recipe(keywords.get("recipe", "classic"), **{name: keywords[name] for name in names})
     asked = {"data": data.name, "recipe": "classic", "epochs": 20, "seed": 0}
-    asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr} | keywords
+    asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr}
+    scalars = {name: value.item() for name, value in keywords.items() if getattr(value, "shape", None) == ()}
+    asked |= keywords | scalars
+    asked.pop("on_epoch", None)
     device = get_device(device)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
     model = Net(keywords["norm"], recipe.num_groups).to(device)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import os
 import re
@@ -7,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -84,10 +86,50 @@ def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(small, tmp_
 def test_other_settings_or_data_are_another_run(small, tmp_path):
     file = tmp_path / "study.csv"
     run = FEW | {"norm": "layer", "epochs": 1}
-    for given in (run, run | {"seed": 1}, run | {"lr": 0.02}, run | {"recipe": "best"}):
-        assert len(run_many([given], small, file)) == 1
-    run_many([run], train_val_split(small, 21), file)
-    assert pd.read_csv(file)["settings"].nunique() == 5
+    changes = [{}, {"seed": 1}, {"lr": 0.02}, {"recipe": "best"}, {"precision": "bfloat16"}, {"backend": "eager"}]
+    for change in changes:
+        assert len(run_many([run | change], small, file)) == 1
+    other = dataclasses.replace(small, train_labels=small.train_labels.roll(1))
+    for data in (train_val_split(small, 21), other):
+        run_many([run], data, file)
+    assert pd.read_csv(file)["settings"].nunique() == 8
+    assert len(run_many([run | change for change in changes], small, file)) == 6
+
+
+def test_a_run_that_diverges_may_be_a_finding(small, tmp_path):
+    run = FEW | {"norm": "layer", "momentum": 0.99, "lr": 1e30}
+    rows = run_many([run], small, tmp_path / "study.csv", keep_diverged=True)
+    assert list(rows["epoch"]) == [1] and "not finite" in rows["diverged"].item() and rows["base_lr"].item() == 1e30
+    again = run_many([run, run | {"lr": 0.01}], small, tmp_path / "study.csv", keep_diverged=True)
+    assert list(again["epoch"]) == [1, 1, 2] and again["test_acc"].isna().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "runs, options, error, message",
+    [
+        (["batch"], {}, TypeError, "runs holds a str: expected dicts of keywords for run, as of grid"),
+        ([{"norm": "batch"}], {"processes": "2"}, ValueError, "processes='2': expected a whole number"),
+        ([{"norm": "batch"}], {"file": "study.csv.gz"}, ValueError, "study.csv.gz: .* not compressed: name it .csv"),
+        ([{"lr": 0.1}], {}, RuntimeError, "lr=0.1: ValueError: a run needs a norm: batch, group, layer"),
+    ],
+)
+def test_what_no_study_can_be_made_of_is_told(small, tmp_path, runs, options, error, message):
+    options = {"file": "study.csv"} | options
+    with pytest.raises(error, match=message):
+        run_many(runs, small, **(options | {"file": tmp_path / options["file"]}))
+
+
+def test_scalars_of_numpy_and_torch_are_numbers_in_the_rows(small, tmp_path):
+    runs = grid(norm="layer", epochs=np.int64(1), batch_size=torch.tensor(50), lr=[np.float64(0.01)], on_epoch=len)
+    rows = run_many(runs, small, tmp_path / "study.csv")
+    assert (rows["batch_size"].item(), rows["base_lr"].item(), rows["epochs"].item()) == (50, 0.01, 1)
+    assert "on_epoch" not in rows and "tensor" not in (tmp_path / "study.csv").read_text()
+
+
+def test_a_norm_that_no_run_asks_for_is_not_sent(small, tmp_path, monkeypatch):
+    lock = threading.Lock()  # which cannot be pickled
+    monkeypatch.setitem(model.NORMS, "locked", lambda channels, num_groups: lock)
+    assert len(run_many(grid(norm=["layer", "batch"], epochs=1, batch_size=50), small, tmp_path / "study.csv", 2)) == 2
 
 
 FAILURES = {
