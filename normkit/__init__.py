@@ -19,6 +19,7 @@ rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
 style        colours and style of all pictures
+predictions  the logits that pictures are given, checked
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do
 probes       gradients, likeness of activations and range of the loss, measured in training

@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 from torchsummary import summary
 
-from normkit.style import COLORS, color_of, styled, subplots
+from normkit.checks import check_choice, whole_number
+from normkit.style import COLORS, colors_of, styled, subplots
 
 
 def moved_by(layer, x, image, channel):
@@ -34,9 +35,10 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     x = torch.randn(images, channels, size, size, generator=torch.Generator().manual_seed(0))
+    colors = colors_of(layers)
     for ax, (name, layer) in zip(axes[0], layers.items()):
         shared = moved_by(copy.deepcopy(layer).train(), x, 0, channels - 1).flatten(2)  # N, C, H·W
-        draw_block(ax, shared, color_of(name))
+        draw_block(ax, shared, colors[name])
         ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
     return figure
 
@@ -162,11 +164,11 @@ def trace_network(model, size):
 
         return hook
 
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy.deepcopy(model).cpu().float().eval()
     for name, module in model.named_children():
         module.register_forward_hook(record(name), with_kwargs=True)
     with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
+        model(torch.zeros(1, 3, size, size, dtype=torch.float32, device="cpu"))
     return steps, skips
 
 
@@ -178,13 +180,14 @@ def plot_activations(stages, images, title=None):
     A thick bar holds the middle half of the values, a thin one 98 %.
     """
     variants = next(iter(stages.values()))
+    colors = colors_of(variants)
     shape = (len(variants), len(stages))
     figure, axes = subplots(*shape, figsize=(11, 2.3 * len(variants) + 0.6), sharex=True, sharey=True, squeeze=False)
     for column, (caption, models) in enumerate(stages.items()):
         for row, (name, model) in enumerate(models.items()):
             ax = axes[row, column]
             depths = norm_quantiles(model, images)
-            for side, color, shift in ((0, "#9A9A9A", -0.16), (1, color_of(name), 0.16)):
+            for side, color, shift in ((0, "#9A9A9A", -0.16), (1, colors[name], 0.16)):
                 for place, sides in enumerate(depths.values()):
                     least, low, middle, high, most = sides[side]
                     ax.plot([place + shift] * 2, [least, most], color=color, linewidth=1.2)
@@ -197,7 +200,7 @@ def plot_activations(stages, images, title=None):
         ax.set_ylabel("activation")
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(max(low, -10), min(high, 10))
-    handles = [Line2D([], [], color=color, linewidth=7) for color in ("#9A9A9A", *map(color_of, variants))]
+    handles = [Line2D([], [], color=color, linewidth=7) for color in ("#9A9A9A", *colors.values())]
     names = ["before the norm", *(f"after {name} norm" for name in variants)]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(title)
@@ -222,16 +225,29 @@ def norm_quantiles(model, images):
     for name, block in model.named_children():
         if hasattr(block, "norm"):
             block.norm.train().register_forward_hook(record(name))  # by the batch's own statistics
-    model(images.cpu())
+    model(images.cpu().float())
     return quantiles
+
+
+def keeps_statistics(block):
+    """Whether a block has a norm with running statistics."""
+    return getattr(getattr(block, "norm", None), "running_mean", None) is not None
 
 
 @styled
 def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, title=None):
     """What batch norm keeps: the mean of one channel in each batch, and the running mean, at several batch sizes.
 
-    model: with batch norm; a copy in training mode sees the batches, and nothing is learnt. loaders: training loaders.
+    model: with batch norm; a copy in training mode sees the batches, and nothing is learnt. loaders: one training
+    loader, or a list of them. block: the name of a block of the model with a norm.
     """
+    kept = {name: each.norm.running_mean for name, each in model.named_children() if keeps_statistics(each)}
+    if not kept:
+        raise ValueError("the model keeps no running statistics: give one with batch norm, such as model.Net('batch')")
+    check_choice("block", block, list(kept))
+    if whole_number("channel", channel, 0) >= len(kept[block]):
+        raise ValueError(f"channel={channel!r}: {block} has the channels 0 to {len(kept[block]) - 1}")
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     figure, axes = subplots(1, len(loaders), figsize=(11, 3.2), sharey=True, squeeze=False)
     color = COLORS["batch"]
     for ax, loader in zip(axes[0], loaders):
@@ -247,10 +263,11 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
         norm.register_forward_hook(record)
         with torch.no_grad():
             for images, _ in itertools.islice(loader, steps):
-                model_copy(images.cpu())
+                model_copy(images.cpu().float())
         ax.plot(range(1, len(means) + 1), means, ".", color="#9A9A9A", markersize=5)
         ax.plot(range(1, len(running) + 1), running, color=color)
         ax.set(xlabel="batches seen", title=f"batches of {loader.batch_size}: ± {np.std(means):.2f}")
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel(f"mean of {block}, channel {channel}")
     handles = [Line2D([], [], color="#9A9A9A", marker=".", linestyle=""), Line2D([], [], color=color)]
     names = ["mean of one batch (used in training)", "running mean (used in evaluation)"]
@@ -260,6 +277,6 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
 
 
 def summarize(model, input_size=(3, 32, 32)):
-    """Prints torchsummary's table of a copy of the model, so that looking leaves the model and the seeds alone."""
+    """Prints torchsummary's table of a copy of the model, in float32, so that looking leaves model and seeds alone."""
     with torch.random.fork_rng(), torch.no_grad():
-        summary(copy.deepcopy(model).cpu().eval(), input_size, device="cpu")
+        summary(copy.deepcopy(model).cpu().float().eval(), input_size, device="cpu")

@@ -7,11 +7,14 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pooch
 import torch
+from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -44,8 +47,11 @@ ELSEWHERE = (
 )
 TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
 
-# Folders that Jupyter, file managers and storage systems leave behind, beside all whose names begin with a dot.
-LITTER = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "__pycache__"}
+# What Jupyter, file managers and storage systems leave behind, in small letters, beside all that begins with a dot.
+LITTER = {
+    *("__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__", "thumbs.db", "desktop.ini"),
+    *("@eadir", "#recycle", "@recycle", "@__thumb", "~snapshot", "network trash folder", "temporary items"),
+}
 
 
 class DataUnavailable(OSError):
@@ -78,19 +84,28 @@ def load_data(name="auto", root="data"):
 
 def data_root(root):
     """Returns the folder to look in: CIFAR10_ROOT's or else root's, also where they name what lies in it."""
-    root = Path(os.path.expandvars(os.environ.get("CIFAR10_ROOT", "").strip() or root)).expanduser()
-    return root.parent if root.name in (FOLDER, ARCHIVE) and root.exists() else root
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(f"root is {root!r}: expected a folder, as text or Path, such as 'data'")
+    text = os.environ.get("CIFAR10_ROOT", "").strip().strip("\"'") or str(root)
+    if text.startswith("file://"):
+        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+    root = Path(os.path.expandvars(text)).expanduser()
+    within = root.name in (FOLDER, ARCHIVE) and root.exists()
+    within = within or root.name in ("train", "test") and (root / CLASSES[0]).is_dir()
+    return root.parent if within else root
 
 
 def find_cifar10(root):
     """Returns the form of CIFAR-10 in root: "the official files", "a folder of images", "the archive", or None."""
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"{root} is a file: name the folder that holds CIFAR-10, or where to put it")
-    if (root / FOLDER).is_dir():
+    if any(walk(root / FOLDER)):
         return "the official files"
     splits = [split.is_dir() for split in (root / "train", root / "test")]
     if all(splits):
         return "a folder of images"
+    if (root / ARCHIVE).is_dir():
+        raise ValueError(f"{root / ARCHIVE} is a folder: expected the archive as one file; move it away and run again")
     if (root / ARCHIVE).exists():
         return "the archive"
     return "a folder of images" if any(splits) else None
@@ -182,6 +197,8 @@ def unpack(archive, root):
                         shutil.copyfileobj(source, file)
         except tarfile.TarError as error:
             raise ValueError(f"{archive} cannot be unpacked: {error}") from error
+        with contextlib.suppress(OSError):
+            (root / FOLDER).rmdir()  # where it is there, and empty
         try:
             os.rename(folder, root / FOLDER)
         except OSError:
@@ -201,29 +218,51 @@ def read_official_files(root):
     return Data("CIFAR-10", CLASSES, *tensors)
 
 
-def is_litter(path):
-    """Whether a path, relative to the folder of images, is something that nobody put there as an image."""
-    return any(part.startswith(".") or part in LITTER for part in path.parts)
+def is_litter(name):
+    return name.startswith(".") or name.casefold() in LITTER
 
 
-class ImageFolder(datasets.ImageFolder):
-    """torchvision's, with the classes of CIFAR-10, and without litter."""
+def walk(folder, above=()):
+    """Yields the files in a folder and in those below, by name, links followed; none of litter, nor by a link back."""
+    real = folder.resolve()
+    if folder.is_dir() and not any(each.is_relative_to(real) for each in above):
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not is_litter(path.name):
+                yield from walk(path, (*above, real))
+            elif not is_litter(path.name):
+                yield path
 
-    def __init__(self, root):
-        def is_image(path):
-            return not is_litter(Path(path).relative_to(root)) and datasets.folder.is_image_file(path)
 
-        super().__init__(root, is_valid_file=is_image)
+def list_images(folder):
+    """Returns (path, label) for each image in the class folders of a split, in the order of the file names."""
+    found = {path.name for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)}
+    if found != set(CLASSES):
+        raise ValueError(
+            f"{folder} must hold one folder for each class of CIFAR-10; "
+            f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
+            f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+        )
+    images = []
+    for label, name in enumerate(CLASSES):
+        paths = [path for path in walk(folder / name) if datasets.folder.is_image_file(path.name)]
+        if not paths:
+            raise ValueError(f"a class folder holds no image: {folder / name}")
+        images += [(path, label) for path in paths]
+    return sorted(images, key=lambda image: image[0].name)
 
-    def find_classes(self, directory):
-        found = {path.name for path in Path(directory).iterdir() if path.is_dir() and not is_litter(Path(path.name))}
-        if found != set(CLASSES):
-            raise ValueError(
-                f"{directory} must hold one folder for each class of CIFAR-10; "
-                f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
-                f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
-            )
-        return list(CLASSES), {name: label for label, name in enumerate(CLASSES)}
+
+def read_image(path):
+    """Returns the pixels of an image file, RGB uint8 (32, 32, 3)."""
+    try:
+        with Image.open(path) as image:
+            mode, rgb = image.mode, image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    if mode[0] in "IF":
+        raise ValueError(f"{path} has more than 8 bits a pixel (mode {mode}): save it in 8 bits, as CIFAR-10's are")
+    if rgb.size != (32, 32):
+        raise ValueError(f"{path} has {rgb.width}×{rgb.height} pixels: CIFAR-10 images have 32×32")
+    return np.asarray(rgb)
 
 
 def read_image_folder(root):
@@ -232,23 +271,13 @@ def read_image_folder(root):
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
-        try:
-            folder = ImageFolder(root / split)
-        except FileNotFoundError as error:
-            raise ValueError(f"a class folder holds no image: {error}") from error
-        samples = sorted(folder.samples, key=lambda sample: Path(sample[0]).name)
-        images = np.empty((len(samples), 32, 32, 3), np.uint8)
-        for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
-            try:
-                image = folder.loader(path)
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read as an image: {error}") from error
-            if image.size != (32, 32):
-                raise ValueError(f"{path} has {image.width}×{image.height} pixels: CIFAR-10 images have 32×32")
-            images[i] = image
-        labels = torch.tensor([label for _, label in samples])
+        files = list_images(root / split)
+        images = np.empty((len(files), 32, 32, 3), np.uint8)
+        for i, (path, _) in enumerate(tqdm(files, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
+            images[i] = read_image(path)
+        labels = torch.tensor([label for _, label in files])
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
-    kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
+    kind = files[0][0].suffix.lstrip(".").upper().replace("JPG", "JPEG")
     return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
 
 
@@ -257,8 +286,8 @@ def read_through_cache(root, folders, read):
 
     A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
     """
-    files = sorted(path.relative_to(root) for folder in folders for path in (root / folder).rglob("*"))
-    stats = ((path, (root / path).lstat()) for path in files if not is_litter(path))
+    files = (path for folder in folders for path in walk(root / folder))
+    stats = ((path.relative_to(root), path.stat() if path.exists() else path.lstat()) for path in files)
     lines = (f"{path} {found.st_size} {found.st_mtime_ns}" for path, found in stats)
     source = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
     cache = root / "normkit-cache.pt"

@@ -21,6 +21,8 @@ class Data:
     test_labels: Tensor
 
     def __post_init__(self):
+        if isinstance(self.classes, str) or not hasattr(self.classes, "__len__"):
+            raise TypeError(f"classes is {self.classes!r}: expected the names of the classes, such as ('cat', 'dog')")
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             check_split(f"{split}_", images, labels)
@@ -43,6 +45,8 @@ class Data:
 
     def first(self, train_size, test_size=None):
         """Returns the first training images alone, and as many test images as are asked for, or all."""
+        train_size = self._size("train", train_size)
+        test_size = self._size("test", len(self.test_labels) if test_size is None else test_size)
         return replace(
             self,
             name=f"{self.name}, first {train_size} training images",
@@ -51,6 +55,13 @@ class Data:
             test_images=self.test_images[:test_size],
             test_labels=self.test_labels[:test_size],
         )
+
+    def _size(self, split, size):
+        """Returns a number of images, if the split has as many."""
+        size, most = whole_number(f"{split}_size", size), len(getattr(self, f"{split}_labels"))
+        if size > most:
+            raise ValueError(f"{split}_size={size}: expected 1 to {most}, as there are {most} {split} images")
+        return size
 
 
 def train_val_split(data, size=5000):

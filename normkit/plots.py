@@ -1,8 +1,8 @@
 """Curves, galleries and confusions of trained networks, and the pictures of studies."""
 
 import io
-import itertools
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +13,10 @@ from IPython.display import Image, display
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 
-from normkit.style import COLORS, FURTHER_COLORS, color_of, styled, subplots
-from normkit.tables import count_seeds, last_epochs
+from normkit.checks import whole_number
+from normkit.predictions import class_names, logits_by_name, logits_of
+from normkit.style import COLORS, axes_or_new, colors_of, styled, subplots
+from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 
 CHANCE = 10  # percent, of CIFAR-10's ten classes
 
@@ -23,31 +25,14 @@ CHANCE = 10  # percent, of CIFAR-10's ten classes
 def plot_curves(histories, title=None, until=None):
     """Loss and accuracy of several runs on shared axes, training dashed and test solid.
 
-    histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history.
+    histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history;
+    results of one norm are labelled by the settings that tell them apart.
     until: the epoch that the axis reaches, if further than the histories do.
     """
-    if hasattr(histories, "columns"):
-        raise TypeError(
-            "plot_curves draws histories, not a table: give results of utils.run, or what utils.fit returns"
-        )
-    if hasattr(histories, "history"):
-        histories = [histories]
-    if isinstance(histories, dict):
-        runs = {label: getattr(each, "history", each) for label, each in histories.items()}
-    elif (histories := list(histories)) and all(hasattr(result, "history") for result in histories):
-        repeated = len({result.norm for result in histories}) < len(histories)
-        runs = {f"{r.norm}, seed {r.seed}" if repeated else r.norm: r.history for r in histories}
-        title = title or ", ".join(sorted({result.data for result in histories}))
-    elif all(isinstance(row, dict) for row in histories):
-        runs = {"run": histories} if histories else {}
-    else:
-        runs = {f"run {i}": history for i, history in enumerate(histories, 1)}
-    if not runs or not all(runs.values()):
-        raise ValueError("there is nothing to draw: give at least one history of at least one epoch")
-
+    until = None if until is None else whole_number("until", until)
+    runs, data = histories_of(histories)
+    title, colors = title or data, colors_of(runs)
     figure, axes = subplots(1, 2, figsize=(11, 4.4))
-    further = iter(FURTHER_COLORS * len(runs))
-    colors = {label: COLORS.get(label) or next(further) for label in runs}
     for ax, metric, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
         ends = {}
         for label, history in runs.items():
@@ -56,12 +41,12 @@ def plot_curves(histories, title=None, until=None):
             ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
             ends[label] = (epochs[-1], test[-1])
-        if until:
-            ax.set_xlim(0.5, until + 0.5)
+        if until or max(epoch for epoch, _ in ends.values()) == 1:
+            ax.set_xlim(0.5, (until or 1) + 0.5)
         mark_learning_rates(ax, next(iter(runs.values())), high=metric == "loss")
         label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
         ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
     figure.legend(
         styles,
@@ -103,7 +88,7 @@ def label_ends(ax, ends, colors, number):
     surplus = max(0, last - high)
     for label, (epoch, value) in ends.items():
         ax.annotate(
-            f"{label} {number.format(value)}",
+            f"{label}: {number.format(value)}",
             (epoch, value),
             xytext=(1.02, places[label] - surplus),
             textcoords=("axes fraction", "data"),
@@ -164,29 +149,28 @@ class LiveCurves:
 @styled
 def plot_samples(data, each=10):
     """A row of training images for each class."""
+    each = whole_number("each", each)
     classes = len(data.classes)
-    figure, axes = subplots(classes, each, figsize=(each * 0.72, classes * 0.72), squeeze=False)
+    names = [str(name) for name in data.classes]
+    width = each * 0.72 + 0.1 * max(map(len, names))  # inches
+    figure, axes = subplots(classes, each, figsize=(max(width, 4), classes * 0.72), squeeze=False)
     for label, row in enumerate(axes):
         chosen = data.train_images[data.train_labels == label][:each]
         for ax in row:
             ax.axis("off")
         for ax, image in zip(row, chosen):
             ax.imshow(image.permute(1, 2, 0).numpy())
-        row[0].text(-0.25, 0.5, data.classes[label], transform=row[0].transAxes, ha="right", va="center")
+        row[0].text(-0.25, 0.5, names[label], transform=row[0].transAxes, ha="right", va="center")
     figure.suptitle(f"{data.name}, training images")
     return figure
-
-
-def class_names(data, logits):
-    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer."""
-    return [*map(str, data.classes), *(f"class {label}" for label in range(len(data.classes), logits.shape[1]))]
 
 
 @styled
 def plot_mistakes(data, logits, title=None, rows=2, columns=5):
     """The test images that a network gets wrong with most confidence. logits: (N, classes), from utils.predict."""
+    logits = logits_of(data, logits)
     names = class_names(data, logits)
-    confidence, predicted = logits.softmax(1).cpu().max(1)
+    confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.test_labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
     figure, axes = subplots(rows, columns, figsize=(columns * 1.9, rows * 2.3), squeeze=False)
@@ -206,8 +190,9 @@ def plot_disagreements(data, logits, columns=5, rows=2):
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
-    names = class_names(data, next(iter(logits.values())))
-    confidence, predicted = zip(*(each.softmax(1).cpu().max(1) for each in logits.values()))
+    logits = logits_by_name(data, logits)
+    names, colors = class_names(data, *logits.values()), colors_of(logits)
+    confidence, predicted = zip(*(each.softmax(1).max(1) for each in logits.values()))
     confidence, predicted = torch.stack(confidence), torch.stack(predicted)  # variants, N
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
@@ -225,7 +210,7 @@ def plot_disagreements(data, logits, columns=5, rows=2):
         ax.set_title(f"is {names[data.test_labels[i]]}", fontsize=10)
         for line, name in enumerate(logits):
             guess = f"{name}: {names[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
-            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": color_of(name)}
+            text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": colors[name]}
             ax.text((width - 1) / 2, height + line_height * (line + 0.5), guess, **text)
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
@@ -239,43 +224,42 @@ def plot_confusions(data, logits):
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
-    names = class_names(data, next(iter(logits.values())))
-    classes = range(len(names))
-    figure = plt.figure(figsize=(11, 7.2))
+    logits = logits_by_name(data, logits)
+    names, colors = class_names(data, *logits.values()), colors_of(logits)
+    classes, spacing = range(len(names)), min(0.16, 0.8 / len(logits))
+    longest, step = max(map(len, names)), math.ceil(len(names) / 25)  # of many classes, not all are named
+    figure = plt.figure(figsize=(max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
     plt.close(figure)
-    axes = figure.subplot_mosaic([list(logits), ["classes"] * len(logits)], height_ratios=[3, 2])
-    for name, each in logits.items():
-        predicted = each.argmax(1).cpu()
+    grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])
+    below = figure.add_subplot(grid[1, :])
+    for i, (name, each) in enumerate(logits.items()):
         counts = torch.zeros(len(classes), len(classes))
-        counts.index_put_((data.test_labels, predicted), torch.ones(len(predicted)), accumulate=True)
+        counts.index_put_((data.test_labels, each.argmax(1)), torch.ones(len(each)), accumulate=True)
         percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
-        color = color_of(name)
-        ax = axes[name]
-        shades = LinearSegmentedColormap.from_list(name, ["white", color])
+        ax = figure.add_subplot(grid[0, i])
+        shades = LinearSegmentedColormap.from_list(name, ["white", colors[name]])
         mistakes = percent * (1 - np.eye(len(classes)))
         ax.imshow(mistakes, cmap=shades, vmax=20)
         for truth, guess in np.ndindex(*percent.shape):
-            if truth == guess or percent[truth, guess] >= 5:
+            if step == 1 and (truth == guess or percent[truth, guess] >= 5):
                 dark = mistakes[truth, guess] > 11
                 ax.text(
                     *(guess, truth, f"{percent[truth, guess]:.0f}"),
                     **{"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "#333333"},
                     fontweight="bold" if truth == guess else "normal",
                 )
-        ax.set_xticks(classes, names, rotation=90, fontsize=9)
-        ax.set_yticks(classes, names if ax is axes[next(iter(logits))] else [], fontsize=9)
+        ax.set_xticks(classes[::step], names[::step], rotation=90, fontsize=9)
+        ax.set_yticks(classes[::step], [] if i else names[::step], fontsize=9)
         ax.grid(False)
         ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.tick_params(length=0)
-        ax.set(xlabel="called", title=f"{name} norm, % of a class")
-        place = np.array(classes) + 0.16 * (list(logits).index(name) - (len(logits) - 1) / 2)
-        axes["classes"].bar(place, percent.diagonal(), 0.14, color=color, label=name)
-    axes[next(iter(logits))].set_ylabel("is really")
-    ax = axes["classes"]
-    ax.set_xticks(classes, names)
-    ax.grid(axis="x", visible=False)
-    ax.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        ax.set(xlabel="predicted", ylabel="" if i else "true", title=f"{name}, % of a class")
+        places = np.array(classes) + spacing * (i - (len(logits) - 1) / 2)
+        below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name], label=name)
+    below.set_xticks(classes[::step], names[::step], rotation=90 * (longest > 12 or len(names) > 12))
+    below.grid(axis="x", visible=False)
+    below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
+    below.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.get_layout_engine().set(w_pad=0.08)
     return figure
 
@@ -284,45 +268,50 @@ def plot_confusions(data, logits):
 def plot_seeds(rows, ax=None):
     """Last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
 
-    rows: of study.run_many, with the columns recipe and norm.
+    rows: of study.run_many. Each value of a setting that was swept as well has a group of its own.
     """
-    ax, last = ax or subplots(figsize=(7.5, 4))[1], last_epochs(rows)
-    recipes, norms = list(dict.fromkeys(last["recipe"])), list(dict.fromkeys(last["norm"]))
-    for place, (recipe, norm) in enumerate(itertools.product(recipes, norms)):
-        place += 0.8 * recipes.index(recipe)
-        values = last.query("recipe == @recipe and norm == @norm")["test_acc"]
-        if len(values):
-            color = color_of(norm)
+    last = last_epochs(rows, "norm", "data")
+    data, seeds = about(last)
+    last, names = separated(last)
+    groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
+    norms, captions = list(colors), []
+    pitch = len(norms) + 0.8
+    ax = axes_or_new(ax, (max(7.5, 0.9 * pitch * len(groups)), 4))
+    for i, (group, runs) in enumerate(groups):
+        said = [f"{value} recipe" if name == "recipe" else f"{name} {value}" for name, value in group.items()]
+        captions.append("\n".join(textwrap.fill(line, 30) for line in said))
+        for norm, each in runs.groupby("norm", sort=False, observed=True):
+            place, values, color = i * pitch + norms.index(norm), each["test_acc"], colors[norm]
             dots = place + np.linspace(-0.15, 0.15, len(values))
             ax.plot(dots, values, "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
-            mean, deviation = values.mean(), values.std() if len(values) > 1 else 0.0
+            mean, deviation = values.mean(), values.std() if values.count() > 1 else 0.0
             ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
-            label = f"{norm}\n{mean:.1f}" + (f" ± {deviation:.1f}" if len(values) > 1 else "")
+            label = f"{norm}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
             text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10}
             lowest = min(values.min(), mean - deviation)
             ax.annotate(label, (place, lowest), (0, -8), textcoords="offset points", **text)
-    middles = [i * (len(norms) + 0.8) + (len(norms) - 1) / 2 for i in range(len(recipes))]
-    ax.set_xticks(middles, [f"{recipe} recipe" for recipe in recipes])
+    ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions)
     ax.grid(axis="x", visible=False)
     ax.margins(x=0.08, y=0.25)
-    ax.set(ylabel="test accuracy, %", title=f"{last['data'].iloc[0]}: {count_seeds(last)}, last epoch")
+    ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
     return ax.figure
 
 
 @styled
 def plot_batch_sizes(rows, ax=None):
     """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of study.run_many."""
-    ax = ax or subplots(figsize=(7.5, 4.2))[1]
-    ends = {}
-    for norm, each in last_epochs(rows).groupby("norm", sort=False):
+    ax, last = axes_or_new(ax, (7.5, 4.2)), last_epochs(rows, "norm", "batch_size", "data")
+    refuse_mix(last, ["norm", "batch_size"])
+    ends, colors = {}, colors_of(last["norm"])
+    for norm, each in last.groupby("norm", sort=False, observed=True):
         by_size = each.groupby("batch_size")["test_acc"]
         mean, deviation = by_size.mean(), by_size.std().fillna(0)
-        ax.errorbar(mean.index, mean, deviation, color=color_of(norm), marker="o", capsize=3)
+        ax.errorbar(mean.index, mean, deviation, color=colors[norm], marker="o", capsize=3)
         ends[norm] = (mean.index[-1], mean.iloc[-1])
     ax.set_xscale("log", base=2)
-    ax.set_xticks(sorted(rows["batch_size"].unique()), sorted(rows["batch_size"].unique()))
-    label_ends(ax, ends, {norm: color_of(norm) for norm in ends}, "{:.1f} %")
-    ax.set(xlabel="batch size", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    ax.set_xticks(sorted(last["batch_size"].unique()), sorted(last["batch_size"].unique()))
+    label_ends(ax, ends, colors, "{:.1f} %")
+    ax.set(xlabel="batch size", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure
 
 
@@ -332,31 +321,40 @@ def plot_learning_rates(rows, ax=None):
 
     rows: of study.run_many with keep_diverged. Such a run counts as chance, one image in ten guessed right.
     """
-    ax, last = ax or subplots(figsize=(7.5, 4.2))[1], last_epochs(rows)
-    for norm, each in last.groupby("norm", sort=False):
+    ax, last = axes_or_new(ax, (7.5, 4.2)), last_epochs(rows, "norm", "base_lr", "data")
+    refuse_mix(last, ["norm", "base_lr"])
+    colors = colors_of(last["norm"])
+    for norm, each in last.groupby("norm", sort=False, observed=True):
         by_rate = each.fillna({"test_acc": CHANCE}).groupby("base_lr")["test_acc"]
         mean, deviation = by_rate.mean(), by_rate.std().fillna(0)
-        ax.errorbar(mean.index, mean, deviation, color=color_of(norm), marker="o", capsize=3, label=norm)
+        ax.errorbar(mean.index, mean, deviation, color=colors[norm], marker="o", capsize=3, label=norm)
         diverged = each[each["test_acc"].isna()]
-        ax.plot(diverged["base_lr"], [CHANCE] * len(diverged), "x", color=color_of(norm), markersize=11)
+        ax.plot(diverged["base_lr"], [CHANCE] * len(diverged), "x", color=colors[norm], markersize=11)
     ax.set_xscale("log")
-    rates = sorted(rows["base_lr"].unique())
+    rates = sorted(last["base_lr"].unique())
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xlabel="learning rate", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    ax.set(xlabel="learning rate", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure
 
 
 @styled
 def plot_groups(rows, ax=None):
-    """Test accuracy of group norm over its number of groups, mean and standard deviation. rows: of study.run_many."""
-    ax = ax or subplots(figsize=(7.5, 3.4))[1]
-    by_groups = last_epochs(rows).groupby("num_groups")["test_acc"].agg(["mean", "std"]).fillna(0)
+    """Test accuracy of group norm over its number of groups, mean and standard deviation.
+
+    rows: of study.run_many, of which those of group norm are drawn.
+    """
+    ax, last = axes_or_new(ax, (7.5, 3.4)), last_epochs(rows, "norm", "num_groups", "data")
+    last = last[last["norm"] == "group"]
+    if last.empty:
+        raise ValueError(f"there are no rows of group norm, but of {', '.join(rows['norm'].unique())}")
+    refuse_mix(last, ["num_groups"])
+    by_groups = last.groupby("num_groups")["test_acc"].agg(["mean", "std"]).fillna(0)
     by_groups = by_groups.sort_index(key=lambda names: pd.to_numeric(names, errors="coerce").fillna(math.inf))
     mean, deviation = by_groups["mean"], by_groups["std"]
     ax.errorbar(range(len(mean)), mean, deviation, color=COLORS["group"], marker="o", capsize=3)
     names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
     ax.set_xticks(range(len(mean)), [names.get(str(groups), str(groups)) for groups in mean.index])
-    ax.set(xlabel="groups", ylabel="test accuracy, %", title=f"{rows['data'].iloc[0]}\n{count_seeds(rows)}")
+    ax.set(xlabel="groups", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from torch import nn
 
-from normkit.style import color_of, styled, subplots
+from normkit.checks import check_choice
+from normkit.style import colors_of, styled, subplots
 
 
 def measure(model, images, labels, rates):
@@ -23,19 +24,19 @@ def measure(model, images, labels, rates):
 
 
 @contextlib.contextmanager
-def in_training(model):
-    """Gives a copy of the model on the CPU, in training mode but without dropout."""
+def in_training(model, images):
+    """Gives a copy of the model, in training mode but without dropout, and the images, both in float32 on the CPU."""
     model = copy.deepcopy(model).cpu().float().train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.eval()
-    yield model
+    yield model, images.cpu().float()
 
 
 def gradient_norms(model, images, labels):
     """Yields (layer, norm of the loss's gradient by its weight) for each convolution."""
-    with in_training(model) as model:
-        F.cross_entropy(model(images), labels).backward()
+    with in_training(model, images) as (model, images):
+        F.cross_entropy(model(images), labels.cpu()).backward()
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
                 yield name.removesuffix(".conv"), module.weight.grad.norm().item()
@@ -56,7 +57,7 @@ def similarities(model, images):
 
         return hook
 
-    with in_training(model) as model, torch.no_grad():
+    with in_training(model, images) as (model, images), torch.no_grad():
         for name, block in model.named_children():
             if hasattr(block, "norm"):
                 block.register_forward_hook(record(name))
@@ -69,14 +70,14 @@ def losses_along_gradient(model, images, labels, rates):
 
     After Santurkar et al. 2018.
     """
-    with in_training(model) as model:
-        F.cross_entropy(model(images), labels).backward()
+    with in_training(model, images) as (model, images):
+        F.cross_entropy(model(images), labels.cpu()).backward()
         start = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
         with torch.no_grad():
             for rate in rates:
                 for parameter, value, gradient in start:
                     parameter.copy_(value - rate * gradient)
-                yield rate, F.cross_entropy(model(images), labels).item()
+                yield rate, F.cross_entropy(model(images), labels.cpu()).item()
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -88,19 +89,22 @@ def plot_by_layer(rows, quantity):
 
     rows: a DataFrame with the columns norm, step, quantity, layer, value; the mean of the runs is drawn.
     """
-    rows = rows[rows["quantity"] == quantity]
+    captions = {"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}
+    check_choice("quantity", quantity, list(captions))
+    rows, colors = rows[rows["quantity"] == quantity], colors_of(rows["norm"])
     stages = {rows["step"].min(): "at the start", rows["step"].max(): f"after {rows['step'].max()} steps"}
     figure, axes = subplots(1, 2, figsize=(11, 3.4), sharey=True)
     layers = list(dict.fromkeys(rows["layer"]))
     for ax, (step, caption) in zip(axes, stages.items()):
         for norm, each in rows[rows["step"] == step].groupby("norm", sort=False):
             means = each.groupby("layer")["value"].mean()[layers]
-            ax.plot(layers, means, "-o", color=color_of(norm), markersize=5)
+            ax.plot(layers, means, "-o", color=colors[norm], markersize=5)
         ax.set_title(caption)
     if quantity == "gradient norm":
         axes[0].set_yscale("log")
-    axes[0].set_ylabel({"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}[quantity])
-    add_legend(figure, rows)
+    axes[0].set_ylabel(captions[quantity])
+    lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
+    figure.legend(lines, list(colors), loc="outside lower center", ncols=len(colors), frameon=False)
     return figure
 
 
@@ -111,20 +115,14 @@ def plot_loss_ranges(rows):
     rows: a DataFrame with the columns norm, seed, step, quantity, rate, value; the first seed's are drawn.
     """
     rows = rows[(rows["quantity"] == "loss") & (rows["seed"] == rows["seed"].min())]
-    norms = list(dict.fromkeys(rows["norm"]))
-    figure, axes = subplots(1, len(norms), figsize=(11, 3), sharey=True, squeeze=False)
-    for ax, norm in zip(axes[0], norms):
+    colors = colors_of(rows["norm"])
+    figure, axes = subplots(1, len(colors), figsize=(11, 3), sharey=True, squeeze=False)
+    for ax, norm in zip(axes[0], colors):
         by_step = rows[rows["norm"] == norm].groupby("step")["value"]
         low, high = by_step.min(), by_step.max()
-        ax.fill_between(low.index, low, high, color=color_of(norm), alpha=0.35, linewidth=0)
-        ax.plot(low.index, low, color=color_of(norm), linewidth=1)
+        ax.fill_between(low.index, low, high, color=colors[norm], alpha=0.35, linewidth=0)
+        ax.plot(low.index, low, color=colors[norm], linewidth=1)
         ax.set(title=f"{norm}: {np.median(high - low):.2f} nats", xlabel="step")
     axes[0, 0].set_ylabel("loss, nats")
     axes[0, 0].set_ylim(bottom=0)
     return figure
-
-
-def add_legend(figure, rows):
-    norms = list(dict.fromkeys(rows["norm"]))
-    lines = [Line2D([], [], color=color_of(norm), marker="o") for norm in norms]
-    figure.legend(lines, norms, loc="outside lower center", ncols=len(norms), frameon=False)

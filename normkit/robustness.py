@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from normkit.style import color_of, styled, subplots
+from normkit.predictions import logits_by_name
+from normkit.style import colors_of, styled, subplots
 
 
 def calibration(logits, labels, bins=10):
@@ -29,13 +30,15 @@ def plot_calibration(data, logits):
 
     logits: a dict from a variant to its logits (N, classes) of the test images, from utils.predict.
     """
-    figure, axes = subplots(1, len(logits), figsize=(3.2 * len(logits), 3.6), sharey=True, squeeze=False)
+    logits = logits_by_name(data, logits)
+    colors = colors_of(logits)
+    figure, axes = subplots(1, len(logits), figsize=(max(7, 3.2 * len(logits)), 3.6), sharey=True, squeeze=False)
     for ax, (name, each) in zip(axes[0], logits.items()):
         error, points = calibration(each, data.test_labels)
         confidence, accuracy, share = map(np.array, zip(*points))
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-        ax.plot(confidence, accuracy, color=color_of(name), linewidth=1.5)
-        ax.scatter(confidence, accuracy, s=20 + 400 * share, color=color_of(name), alpha=0.75, linewidths=0)
+        ax.plot(confidence, accuracy, color=colors[name], linewidth=1.5)
+        ax.scatter(confidence, accuracy, s=20 + 400 * share, color=colors[name], alpha=0.75, linewidths=0)
         ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02))
         ax.set_aspect("equal")
     axes[0, 0].set_ylabel("accuracy")
@@ -62,6 +65,7 @@ def plot_corruptions(rows, images, title=None):
     hatched. images: of corruptions.
     """
     kinds, variants = list(dict.fromkeys(rows["images"])), list(dict.fromkeys(rows["norm"]))
+    colors = colors_of(variant.split(",")[0] for variant in variants)
     figure, axes = subplots(2, len(kinds), figsize=(11, 4.6), height_ratios=[1, 2])
     for (above, ax), kind in zip(axes.T, kinds):
         above.imshow(images[kind][0].permute(1, 2, 0).numpy())
@@ -70,7 +74,7 @@ def plot_corruptions(rows, images, title=None):
         for place, variant in enumerate(variants):
             value = rows.query("images == @kind and norm == @variant")["test_acc"].item()
             norm, *changed = variant.split(",")
-            ax.bar(place, value, color=color_of(norm), hatch="///" if changed else None, edgecolor="white", linewidth=0)
+            ax.bar(place, value, color=colors[norm], hatch="///" if changed else None, edgecolor="white", linewidth=0)
             ax.text(place, value, f"{value:.0f}", ha="center", va="bottom", fontsize=10)
         ax.set(xticks=[], ylim=(0, 100), yticks=[0, 25, 50, 75, 100] if ax is axes[1, 0] else [])
         ax.grid(False)

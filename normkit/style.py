@@ -1,8 +1,13 @@
 """Colours and style of all pictures."""
 
+import colorsys
 import functools
+import itertools
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
+
+from normkit.checks import describe
 
 # Okabe and Ito's palette, told apart by colour-blind readers too: one colour a norm, everywhere.
 COLORS = {"batch": "#0072B2", "group": "#D55E00", "layer": "#009E73", "instance": "#CC79A7"}
@@ -40,8 +45,28 @@ def styled(plot):
     return wrapper
 
 
-def color_of(norm):
-    return COLORS.get(norm, FURTHER_COLORS[0])
+def colors_of(names):
+    """Returns the colour of each name in a picture: a norm's own, or else one that no other name in it has."""
+    names = list(dict.fromkeys(names))
+    own = {name: COLORS[name] for name in names if name in COLORS}
+    further = (color for color in further_colors() if color not in own.values())
+    return {name: own.get(name) or next(further) for name in names}
+
+
+def further_colors():
+    """Yields colours without end: the rest of the palette, then hues that lie far apart."""
+    yield from FURTHER_COLORS
+    for i in itertools.count():
+        yield to_hex(colorsys.hsv_to_rgb(i * 0.618 % 1, 0.6 + 0.2 * (i % 3), 0.75 - 0.2 * (i % 2)))
+
+
+def axes_or_new(ax, figsize):
+    """Returns the axes given to draw in, or where none are, those of a new figure."""
+    if ax is None:
+        return subplots(figsize=figsize)[1]
+    if not hasattr(ax, "errorbar"):
+        raise TypeError(f"ax is a {describe(ax)}: give one of matplotlib's axes, such as axes[0]")
+    return ax
 
 
 def subplots(*shape, **options):

@@ -1,17 +1,48 @@
 """Tables of one run and of many."""
 
 import itertools
+import math
 import re
 
 import numpy as np
 import pandas as pd
 
+from normkit.checks import check_choice, describe
+
+METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
+UNNAMED = "not named"  # the recipe of rows that lack its name, beside others that have it
+
+# ---------------------------------------------------------------------------------- of results
+
+
+def results_of(results):
+    """Returns a list of results of utils.run, which may be given one alone, in a dict, or in anything iterable."""
+    listed = [results] if hasattr(results, "history") else results
+    listed = list(listed.values() if isinstance(listed, dict) else listed) if hasattr(listed, "__iter__") else [listed]
+    for each in listed:
+        if not hasattr(each, "history"):
+            raise TypeError(
+                f"a {describe(each)} is no result: give what utils.run returns, one or several; what utils.fit returns "
+                "is a table as pd.DataFrame(history)"
+            )
+    if not listed:
+        raise ValueError("there are no results: give what utils.run returns, one or several")
+    return listed
+
+
+def settings_of_results(results):
+    """Returns a DataFrame of the settings of results, one row each."""
+    rows = [{"norm": each.norm, **vars(each.recipe), "data": each.data, "seed": each.seed} for each in results]
+    return pd.DataFrame(rows, columns=None if rows else ["norm"], dtype=object)  # 1 stays 1, beside 0.1
+
 
 def results_table(results):
-    """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost."""
+    """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost, settings that differ."""
     rows = []
-    results = [results] if hasattr(results, "history") else results
-    for result in results.values() if isinstance(results, dict) else results:
+    results = results_of(results)
+    settings = settings_of_results(results).drop(columns=["norm", "data", "seed"])
+    settings = settings.loc[:, settings.astype(str).nunique() > 1].to_dict("records")
+    for result, differing in zip(results, settings):
         if not result.history:
             raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
         last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
@@ -25,6 +56,7 @@ def results_table(results):
                 "best test % (epoch)": f"{best['test_acc']:.2f} ({best['epoch']})",
                 "seconds an epoch": round(float(np.median([row["seconds"] for row in result.history])), 1),
                 "seed": result.seed,
+                **differing,
                 "data": result.data,
             }
         )
@@ -35,27 +67,192 @@ def histories_table(results):
     """Returns a DataFrame of every epoch of every result, one row each."""
     return pd.DataFrame(
         {"norm": result.norm, "seed": result.seed, "data": result.data} | row
-        for result in results
+        for result in results_of(results)
         for row in result.history
     )
 
 
-def last_epochs(rows):
-    """The rows of each run's last epoch."""
+def label_results(results):
+    """Returns a label for each result: its norm and, where that is another's too, the settings that tell them apart."""
+    labels = [""] * len(results)
+    settings = settings_of_results(results).astype(str)
+    for norm, alike in settings.groupby("norm", sort=False):
+        names = telling_apart(alike, ["norm"])
+        for i, values in alike[names].iterrows():
+            labels[i] = ", ".join([norm, *(f"{name} {value}" for name, value in values.items())])
+    return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
+
+
+def histories_of(given):
+    """Returns a dict from a label to a history, rows as dicts, and the data's name, of what plot_curves is given."""
+    if hasattr(given, "columns"):
+        raise TypeError(
+            "plot_curves draws histories, not a table: give results of utils.run, or what utils.fit returns, or of a "
+            "table {norm: rows for norm, rows in table.groupby('norm')}"
+        )
+    if hasattr(given, "history") or isinstance(given, str) or not hasattr(given, "__iter__"):
+        given = [given]
+    elif isinstance(given, dict) and "epoch" in given:
+        given = {"run": [given]}
+    elif not isinstance(given, dict) and (given := list(given)) and isinstance(given[0], dict):
+        given = {"run": given}
+    if isinstance(given, dict):
+        runs = given
+    else:
+        results = [each for each in given if hasattr(each, "history")]
+        labels = iter(label_results(results))
+        runs = {next(labels) if hasattr(each, "history") else f"run {i}": each for i, each in enumerate(given, 1)}
+    if not runs:
+        raise ValueError("there is nothing to draw: give at least one history of at least one epoch")
+    data = sorted({each.data for each in runs.values() if hasattr(each, "history")})
+    return {name: check_history(name, getattr(each, "history", each)) for name, each in runs.items()}, ", ".join(data)
+
+
+def check_history(label, history):
+    """Returns a history as a list of dicts, if it is one of at least one epoch."""
+    rows = history.to_dict("records") if hasattr(history, "to_dict") else history
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise TypeError(f"{label} is a {describe(history)}: expected a result of utils.run, or what utils.fit returns")
+    missing = [name for name in ("epoch", "lr", *METRICS) if not all(name in row for row in rows)]
+    if missing:
+        raise ValueError(f"{label} is no history: its rows lack {', '.join(missing)}, which those of utils.fit have")
+    if not rows:
+        raise ValueError(f"there is nothing to draw: {label} needs at least one epoch")
+    return list(rows)
+
+
+# ---------------------------------------------------------------------------------- of a study
+
+
+def check_rows(rows, *columns):
+    """Raises unless rows are some of study.run_many, with these columns."""
+    if not hasattr(rows, "columns"):
+        raise TypeError(f"rows is a {describe(rows)}: give the DataFrame that study.run_many returns")
+    missing = [name for name in ("settings", "epoch", "test_acc", *columns) if name not in rows]
+    if missing:
+        raise ValueError(
+            f"these are no rows of a study: they lack {', '.join(missing)}. Give what study.run_many returns, or "
+            "pd.read_csv of its file; for results of utils.run there is results_table"
+        )
+    if rows.empty:
+        raise ValueError("there are no rows: the study has no finished run, or none that was selected")
+
+
+def last_epochs(rows, *columns):
+    """Returns the rows of each run's last epoch, each run once. rows: of study.run_many, with these columns too."""
+    check_rows(rows, *columns)
+    rows = rows.drop_duplicates(ignore_index=True)
+    if "norm" in rows and rows["norm"].isna().any():
+        raise ValueError("a norm is missing, or called None: read the file with keep_default_na=False, na_values=['']")
+    if "recipe" in rows:
+        recipes = rows["recipe"].astype(object)
+        rows = rows.assign(recipe=recipes.where(recipes.notna(), UNNAMED))
+    twice = rows[rows.duplicated(["settings", "epoch"], keep=False)]
+    if len(twice):
+        several = twice.groupby(["settings", "epoch"]).nunique(dropna=False).gt(1).any()
+        raise ValueError(
+            f"{twice['settings'].nunique()} runs are there more than once, with other results; they differ in "
+            f"{', '.join(several.index[several])}: select the rows of one of each"
+        )
     return rows[rows["epoch"] == rows.groupby("settings")["epoch"].transform("max")]
 
 
+def settings_table(rows):
+    """Returns the settings of each row's run as text, a column each, as its recipe and its line "settings" name them.
+
+    What a line says beyond that, such as the mark of a norm's code, is in the last column alone.
+    """
+    lines = []
+    for i, line in enumerate(rows["settings"]):
+        found = {name: rows[name].iloc[i] for name in ("recipe", "norm") if name in rows}
+        found = {name: UNNAMED if pd.isna(value) else str(value) for name, value in found.items()}
+        data, _, said = line.rpartition(f": norm={found.get('norm')}")  # the name of a norm may look like a setting
+        found = {"data": data} | dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", said)) | found
+        lines.append(found | {"settings": re.sub(r" seed=\S+", "", line)})
+    table = pd.DataFrame(lines, index=rows.index)
+    return table[["recipe", *table.columns.drop("recipe")]] if "recipe" in rows else table
+
+
+def select(rows, **settings):
+    """Returns the rows of the runs with these settings, such as select(rows, lr=0.01); rows: of study.run_many."""
+    check_rows(rows)
+    table = settings_table(rows).apply(as_numbers)
+    chosen = np.ones(len(rows), dtype=bool)
+    for name, value in settings.items():
+        check_choice("setting", name, list(table))
+        check_choice(name, value, table[name].unique().tolist())
+        chosen &= (table[name] == value).to_numpy()
+    return rows[chosen]
+
+
+def as_numbers(column):
+    """Returns a column of text as numbers where all of it is one."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    return column if numbers.isna().any() else numbers
+
+
+def telling_apart(table, by):
+    """Returns the columns that, one after the other, tell rows apart which are alike in the columns by."""
+    found = []
+    for name in table.columns.drop(by):
+        alike = table.groupby([*by, *found], sort=False, dropna=False, observed=True)
+        if (alike[name].nunique(dropna=False) > 1).any():
+            found.append(name)
+    return found
+
+
+def swept(last, by):
+    """Returns the settings beside the seed, a column each, in which runs differ that are alike in the columns by."""
+    settings = settings_table(last).drop(columns=["seed", *by], errors="ignore").join(last[by])
+    return settings[telling_apart(settings, by)].apply(as_numbers)
+
+
+def separated(last):
+    """Returns the rows with a column for each setting that was swept beside norm, recipe and seed, and its names."""
+    recipe = [name for name in ("recipe",) if name in last]
+    further = swept(last, [*recipe, "norm"])
+    return last.assign(**further), [*recipe, *further]
+
+
+def refuse_mix(last, by):
+    """Raises ValueError where runs that are alike in the columns by differ in more than the seed."""
+    further = swept(last, by)
+    for name in further:
+        values = further[name].unique().tolist()
+        raise ValueError(
+            f"runs of the same {' and '.join(by)} differ in {' and '.join(further)}, and a mean over them would say "
+            f"nothing: draw one at a time, such as tables.select(rows, {name}={values[0]!r}); {name} is one of "
+            + ", ".join(map(str, values))
+        )
+
+
+def groups_of(last, names):
+    """Yields (a dict from each name to its value, the rows) for each combination of values, in order of appearance."""
+    if not names:
+        yield {}, last
+        return
+    for values, each in last.groupby(names, sort=False, observed=True):
+        yield dict(zip(names, values)), each
+
+
 def seeds_table(rows):
-    """Last-epoch accuracies of many seeds, mean ± standard deviation, by recipe and norm. rows: of study.run_many."""
-    last = last_epochs(rows)
+    """Returns last-epoch accuracies, mean ± standard deviation over the seeds, by recipe and norm.
+
+    rows: of study.run_many. A setting that was swept as well has a level of the index of its own.
+    """
+    last, names = separated(last_epochs(rows, "norm", "train_acc"))
     cells = []
-    for (recipe, norm), each in last.groupby(["recipe", "norm"], sort=False):
-        cell = {"recipe": recipe, "variant": norm}
-        for column, name in (("train_acc", "training accuracy %"), ("test_acc", "test accuracy %")):
-            deviation = f" ± {each[column].std():.2f}" if len(each) > 1 else ""
-            cell[name] = f"{each[column].mean():.2f}{deviation}"
-        cells.append(cell | {"lowest test %": f"{each['test_acc'].min():.2f}", "seeds": len(each)})
-    return pd.DataFrame(cells).set_index(["recipe", "variant"])
+    for group, runs in groups_of(last, names):
+        for norm, each in runs.groupby("norm", sort=False, observed=True):
+            cell = group | {"variant": norm}
+            for column, name in (("train_acc", "training accuracy %"), ("test_acc", "test accuracy %")):
+                deviation = f" ± {each[column].std():.2f}" if each[column].count() > 1 else ""
+                cell[name] = f"{each[column].mean():.2f}{deviation}"
+            cell |= {"lowest test %": f"{each['test_acc'].min():.2f}", "seeds": len(each)}
+            if last["test_acc"].isna().any():
+                cell["diverged"] = int(each["test_acc"].isna().sum())
+            cells.append(cell)
+    return pd.DataFrame(cells).set_index([*names, "variant"])
 
 
 def trials_table(rows):
@@ -63,9 +260,9 @@ def trials_table(rows):
 
     rows: of study.run_many, with data.train_val_split: its "test" images are the training images held out.
     """
-    last = last_epochs(rows)
-    table = pd.DataFrame(dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", line)) for line in last["settings"])
-    table = table.loc[:, (table.nunique() > 1) | (table.columns == "norm")]
+    last = last_epochs(rows, "norm", "train_acc", "test_loss")
+    table = settings_table(last).drop(columns="settings")
+    table = table.loc[:, (table.nunique(dropna=False) > 1) | (table.columns == "norm")]
     for column, name in (("train_acc", "training accuracy %"), ("test_acc", "held-out accuracy %")):
         table[name] = [f"{accuracy:.2f}" for accuracy in last[column]]
     table["held-out loss"] = [f"{loss:.3f}" for loss in last["test_loss"]]
@@ -76,24 +273,29 @@ def compare_norms(rows):
     """Differences in last-epoch test accuracy between norms, in points, paired by seed, with 95 % confidence intervals.
 
     rows: of study.run_many. A difference is real, by this measure, where its interval leaves out zero (Student's t).
+    Norms are compared within a recipe, and within each value of a setting that was swept as well.
     """
     from scipy import stats  # takes longer to import than all else here
 
     lines = []
-    for recipe, each in last_epochs(rows).groupby("recipe", sort=False):
+    last, names = separated(last_epochs(rows, "norm", "seed"))
+    for group, each in groups_of(last, names):
         accuracies = each.pivot(index="seed", columns="norm", values="test_acc")
         for a, b in itertools.combinations(dict.fromkeys(each["norm"]), 2):
-            both = accuracies[[a, b]].dropna()
-            low, high = stats.ttest_rel(both[a], both[b]).confidence_interval(0.95)
-            line = {"recipe": recipe, "difference": f"{a} - {b}", "points": f"{(both[a] - both[b]).mean():+.2f}"}
-            line |= {"95 % interval": f"{low:+.2f} to {high:+.2f}", "real": "yes" if low * high > 0 else "not shown"}
-            lines.append(line | {"seeds": len(both)})
-    columns = ["recipe", "difference", "points", "95 % interval", "real", "seeds"]
-    return pd.DataFrame(lines, columns=columns).set_index(["recipe", "difference"])
+            gaps = (accuracies[a] - accuracies[b]).dropna()
+            line = group | {"difference": f"{a} - {b}", "points": f"{gaps.mean():+.2f}" if len(gaps) else ""}
+            half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            low, high = gaps.mean() - half, gaps.mean() + half
+            interval = f"{low:+.2f} to {high:+.2f}" if len(gaps) > 1 else "takes two seeds"
+            line |= {"95 % interval": interval, "real": "yes" if low * high > 0 else "not shown"}
+            lines.append(line | {"seeds": len(gaps)})
+    columns = [*names, "difference", "points", "95 % interval", "real", "seeds"]
+    return pd.DataFrame(lines, columns=columns).set_index([*names, "difference"])
 
 
-def count_seeds(rows):
-    """How many seeds lie behind each point of a picture, in words."""
-    settings = last_epochs(rows)["settings"].str.replace(r" seed=-?\d+", "", regex=True)
+def about(last):
+    """Names the data of a picture, and says how many seeds lie behind each of its points."""
+    settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)
     fewest, most = settings.value_counts().agg(["min", "max"])
-    return f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
+    seeds = f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
+    return ", ".join(dict.fromkeys(last["data"])), seeds

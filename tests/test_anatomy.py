@@ -137,3 +137,45 @@ def test_running_statistics_settle_and_tiny_batches_scatter(results, data):
     dots, line = (np.asarray(figure.axes[0].lines[i].get_ydata()) for i in (0, 1))
     assert line[1] == pytest.approx(0.9 * line[0] + 0.1 * dots[1], abs=1e-5)
     assert results[0].model.C1.norm.running_mean.equal(mean)
+    one = anatomy.plot_running_statistics(results[0].model, loaders[1], block="C1", steps=3)
+    assert len(one.axes) == 1 and "batches of 32" in drawn(one)
+
+
+def test_running_statistics_are_those_of_batch_norm(loaders):
+    wrong = [
+        ("group", {}, "the model keeps no running statistics: give one with batch norm"),
+        ("batch", {"block": "C10"}, "unknown block 'C10': choose C1, .* or C9"),
+        ("batch", {"channel": 32}, "channel=32: C9 has the channels 0 to 31"),
+        ("batch", {"channel": -1}, "channel=-1: expected a whole number"),
+    ]
+    for norm, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            anatomy.plot_running_statistics(model.Net(norm), loaders[:1], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_networks_in_another_dtype_are_looked_at_too(dtype, capsys):
+    anatomy.summarize(model.Net())
+    table = capsys.readouterr().out
+    net = model.Net().to(dtype)
+    assert anatomy.trace_network(net, 32) == anatomy.trace_network(model.Net(), 32)
+    anatomy.summarize(net)
+    assert capsys.readouterr().out == table and net.C1.conv.weight.dtype == dtype
+    images = torch.randn(4, 3, 32, 32)
+    same = [anatomy.norm_quantiles(net, x) for x in (images, images.double())]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_no_summary_and_no_picture(dtype, capsys):
+    net = model.Net()
+    anatomy.summarize(net)
+    table = capsys.readouterr().out
+    torch.set_default_dtype(dtype)
+    try:
+        anatomy.summarize(net.to(dtype))
+        assert "48,178" in drawn(anatomy.plot_network(net))
+        assert "mine norm" in drawn(anatomy.plot_norm_sets({"mine": torch.nn.GroupNorm(4, 16)}))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert capsys.readouterr().out == table

@@ -1,6 +1,7 @@
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import write_image_folder
@@ -82,6 +83,68 @@ def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
     (tmp_path / "test" / "cat" / "._00003.png").write_bytes(b"no image")
     data = utils.load_data("cifar10", tmp_path)
     assert same(data.train_images, pixels["train"]) and same(data.test_images, pixels["test"])
+
+
+@pytest.mark.parametrize(
+    "litter",
+    [
+        *("#recycle", "@Recycle", "~snapshot", "$Recycle.Bin", "$RECYCLE.BIN", "@__thumb"),
+        *("Network Trash Folder", "Temporary Items"),
+    ],
+)
+def test_what_storage_systems_leave_behind_is_passed_over(tmp_path, litter):
+    pixels = write_image_folder(tmp_path, each=1)
+    shutil.copytree(tmp_path / "train" / "cat", tmp_path / "train" / litter)
+    shutil.copytree(tmp_path / "train" / "cat", tmp_path / "train" / "dog" / litter)
+    assert same(utils.load_data("cifar10", tmp_path).train_images, pixels["train"])
+
+
+@pytest.mark.parametrize("beside", ["a folder of images", "the archive", "nothing"])
+def test_an_empty_folder_of_the_official_name_hides_nothing(tmp_path, official, monkeypatch, beside):
+    (tmp_path / cifar10.FOLDER).mkdir()
+    (tmp_path / cifar10.FOLDER / ".DS_Store" if beside == "a folder of images" else tmp_path / "x").touch()
+    expected = official.pixels["train"]
+    if beside == "a folder of images":
+        expected = write_image_folder(tmp_path)["train"]
+    elif beside == "the archive":
+        shutil.copy(official.archive, tmp_path / cifar10.ARCHIVE)
+    else:
+        monkeypatch.setattr(cifar10, "fetch_archive", lambda root: official.archive)
+    assert same(utils.load_data("cifar10", tmp_path).train_images, expected)
+
+
+def test_a_folder_in_the_archives_place_is_said(tmp_path):
+    (tmp_path / cifar10.ARCHIVE).mkdir()
+    with pytest.raises(ValueError, match=f"{cifar10.ARCHIVE} is a folder: expected the archive as one file; move it"):
+        utils.load_data("auto", tmp_path)
+
+
+@pytest.mark.parametrize("root", [None, b"data", 5])
+def test_a_root_is_a_path(root):
+    with pytest.raises(TypeError, match=f"root is {root!r}: expected a folder, as text or Path, such as 'data'"):
+        utils.load_data("auto", root)
+
+
+def test_a_root_written_in_another_way_will_do(tmp_path, monkeypatch):
+    root = tmp_path / "a folder"
+    pixels = write_image_folder(root)
+    for given in (root / "train", str(root / "test"), root.as_uri(), (root / "train").as_uri()):
+        assert same(utils.load_data("cifar10", given).train_images, pixels["train"])
+    for given in (f'"{root}"', f"'{root}' ", root.as_uri()):
+        monkeypatch.setenv("CIFAR10_ROOT", given)
+        assert same(utils.load_data("cifar10").train_images, pixels["train"])
+    monkeypatch.delenv("CIFAR10_ROOT")
+    root.rename(tmp_path / "train")  # and a root may be called train
+    assert same(utils.load_data("cifar10", tmp_path / "train").train_images, pixels["train"])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype):
+    write_image_folder(tmp_path, each=1, suffix="tiff")
+    image = tmp_path / "train" / "cat" / "00003.tiff"
+    Image.fromarray(np.full((32, 32), 300, dtype)).save(image)
+    with pytest.raises(ValueError, match="00003.tiff has more than 8 bits a pixel .mode .*: save it in 8 bits"):
+        utils.load_data("auto", tmp_path)
 
 
 def test_what_another_tool_fetched_is_used_if_it_is_the_official_archive(tmp_path, official, monkeypatch, capsys):
@@ -245,6 +308,44 @@ def test_a_changed_source_is_read_anew(tmp_path, reads, change):
     else:
         shutil.copy(image, image.with_name("00099.png"))
     assert not same_data(utils.load_data("cifar10", tmp_path), first) and len(reads) == 2
+
+
+@pytest.mark.parametrize("linked", ["class folder", "image", "split"])
+@pytest.mark.parametrize("change", ["another image", "one image more"])
+def test_the_cache_sees_through_links(tmp_path, reads, linked, change):
+    root, other = tmp_path / "root", tmp_path / "elsewhere"
+    write_image_folder(root)
+    image = root / "train" / "ship" / "00018.png"
+    link = {"class folder": image.parent, "image": image, "split": root / "train"}[linked]
+    shutil.move(link, other)
+    link.symlink_to(other)
+    first = utils.load_data("cifar10", root)
+    assert same_data(utils.load_data("cifar10", root), first) and len(reads) == 1
+    pixel = first.train_images[18].permute(1, 2, 0).numpy()
+    if change == "another image":
+        Image.fromarray(255 - pixel).save(image.resolve(), "png")
+    else:
+        Image.fromarray(pixel).save(image.parent.resolve() / "00099.png")
+    again = utils.load_data("cifar10", root)
+    assert len(reads) == 2 and len(again.train_labels) == 20 + (change == "one image more")
+    assert torch.equal(again.train_images[18], first.train_images[18]) == (change == "one image more")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../test/ship"])
+def test_a_link_that_leads_back_brings_no_image_twice(tmp_path, target):
+    pixels = write_image_folder(tmp_path)
+    (tmp_path / "train" / "ship" / "link").symlink_to(target)
+    data = utils.load_data("cifar10", tmp_path)
+    more = 2 if target == "../../test/ship" else 0  # a link to other images brings them
+    assert len(data.train_labels) == 20 + more and (more or same(data.train_images, pixels["train"]))
+    assert same(data.test_images, pixels["test"])
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path):
+    write_image_folder(tmp_path)
+    (tmp_path / "train" / "ship" / "zzz.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="zzz.png cannot be read"):
+        utils.load_data("auto", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty", "a hostile pickle", "another's tensors"])

@@ -62,3 +62,25 @@ def test_the_first_images_are_those_of_the_whole(small):
     assert torch.equal(few.test_images, small.test_images[:7]) and torch.equal(few.test_labels, small.test_labels[:7])
     assert few.synthetic and "first 30 training images" in few.name
     assert torch.equal(small.first(30).test_images, small.test_images)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0,), "train_size=0: expected a whole number of at least 1"),
+        ((-5,), "train_size=-5: expected a whole number"),
+        ((1e3,), "train_size=1000.0: expected a whole number"),
+        ((10**9,), "train_size=1000000000: expected 1 to 101"),
+        ((30, 41), "test_size=41: expected 1 to 40"),
+        ((30, 0), "test_size=0: expected a whole number"),
+    ],
+)
+def test_the_first_images_are_as_many_as_the_name_says(small, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        small.first(*sizes)
+
+
+@pytest.mark.parametrize("classes", [None, 10, "cat"])
+def test_classes_are_their_names(small, classes):
+    with pytest.raises(TypeError, match=f"classes is {classes!r}: expected the names of the classes"):
+        Data("mine", classes, small.train_images, small.train_labels, small.test_images, small.test_labels)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 import utils
-from normkit import anatomy, plots, tables
+from normkit import anatomy, plots, robustness, tables
 from normkit.data import Data
-from normkit.style import COLORS
+from normkit.style import COLORS, colors_of
 
 
 def test_curves_show_the_histories(results):
@@ -29,7 +31,9 @@ def test_curves_of_plain_histories_seeds_and_a_single_epoch(results):
     history = results[0].history
     assert "mine" in drawn(plots.plot_curves({"mine": history[:1]}))
     assert "run 2" in drawn(plots.plot_curves([history, history]))
-    assert "batch, seed 0" in drawn(plots.plot_curves([results[0], results[0]]))
+    assert "batch, run 2" in drawn(plots.plot_curves([results[0], results[0]]))
+    other = dataclasses.replace(results[0], seed=1)
+    assert "batch, seed 1" in drawn(plots.plot_curves([results[0], other, results[1]]))
     for nothing in ([], {}, {"batch": []}):
         with pytest.raises(ValueError, match="at least one"):
             plots.plot_curves(nothing)
@@ -60,16 +64,21 @@ def logits(data):
     return {"batch": right, "group": rings, "layer": shifted}
 
 
+def variant_of(ax):
+    return ax.get_title().split(",")[0]
+
+
 def test_confusions_are_counted_by_class(data, logits):
     figure = plots.plot_confusions(data, logits)
-    panels = {ax.get_label(): ax for ax in figure.axes}
-    shade = {name: panels[name].images[0].get_array() for name in logits}
+    below = next(ax for ax in figure.axes if ax.containers)
+    shade = {name: ax.images[0].get_array() for ax in figure.axes if ax is not below for name in [variant_of(ax)]}
     assert shade["batch"].sum() == 0
     assert shade["group"][5, 1] == 100 and shade["group"].sum() == 100
-    heights = [[bar.get_height() for bar in bars] for bars in panels["classes"].containers]
+    heights = [[bar.get_height() for bar in bars] for bars in below.containers]
     assert heights[0] == [100] * 10 and heights[1] == [100] * 5 + [0] + [100] * 4
     assert all(height == pytest.approx(90, abs=1.5) for height in heights[2])
     assert "synthetic" in drawn(figure)
+    assert {ax.get_xlabel() for ax in figure.axes} == {"predicted", ""} and "true" in drawn(figure)
 
 
 def test_disagreements_are_images_on_which_someone_is_right(data, logits):
@@ -82,6 +91,58 @@ def test_disagreements_are_images_on_which_someone_is_right(data, logits):
     boxes = [text.get_window_extent() for ax in figure.axes for text in (ax.title, *ax.texts) if text.get_text()]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert "disagree on 0 %" in drawn(plots.plot_disagreements(data, {name: logits["batch"] for name in logits}))
+
+
+def test_what_predict_returns_goes_straight_into_the_pictures(results, data):
+    predicted = utils.predict(results[0].model, utils.get_loaders(data, 64, device="cpu")[1])
+    shades = []
+    for given in (predicted, predicted[0], predicted[0].numpy(), {"batch": predicted}, {"classes": predicted[0]}):
+        figures = [plots.plot_confusions(data, given), plots.plot_disagreements(data, given)]
+        figures.append(robustness.plot_calibration(data, given))
+        shades.append(figures[0].axes[1].images[0].get_array())
+        name = next(iter(given)) if isinstance(given, dict) else "one network"
+        assert all(name in drawn(figure) for figure in figures[::2])
+        if not isinstance(given, dict):
+            assert "most confident mistakes" in drawn(plots.plot_mistakes(data, given))
+    assert all(np.array_equal(shade, shades[0]) for shade in shades)
+
+
+def test_what_are_no_logits_of_the_test_images_is_refused(data, logits):
+    right = logits["batch"]
+    wrong = [
+        ([right, right], TypeError, "list: expected logits .N, classes.; give what utils.predict"),
+        (None, TypeError, "NoneType: expected logits"),
+        (data.test_labels, TypeError, "expected logits"),
+        (right[:20], ValueError, "20 images, and synthetic stand-in has 101 test images: give what utils.predict"),
+        ((right, data.test_labels.roll(1)), ValueError, "other labels"),
+    ]
+    several = (plots.plot_confusions, plots.plot_disagreements, robustness.plot_calibration)
+    for given, error, message in wrong:
+        for draw in (plots.plot_mistakes, *several):
+            with pytest.raises(error, match=message):
+                draw(data, given)
+    for draw in several:
+        with pytest.raises(ValueError, match="the dict is empty"):
+            draw(data, {})
+        with pytest.raises(ValueError, match=r"logits\['layer'\] has logits of 20 images"):
+            draw(data, logits | {"layer": right[:20]})
+    with pytest.raises(TypeError, match="logits is a dict: expected"):
+        plots.plot_mistakes(data, logits)
+
+
+def test_each_variant_has_a_colour_of_its_own(data, results):
+    names = ["batch", "instance", *(f"v{i}" for i in range(12))]
+    colors = colors_of(names)
+    assert len(set(colors.values())) == 14 and colors["batch"] == COLORS["batch"]
+    assert colors_of(names) == colors  # the same each time
+    history = results[0].history
+    lines = plots.plot_curves({name: history for name in names}).axes[0].lines
+    assert len({line.get_color() for line in lines}) == 14
+    below = plots.plot_confusions(data, {name: torch.rand(101, 10) for name in names[:7]}).axes[0]
+    bars = [bar for container in below.containers for bar in container]
+    assert len({bar.get_facecolor() for bar in bars}) == 7
+    ends = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars)
+    assert all(right <= left for (_, right), (left, _) in zip(ends, ends[1:]))  # no bar hides another
 
 
 # --------------------------------------------------------------------------------------- study
@@ -99,7 +160,7 @@ def test_study_pictures_show_means_and_deviations_of_the_last_epoch():
     expected = rows.query("epoch == 2 and norm == 'batch'").groupby("batch_size")["test_acc"].mean()
     assert list(figure.axes[0].containers[0][0].get_ydata()) == pytest.approx(expected.tolist())
 
-    rows = study(num_groups=["8", "16", "1", "channels"], seed=range(3))
+    rows = study(norm=["group"], num_groups=["8", "16", "1", "channels"], seed=range(3))
     figure = plots.plot_groups(rows)
     labels = [label.get_text().split("\n")[0] for label in figure.axes[0].get_xticklabels()]
     assert labels == ["1", "8", "16", "one a channel"]
@@ -139,6 +200,66 @@ def test_the_curves_take_what_is_at_hand(results):
     rows = study(recipe=["best"], norm=["batch"], seed=range(2))
     plots.plot_seeds(rows, figure.subfigures(1, 2)[0].subplots())
     plt.close(figure)
+
+
+def test_runs_of_one_norm_are_told_apart_by_what_differs(results):
+    first = results[0]
+    runs = [
+        dataclasses.replace(first, recipe=first.recipe.replace(lr=lr), seed=seed) for lr, seed in ((0.1, 0), (1, 5))
+    ]
+    figure = plots.plot_curves([*runs, results[1]])
+    text = drawn(figure)
+    assert len([line for line in figure.axes[0].lines if len(line.get_xdata()) == 2]) == 6
+    assert "batch, lr 0.1: " in text and "batch, lr 1: " in text and "group: " in text and "seed" not in text
+
+
+def test_curves_take_tables_rows_and_mixtures_and_refuse_the_rest(results):
+    history = results[0].history
+    table = tables.histories_table(results)
+    text = drawn(plots.plot_curves({norm: rows for norm, rows in table.groupby("norm")}))
+    assert all(f"{norm}: {rows['test_loss'].iloc[-1]:.2f}" in text for norm, rows in table.groupby("norm"))
+    assert "batch: " in drawn(plots.plot_curves([results[0], history])) and "run: " in drawn(
+        plots.plot_curves(history[0])
+    )
+    wrong = [
+        (None, TypeError, "NoneType: expected a result of utils.run, or what utils.fit returns"),
+        ("a.csv", TypeError, "str: expected a result"),
+        ({"loss": [1, 2]}, TypeError, "loss is a list: expected a result"),
+        ([{"epoch": 1, "loss": 2}], ValueError, "rows lack lr, train_loss, train_acc, test_loss, test_acc, which"),
+    ]
+    for given, error, message in wrong:
+        with pytest.raises(error, match=message):
+            plots.plot_curves(given)
+    for until in (0, "9", 1.5):
+        with pytest.raises(ValueError, match=f"until={until!r}: expected a whole number"):
+            plots.plot_curves(results, until=until)
+    assert plots.plot_curves(results, until=np.int64(9)).axes[0].get_xlim() == (0.5, 9.5)
+
+
+@pytest.mark.parametrize("each", [0, -1, "3", 1.5])
+def test_samples_are_a_whole_number(data, each):
+    with pytest.raises(ValueError, match=f"each={each!r}: expected a whole number of at least 1"):
+        plots.plot_samples(data, each)
+
+
+def test_axes_to_draw_in_are_one_and_not_an_array():
+    axes = plt.figure().subplots(1, 4)
+    rows = study(recipe=["best"], norm=["group"], batch_size=[2], num_groups=["1"], seed=range(2)).assign(base_lr=0.1)
+    pictures = (plots.plot_seeds, plots.plot_batch_sizes, plots.plot_groups, plots.plot_learning_rates)
+    for draw, ax in zip(pictures, axes, strict=True):
+        with pytest.raises(TypeError, match=r"ax is a ndarray .4,.: give one of matplotlib's axes, such as axes.0."):
+            draw(rows, ax=axes)
+        assert draw(rows, ax=ax) is ax.figure
+    plt.close("all")
+
+
+def test_groups_are_those_of_group_norm():
+    rows = study(norm=["group", "batch"], num_groups=["1", "4"], seed=range(2))
+    rows["test_acc"] = rows["norm"].map({"group": 80.0, "batch": 20.0})
+    ax = plots.plot_groups(rows).axes[0]
+    assert ax.lines[0].get_ydata().tolist() == [80.0, 80.0] and "2 seeds each" in ax.get_title()
+    with pytest.raises(ValueError, match="no rows of group norm, but of batch"):
+        plots.plot_groups(rows[rows["norm"] == "batch"])
 
 
 def test_what_fit_returns_goes_straight_into_the_curves(data):

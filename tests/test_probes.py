@@ -63,6 +63,12 @@ def test_measuring_leaves_the_network_and_the_seeds_as_they_were(batch):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_networks_and_images_of_another_dtype_are_measured_too(batch):
+    net = model.Net("group", dropout=0.0)
+    expected = probes.measure(net, *batch, rates=[0.1])
+    assert probes.measure(net.double(), batch[0].double(), batch[1], rates=[0.1]) == expected
+
+
 def test_pictures(batch):
     rows = []
     for norm in ("batch", "layer"):
@@ -76,3 +82,7 @@ def test_pictures(batch):
         assert all(len(line.get_xdata()) == layers for ax in figure.axes for line in ax.lines)
     figure = probes.plot_loss_ranges(rows)
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["batch", "layer"]
+    with pytest.raises(ValueError, match="unknown quantity 'loss': choose gradient norm or similarity"):
+        probes.plot_by_layer(rows, "loss")
+    figure = probes.plot_by_layer(rows.replace({"norm": {"batch": "mine", "layer": "yours"}}), "similarity")
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2

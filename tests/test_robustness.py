@@ -60,3 +60,6 @@ def test_pictures(data, size):
     figure = robustness.plot_corruptions(pd.DataFrame(rows), images, "title")
     bars = [bar for ax in figure.axes for bar in ax.patches]
     assert [bool(bar.get_hatch()) for bar in bars] == [False, False, True] * 4
+    rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in ("mine", "yours")]
+    figure = robustness.plot_corruptions(pd.DataFrame(rows), images)
+    assert len({bar.get_facecolor() for bar in figure.axes[-1].patches}) == 2

@@ -1,14 +1,17 @@
 import math
+import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import NORMS, QUIET
 
 import model
 import utils
-from normkit import tables
+from normkit import plots, tables
 from normkit.data import train_val_split
-from normkit.study import run_many
+from normkit.study import grid, run_many
+from normkit.synthetic import make_synthetic
 
 FEW = {"epochs": 2, "batch_size": 50}
 
@@ -37,6 +40,26 @@ def test_the_histories_of_the_stand_in_are_marked(results):
     assert table[list(rows[0])].to_dict("records") == rows
 
 
+def test_a_table_of_results_takes_what_run_returns_and_nothing_else(results):
+    rows = [row for result in results for row in result.history]
+    for given in (results, {result.norm: result for result in results}, iter(results)):
+        assert tables.histories_table(given)[list(rows[0])].to_dict("records") == rows
+    assert len(tables.histories_table(results[0])) == 2
+    for table in (tables.results_table, tables.histories_table):
+        for wrong in (results[0].history, [results[0].history], None, "batch"):
+            with pytest.raises(TypeError, match="is no result: give what utils.run returns.*DataFrame"):
+                table(wrong)
+        with pytest.raises(ValueError, match="there are no results: give what utils.run returns"):
+            table([])
+
+
+def test_the_table_of_results_names_the_settings_that_differ(data):
+    results = [utils.run("batch", data, 1, lr=lr, **QUIET) for lr in (0.1, 0.001)]
+    table = utils.results_table(results)
+    assert table["lr"].tolist() == [0.1, 0.001] and "momentum" not in table
+    assert "lr" not in utils.results_table(results[:1])
+
+
 # ----------------------------------------------------------------------------------- of a study
 
 
@@ -44,8 +67,10 @@ def test_the_histories_of_the_stand_in_are_marked(results):
 def rows():
     """Two recipes, two norms, five seeds, two epochs, with accuracies known beforehand."""
     accuracies = {"batch": [80.0, 81.0, 82.0, 83.0, 84.0], "layer": [79.0, 79.0, 81.0, 81.0, 83.0]}
+    lr = {"best": 0.05, "classic": 0.01}
     return pd.DataFrame(
-        {"recipe": recipe, "norm": norm, "seed": seed, "epoch": epoch, "settings": f"{recipe} {norm} {seed}"}
+        {"recipe": recipe, "norm": norm, "seed": seed, "epoch": epoch, "data": "CIFAR-10"}
+        | {"settings": f"CIFAR-10, 9 images, CRC-32 0x1: norm={norm} epochs=2 seed={seed} lr={lr[recipe]}"}
         | {"train_acc": 70.0, "test_acc": values[seed] if epoch == 2 else 99.0}
         for recipe in ("best", "classic")
         for norm, values in accuracies.items()
@@ -81,3 +106,122 @@ def test_norms_are_compared_seed_by_seed(rows):
     assert (table["real"] == "yes").all()
     rows.loc[(rows["norm"] == "layer") & (rows["seed"] == 0), "test_acc"] = 90.0
     assert (tables.compare_norms(rows)["real"] == "not shown").all()
+
+
+# ------------------------------------------------------------------- settings swept beside the seed
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Rows of a study in which the learning rate was swept beside norm and seed."""
+    runs = grid(norm=["layer", "batch"], lr=[0.01, 0.001], seed=range(2), epochs=1, batch_size=20)
+    rows = run_many(runs, make_synthetic(40, 40), tmp_path_factory.mktemp("study") / "swept.csv")
+    rows["test_acc"] = np.where(rows["base_lr"] == 0.01, 60.0, 20.0) + 2 * rows["seed"] + 10 * (rows["norm"] == "batch")
+    return rows
+
+
+def test_a_setting_swept_beside_the_seed_is_not_mixed_in(swept):
+    table = tables.seeds_table(swept)
+    assert table.index.names == ["recipe", "lr", "variant"] and (table["seeds"] == 2).all()
+    assert table.loc[("classic", 0.01, "layer"), "test accuracy %"] == "61.00 ± 1.41"
+    assert table.loc[("classic", 0.001, "batch"), "test accuracy %"] == "31.00 ± 1.41"
+    differences = tables.compare_norms(swept)
+    assert differences.index.names == ["recipe", "lr", "difference"] and (differences["seeds"] == 2).all()
+    assert (differences["points"] == "-10.00").all() and (differences["real"] == "yes").all()
+    ax = plots.plot_seeds(swept).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        "classic recipe\nlr 0.01",
+        "classic recipe\nlr 0.001",
+    ]
+    assert "2 seeds each" in ax.get_title()
+
+
+def test_other_data_are_not_mixed_in(rows):
+    other = rows.assign(settings=rows["settings"].str.replace("0x1", "0x2"), test_acc=50.0)
+    table = tables.seeds_table(pd.concat([rows, other]))
+    assert table.index.names == ["recipe", "data", "variant"] and (table["seeds"] == 5).all()
+    assert table.loc[("best", "CIFAR-10, 9 images, CRC-32 0x1", "batch"), "test accuracy %"] == "82.00 ± 1.58"
+
+
+def test_one_setting_stands_for_those_that_go_along_with_it(rows):
+    along = rows.assign(settings=rows["settings"] + " batch_size=8 warmup=0.5")
+    both = pd.concat([rows.assign(settings=rows["settings"] + " batch_size=4 warmup=0.2"), along])
+    assert tables.seeds_table(both).index.names == ["recipe", "batch_size", "variant"]
+    lr = both["norm"].map({"batch": " lr=1", "layer": " lr=2"})  # tuned for each norm: nothing is mixed by that
+    assert tables.compare_norms(rows.assign(settings=rows["settings"] + lr[: len(rows)])).index.names == [
+        "recipe",
+        "difference",
+    ]
+
+
+def test_pictures_that_average_refuse_a_mix_and_say_how_to_choose(swept):
+    with pytest.raises(ValueError, match=r"differ in lr,.*tables.select\(rows, lr=0.01\); lr is one of 0.01, 0.001"):
+        plots.plot_batch_sizes(swept)
+    chosen = tables.select(swept, lr=0.01)
+    line = plots.plot_batch_sizes(chosen).axes[0].containers[0][0]
+    assert line.get_ydata().tolist() == [61.0] and len(chosen) == 4
+    assert plots.plot_learning_rates(swept).axes[0].containers[0][0].get_ydata().tolist() == [21.0, 61.0]
+    for wrong, message in (({"lr": 0.5}, "unknown lr 0.5: choose 0.01 or 0.001"), ({"rate": 1}, "setting 'rate'.*lr")):
+        with pytest.raises(ValueError, match=message):
+            tables.select(swept, **wrong)
+
+
+def test_rows_that_are_there_twice_count_once(rows):
+    twice = pd.concat([rows, rows])
+    for table in (tables.seeds_table, tables.compare_norms):
+        pd.testing.assert_frame_equal(table(twice), table(rows))
+    assert "5 seeds each" in plots.plot_seeds(twice).axes[0].get_title()
+    other = rows.assign(test_acc=1.0, precision="float32")
+    with pytest.raises(ValueError, match="20 runs are there more than once.*differ in test_acc, precision: select"):
+        tables.seeds_table(pd.concat([rows.assign(precision="bfloat16"), other]))
+
+
+def test_one_seed_has_no_interval_and_no_warning(rows):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = tables.compare_norms(rows[rows["seed"] == 1])
+        same = tables.compare_norms(rows.assign(test_acc=50.0))
+        apart = tables.compare_norms(rows[(rows["norm"] == "batch") == (rows["seed"] < 2)])
+    assert table.loc["best"].loc["batch - layer"].tolist() == ["+2.00", "takes two seeds", "not shown", 1]
+    assert same.loc["best"].loc["batch - layer"].tolist() == ["+0.00", "+0.00 to +0.00", "not shown", 5]
+    assert apart.loc["best"].loc["batch - layer"].tolist() == ["", "takes two seeds", "not shown", 0]
+
+
+def test_rows_without_the_name_of_a_recipe(rows):
+    nameless = rows.drop(columns="recipe")
+    best = nameless[rows["recipe"] == "best"]
+    assert tables.seeds_table(best).loc["batch", "test accuracy %"] == "82.00 ± 1.58"
+    assert tables.compare_norms(best).loc["batch - layer", "points"] == "+1.40"
+    assert len(plots.plot_seeds(best).axes[0].containers) == 2
+    assert tables.seeds_table(nameless).index.names == ["lr", "variant"]  # what tells the two recipes apart
+    some = pd.concat([rows[rows["recipe"] == "classic"], best])
+    assert set(tables.seeds_table(some).index.get_level_values("recipe")) == {"classic", "not named"}
+    assert len(tables.select(some, recipe="not named")) == len(best)
+
+
+def test_a_norms_name_may_look_like_a_setting(rows):
+    other = rows.replace({"norm": {"layer": "gn lr=8"}})
+    other["settings"] = other["settings"].str.replace("norm=layer", "norm=gn lr=8#0123abcd")
+    assert set(tables.trials_table(other.assign(test_loss=1.0)).index) == {"batch", "gn lr=8"}
+    assert tables.seeds_table(other).loc[("classic", "gn lr=8"), "lowest test %"] == "79.00"
+    edited = other.assign(settings=other["settings"].str.replace("#0123abcd", "#4567cdef"))
+    assert tables.seeds_table(pd.concat([other, edited]).drop_duplicates()).index.names[1] == "settings"
+
+
+def test_diverged_runs_are_counted(rows):
+    rows.loc[(rows["norm"] == "layer") & (rows["seed"] > 0), "test_acc"] = None
+    table = tables.seeds_table(rows)
+    assert table["diverged"].tolist() == [0, 4, 0, 4]
+    assert table.loc[("best", "layer"), "test accuracy %"] == "79.00"
+
+
+def test_what_is_no_study_is_refused_with_the_next_step(results, rows):
+    for call in (tables.seeds_table, tables.compare_norms, tables.trials_table, plots.plot_seeds, tables.select):
+        with pytest.raises(ValueError, match="lack settings.*study.run_many.*results_table"):
+            call(tables.histories_table(results))
+        with pytest.raises(TypeError, match="rows is a list: give the DataFrame"):
+            call(results)
+    with pytest.raises(ValueError, match="there are no rows"):
+        tables.seeds_table(rows[:0])
+    with pytest.raises(ValueError, match="norm is missing.*keep_default_na"):
+        tables.seeds_table(rows.replace({"norm": {"layer": np.nan}}))

@@ -1,0 +1,46 @@
+"""What the pictures of predictions are given, checked: logits of one network, or of several by name."""
+
+import torch
+from torch import Tensor
+
+from normkit.checks import describe
+
+NEXT_STEP = "give what utils.predict(model, test_loader) returns, or its first part, the logits"
+
+
+def logits_of(data, given, name="logits"):
+    """Returns a network's logits, float32 (N, classes) on the CPU, for the test images of data.
+
+    given: what utils.predict returns, or its logits alone, as a tensor or an array.
+    """
+    logits, labels = given, None
+    if isinstance(given, tuple | list) and len(given) == 2 and getattr(given[1], "ndim", 0) == 1:
+        logits, labels = given
+    if not hasattr(logits, "ndim") or logits.ndim != 2:
+        raise TypeError(f"{name} is a {describe(logits)}: expected logits (N, classes); {NEXT_STEP}")
+    if len(logits) != len(data.test_labels):
+        raise ValueError(
+            f"{name} has logits of {len(logits)} images, and {data.name} has {len(data.test_labels)} test images: "
+            f"{NEXT_STEP}, over all of them in their order"
+        )
+    if labels is not None and not torch.equal(torch.as_tensor(labels).cpu(), data.test_labels.cpu()):
+        raise ValueError(f"{name} was predicted for other labels than {data.name}'s, or in another order: {NEXT_STEP}")
+    return torch.as_tensor(logits).detach().cpu().float()
+
+
+def logits_by_name(data, given):
+    """Returns a dict from each variant's name to its logits, as logits_of does.
+
+    given: a dict from a name to what logits_of takes, or for a single network that alone.
+    """
+    if isinstance(given, Tensor) or not hasattr(given, "items"):
+        return {"one network": logits_of(data, given)}
+    if not given:
+        raise ValueError(f"there are no logits to draw: the dict is empty; {NEXT_STEP}, by name")
+    return {name: logits_of(data, each, f"logits[{name!r}]") for name, each in given.items()}
+
+
+def class_names(data, *logits):
+    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer."""
+    columns = max(each.shape[1] for each in logits)
+    return [*map(str, data.classes), *(f"class {label}" for label in range(len(data.classes), columns))]
