@@ -98,3 +98,69 @@ def test_the_trials_are_in_their_file():
     said = re.findall(r"\b(\d\d\.\d\d)\b", cells)
     assert len(said) > 30 and set(said) <= accuracies
     assert set(re.findall(r"\b(0\.\d{3})\b", cells)) <= losses
+
+
+# ---------------------------------------------------------------------------------------- S8.ipynb
+
+
+def test_what_is_said_of_chance():
+    found = compare_norms(rows_of("seeds"))
+    said = text_between("## What can be concluded", "## Your own model")
+    lead = found.loc[("classic", ["batch - group", "batch - layer"]), :]
+    assert "leads by four points" in said and all(3.5 < float(points) < 4.5 for points in lead["points"])
+    assert list(lead["real"]) == ["yes"] * 2 and set(found.loc["best", "real"]) == {"not shown"}
+    training = last_epochs(rows_of("seeds")).query("recipe == 'classic'").groupby("norm")["train_acc"].mean()
+    assert training["batch"] - training[["group", "layer"]].max() > 3  # "by as much in training accuracy"
+
+
+def test_what_is_said_of_learning_rates():
+    last = last_epochs(rows_of("learning_rates")).fillna({"test_acc": 10})
+    means = last.groupby(["norm", "base_lr"])["test_acc"].mean()
+    said = text_between("## Learning rate", "## Why")
+    for norm in ("batch", "group", "layer", "none"):
+        assert f"{means[norm].max():.1f}" in said
+    assert means["group"].idxmax() == means["layer"].idxmax() == 0.01  # the classic recipe's own
+    assert f"without a norm, at {means['none'].idxmax():g}, the network reaches {means['none'].max():.1f} %" in said
+    batch = means["batch"].loc[0.01:0.3]
+    assert batch.max() == means["batch"].max() and batch.max() - batch.min() < 4  # "hardly minds"
+    best = means.groupby("norm").max()
+    assert best["batch"] - best.drop("batch").max() > 5 and best[["group", "layer"]].max() - best["none"] < 3
+    start = [f"{means[norm, 0.001]:.0f}" for norm in ("group", "layer", "none")]
+    assert "{} and {} in place of {} % at 0.001".format(*start) in said
+    assert last["epoch"].max() == 4
+
+
+def test_what_is_said_of_why():
+    rows = rows_of("why")
+    first = rows[rows["step"] == 0].groupby(["quantity", "norm", "layer"])["value"].mean()
+    said = text_between("## Why", "## Batch size")
+    ratio = first["gradient norm", "batch", "C1"] / first["gradient norm", "none", "C1"]
+    assert f"C1's is {round(ratio, -1):.0f} times smaller at the start" in said
+    for norm in ("batch", "group", "layer", "none"):
+        assert f"{first['similarity', norm, 'C9']:.2f}" in said
+    last = rows[rows["step"] == rows["step"].max()].query("quantity == 'gradient norm' and layer == 'C1'")
+    last = last.groupby("norm")["value"].mean()
+    assert last.max() / last.min() < 5  # "of one size"
+    losses = rows[rows["quantity"] == "loss"].groupby(["norm", "step", "rate"])["value"].mean().unstack("rate")
+    rise = (losses[0.4] - losses[0.05]).groupby("norm").median()
+    assert rise["batch"] < 0.3 and rise["group"] > 0.7 and rise["layer"] > 0.7
+
+
+def test_what_is_said_of_batch_sizes_and_groups():
+    means = last_epochs(rows_of("batch_sizes")).groupby(["batch_size", "norm"])["test_acc"].mean().unstack()
+    lead = means["batch"] - means[["group", "layer"]].max(axis=1)
+    others = means["batch"] - means[["group", "layer"]].min(axis=1)
+    assert lead[2] < 0 and 6.5 < lead.loc[4:].min() and others.loc[4:].max() < 17.5
+    assert means.max().max() < 57
+    small = means.loc[2:32, ["group", "layer"]]
+    assert (small.max() - small.min()).max() < 4  # "hardly notice"
+    groups = last_epochs(rows_of("groups")).groupby("num_groups")["test_acc"].mean()
+    assert groups.drop("channels").max() - groups.drop("channels").min() < 2.5  # "little to choose"
+    assert groups["channels"] < groups.drop("channels").min() - 10
+
+
+def test_the_outputs_are_of_the_run_that_the_readme_shows():
+    text = "".join(o.get("text", "") for cell in NOTEBOOK.cells for o in cell.get("outputs", []) if "text" in o)
+    last = rows_of("histories").groupby("norm", sort=False).last()
+    for norm, row in last.iterrows():
+        assert f"({row['test_acc']:.2f}%)" in text, norm

@@ -98,7 +98,7 @@ def test_runs_as_a_script(tmp_path):
     (tmp_path / "S8.py").write_text(source, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     command = [sys.executable, tmp_path / "S8.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Test set: Average loss") == len(model.NORMS) + 2
 
