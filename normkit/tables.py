@@ -41,8 +41,8 @@ def results_table(results):
     rows = []
     results = results_of(results)
     settings = settings_of_results(results).drop(columns=["norm", "data", "seed"])
-    settings = settings.loc[:, settings.astype(str).nunique() > 1].to_dict("records")
-    for result, differing in zip(results, settings):
+    differing = settings.columns[settings.astype(str).nunique() > 1]
+    for result in results:
         if not result.history:
             raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
         last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
@@ -56,7 +56,7 @@ def results_table(results):
                 "best test % (epoch)": f"{best['test_acc']:.2f} ({best['epoch']})",
                 "seconds an epoch": round(float(np.median([row["seconds"] for row in result.history])), 1),
                 "seed": result.seed,
-                **differing,
+                **{name: getattr(result.recipe, name) for name in differing},
                 "data": result.data,
             }
         )
