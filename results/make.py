@@ -8,6 +8,8 @@ place, and saves its histories and pictures.
 """
 
 import argparse
+import base64
+import io
 import itertools
 import os
 import sys
@@ -17,6 +19,7 @@ import nbformat
 import pandas as pd
 import torch
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -172,6 +175,14 @@ anatomy.plot_norm_sets(layers).savefig("results/norms.png")
 """
 
 
+def pack_picture(data):
+    """Makes the PNG of an output as small as it can be without loss."""
+    if "image/png" in data:
+        packed = io.BytesIO()
+        Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).save(packed, "PNG", optimize=True)
+        data["image/png"] = base64.b64encode(packed.getvalue()).decode()
+
+
 def run_notebook():
     path = ROOT / "S8.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -188,6 +199,8 @@ def run_notebook():
         for index, cell in enumerate(notebook.cells):
             cell.metadata.pop("execution", None)
             client.execute_cell(cell, index)
+            for output in cell.get("outputs", []):
+                pack_picture(output.get("data", {}))
         nbformat.write(notebook, path)
         notebook.cells.append(nbformat.v4.new_code_cell(SAVE))
         client.execute_cell(notebook.cells[-1], index + 1)
