@@ -150,8 +150,11 @@ def test_what_is_said_of_batch_sizes_and_groups():
     means = last_epochs(rows_of("batch_sizes")).groupby(["batch_size", "norm"])["test_acc"].mean().unstack()
     lead = means["batch"] - means[["group", "layer"]].max(axis=1)
     others = means["batch"] - means[["group", "layer"]].min(axis=1)
+    said = text_between("## Batch size", "## How many groups?")
+    assert "by seven to seventeen points; at two it trails" in said and "(0.01 at 16)" in said
     assert lead[2] < 0 and 6.5 < lead.loc[4:].min() and others.loc[4:].max() < 17.5
-    assert means.max().max() < 57
+    rates = rows_of("batch_sizes").groupby("batch_size")["settings"].first().str.extract(r" lr=(\S+)")[0].astype(float)
+    assert (rates[16], rates[64], rates[128]) == (0.01, 0.04, 0.08)
     small = means.loc[2:32, ["group", "layer"]]
     assert (small.max() - small.min()).max() < 4  # "hardly notice"
     groups = last_epochs(rows_of("groups")).groupby("num_groups")["test_acc"].mean()
