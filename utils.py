@@ -26,7 +26,7 @@ from normkit.device import autocast, check_norms, choose_memory_format, choose_p
 from normkit.fused import fuse
 from normkit.identity import settings_of
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, generators_preserved, objects_of, seed_everything
+from normkit.randomness import RandomState, check_seed, generators_preserved, is_stateful, objects_of, seed_everything
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -242,10 +242,10 @@ def fit(
 
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch"; ReduceLROnPlateau
     gets the training loss, or with mode="max" the training accuracy.
-    checkpoint: a file, written after each epoch; the same call goes on from it, to the very numbers of a run that
-    never stopped. An interrupt returns the history so far. A loss that is huge or not finite raises FloatingPointError,
-    and leaves model, optimizer and scheduler as the last finished epoch left them. on_epoch(history) is called after
-    each finished epoch, and with those that a checkpoint held. backend: see train.
+    checkpoint: a file, written at the start and after each epoch; the same call goes on from it, to the very numbers of
+    a run that never stopped. An interrupt returns the history so far; a loss that is huge or not finite raises
+    FloatingPointError. Both leave model, optimizer and scheduler as the last finished epoch left them.
+    on_epoch(history) is called after each finished epoch, and with those that a checkpoint held. backend: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     epochs = checks.check_epochs(epochs)
@@ -260,7 +260,7 @@ def fit(
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
-    stateless = {name: part for name, part in parts.items() if not hasattr(part, "state_dict")}
+    stateless = {name: part for name, part in parts.items() if not is_stateful(part)}
     parts = {name: part for name, part in parts.items() if name not in stateless}
     with_epochs = [each for _, each in objects_of(loader=train_loader) if callable(getattr(each, "set_epoch", None))]
     history, source = History(), None

@@ -21,6 +21,15 @@ def plain(value):
     return value
 
 
+def is_plain(value):
+    """Whether a value is a number, text, None, or lists, tuples and dicts of these."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def to_bytes(state):
     """Returns the contents of a file of that state."""
     buffer = io.BytesIO()

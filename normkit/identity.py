@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import torch
 
-from normkit.files import plain
+from normkit.files import is_plain, plain
 from normkit.randomness import LIBRARIES, closed_over, objects_of, parts_of
 
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
@@ -38,14 +38,6 @@ def plain_lines(part, *states):
     return "\n".join([type(part).__name__, *lines])
 
 
-def is_plain(value):
-    if isinstance(value, dict):
-        return all(is_plain(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return all(is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
 def name_of(value):
     """Returns the name of a function or class, or of what an object is an instance of."""
     return getattr(value, "__name__", type(value).__name__)
@@ -53,13 +45,14 @@ def name_of(value):
 
 def data_mark(loaders):
     """Returns a checksum of the arrays and the lists of numbers in what loaders hold, and in their data sets."""
-    checksum = 0
+    checksum, seen = 0, set()
     for where, owner in objects_of(**loaders):
         if ".dataset" in where or where.partition("[")[0] in loaders:
             if isinstance(owner, list) and all(isinstance(each, bool | int | float) for each in owner):
                 checksum = zlib.crc32(repr(owner).encode(), checksum)
             for _, part in parts_of(owner):
-                if isinstance(part, torch.Tensor | np.ndarray):
+                if isinstance(part, torch.Tensor | np.ndarray) and id(part) not in seen:
+                    seen.add(id(part))  # a loader and its data set may hold the same images
                     checksum = crc32_of(part, checksum)
     return f"CRC-32 {checksum:08x}"
 

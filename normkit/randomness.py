@@ -13,6 +13,8 @@ import types
 import numpy as np
 import torch
 
+from normkit.files import is_plain
+
 
 def check_seed(seed):
     """Returns the seed as an int; None draws one."""
@@ -170,17 +172,11 @@ def counters_of(owners):
     """Returns the plain values of the objects of somebody's own, by (where, name). owners: objects by where."""
     owners = {where: owner for where, owner in owners.items() if is_somebodys(owner) and not is_stateful(owner)}
     found = {(where, name): value for where, owner in owners.items() for name, value in attributes_of(owner).items()}
-    return {place: copy.copy(value) for place, value in found.items() if is_plain(value)}
+    return {place: copy.deepcopy(value) for place, value in found.items() if is_plain(value)}
 
 
 def is_stateful(owner):
     return callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None))
-
-
-def is_plain(value):
-    if isinstance(value, list):
-        return all(isinstance(each, bool | int | float | str) for each in value)
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def lost_in(owners):
