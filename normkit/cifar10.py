@@ -233,22 +233,22 @@ def walk(folder, above=()):
                 yield path
 
 
-def list_images(folder):
-    """Returns (path, label) for each image in the class folders of a split, in the order of the file names."""
-    found = {path.name for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)}
-    if found != set(CLASSES):
-        raise ValueError(
-            f"{folder} must hold one folder for each class of CIFAR-10; "
-            f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
-            f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
-        )
-    images = []
-    for label, name in enumerate(CLASSES):
-        paths = [path for path in walk(folder / name) if datasets.folder.is_image_file(path.name)]
-        if not paths:
-            raise ValueError(f"a class folder holds no image: {folder / name}")
-        images += [(path, label) for path in paths]
-    return sorted(images, key=lambda image: image[0].name)
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's, with the classes of CIFAR-10, without litter and without what a link leads back to."""
+
+    def __init__(self, root):
+        files = {str(path) for path in walk(root) if datasets.folder.is_image_file(path.name)}
+        super().__init__(root, loader=read_image, is_valid_file=files.__contains__)
+
+    def find_classes(self, directory):
+        found = {path.name for path in Path(directory).iterdir() if path.is_dir() and not is_litter(path.name)}
+        if found != set(CLASSES):
+            raise ValueError(
+                f"{directory} must hold one folder for each class of CIFAR-10; "
+                f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
+                f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+            )
+        return list(CLASSES), {name: label for label, name in enumerate(CLASSES)}
 
 
 def read_image(path):
@@ -271,13 +271,17 @@ def read_image_folder(root):
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
-        files = list_images(root / split)
-        images = np.empty((len(files), 32, 32, 3), np.uint8)
-        for i, (path, _) in enumerate(tqdm(files, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
-            images[i] = read_image(path)
-        labels = torch.tensor([label for _, label in files])
+        try:
+            folder = ImageFolder(root / split)
+        except FileNotFoundError as error:
+            raise ValueError(f"a class folder holds no image: {error}") from error
+        samples = sorted(folder.samples, key=lambda sample: Path(sample[0]).name)
+        images = np.empty((len(samples), 32, 32, 3), np.uint8)
+        for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
+            images[i] = folder.loader(path)
+        labels = torch.tensor([label for _, label in samples])
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
-    kind = files[0][0].suffix.lstrip(".").upper().replace("JPG", "JPEG")
+    kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
     return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
 
 
