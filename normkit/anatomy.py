@@ -3,13 +3,12 @@
 import copy
 import itertools
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
-from matplotlib.patches import Polygon
+from matplotlib.patches import Polygon, Rectangle
 from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
@@ -113,7 +112,7 @@ def plot_network(model, size=32):
         pitch = max(width, 0.62)
         places[step["name"]] = middle = x + pitch / 2
         color = colors.get(step["kind"], "#4C6A92")
-        ax.add_patch(plt.Rectangle((middle - width / 2, -height / 2), width, height, color=color))
+        ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, color=color))
         field = f"{step['field']}" if step["field"] < size else "all"
         ax.text(middle, 1.45, step["name"], ha="center", va="bottom", fontweight="bold")
         lines = (f"{step['channels']}", f"{step['map']}×{step['map']}", f"{step['parameters']:,}", field)
@@ -127,7 +126,7 @@ def plot_network(model, size=32):
         ax.annotate("", (places[end], 0.95), (places[start], 0.95), arrowprops=arrow)
     ax.set(xlim=(-1.6, x), ylim=(-2.9, 1.8))
     ax.axis("off")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     handles.append(Line2D([], [], color="#666666", linewidth=1.4))
     figure.legend(handles, [*colors, "skip"], loc="outside lower center", ncols=4, frameon=False)
     total = sum(p.numel() for p in model.parameters())

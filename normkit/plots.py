@@ -4,7 +4,6 @@ import io
 import math
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import COLORS, axes_or_new, colors_of, styled, subplots
+from normkit.style import COLORS, axes_or_new, colors_of, new_figure, styled, subplots
 from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 
 CHANCE = 10  # percent, of CIFAR-10's ten classes
@@ -228,8 +227,7 @@ def plot_confusions(data, logits):
     names, colors = class_names(data, *logits.values()), colors_of(logits)
     classes, spacing = range(len(names)), min(0.16, 0.8 / len(logits))
     longest, step = max(map(len, names)), math.ceil(len(names) / 25)  # of many classes, not all are named
-    figure = plt.figure(figsize=(max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
-    plt.close(figure)
+    figure = new_figure((max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
     grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])
     below = figure.add_subplot(grid[1, :])
     for i, (name, each) in enumerate(logits.items()):

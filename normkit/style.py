@@ -4,7 +4,7 @@ import colorsys
 import functools
 import itertools
 
-import matplotlib.pyplot as plt
+import matplotlib.style
 from matplotlib.colors import to_hex
 
 from normkit.checks import describe
@@ -37,7 +37,7 @@ def styled(plot):
 
     @functools.wraps(plot)
     def wrapper(*args, **options):
-        with plt.style.context(["default", STYLE]):
+        with matplotlib.style.context(["default", STYLE]):
             figure = plot(*args, **options)
             figure.figure.draw_without_rendering()  # ticks are made here, in the style of the moment
             return figure
@@ -69,8 +69,16 @@ def axes_or_new(ax, figsize):
     return ax
 
 
-def subplots(*shape, **options):
-    """plt.subplots, released from pyplot: the figure is its caller's, and a notebook shows it once."""
-    figure, axes = plt.subplots(*shape, **options)
+def new_figure(figsize):
+    """plt.figure, released from pyplot: the figure is its caller's, and a notebook shows it once."""
+    import matplotlib.pyplot as plt  # takes a while to import, and training draws nothing
+
+    figure = plt.figure(figsize=figsize)
     plt.close(figure)
-    return figure, axes
+    return figure
+
+
+def subplots(*shape, figsize, **options):
+    """plt.subplots, of such a figure."""
+    figure = new_figure(figsize)
+    return figure, figure.subplots(*shape, **options)

@@ -102,8 +102,3 @@ def test_runs_as_a_script(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Test set: Average loss") == len(model.NORMS) + 2
-
-
-def test_importing_prints_nothing():
-    done = subprocess.run([sys.executable, "-c", "import model, utils"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

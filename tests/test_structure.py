@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import utils
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "model.py", ROOT / "utils.py", *sorted((ROOT / "normkit").rglob("*.py"))]
-LATE = {"scipy", "pytorch_optimizer"}  # libraries that take a second to import, imported where they are used
+LATE = {"matplotlib.pyplot", "pytorch_optimizer", "scipy", "torchvision"}  # slow to import, so only where they are used
 
 
 def name_of(path):
@@ -64,7 +65,13 @@ def test_nothing_below_imports_what_is_above():
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_stand_at_the_top(path):
-    assert {module.split(".")[0] for module, at_top in imports_of(path) if not at_top} <= LATE
+    assert {module for module, at_top in imports_of(path) if not at_top} <= LATE
+
+
+def test_importing_prints_nothing_and_brings_nothing_slow():
+    code = f"import sys, model, utils; print(*{LATE} & set(sys.modules), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("results/*.py")], ids=str)
