@@ -1,7 +1,8 @@
+import numpy as np
 import torch
 
 import utils
-from normkit.synthetic import make_synthetic
+from normkit.synthetic import draw_shapes, make_synthetic
 
 
 def test_stand_in_is_marked_seeded_and_balanced():
@@ -10,3 +11,10 @@ def test_stand_in_is_marked_seeded_and_balanced():
     assert torch.equal(data.train_images, again.train_images)
     assert data.train_images.shape == (5000, 3, 32, 32) and data.train_labels.bincount().tolist() == [500] * 10
     assert not torch.equal(data.train_images, make_synthetic(seed=1).train_images)
+
+
+def test_a_picture_depends_on_its_own_label_alone():
+    labels = np.arange(100) % 10
+    others = np.random.default_rng(0).permutation(labels)
+    one, another = (draw_shapes(each, np.random.default_rng(0)) for each in (labels, others))
+    assert np.array_equal((one == another).all((1, 2, 3)), labels == others) and (labels == others).any()
