@@ -1,6 +1,7 @@
 """The kernel is built once a machine, into a cache that nobody else can write; or one line says why not."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -224,3 +225,12 @@ def test_five_processes_at_once_build_it_harmlessly_and_the_next_has_it_at_once(
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0
     assert Path(again.stdout.split()[0]).stat().st_mtime < before  # not built again
+
+
+@COMPILER
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_kernel_allocates_nothing(compiled):
+    """So it cannot run out of memory half-way: all of it comes from PyTorch, before a pass."""
+    done = subprocess.run(["nm", "-D", "--undefined-only", compiled], capture_output=True, text=True, check=True)
+    assert "GOMP_parallel" in done.stdout
+    assert not re.search(r"\b(malloc|calloc|realloc|posix_memalign|aligned_alloc|_Zn\w+)\b", done.stdout)

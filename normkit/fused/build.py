@@ -191,8 +191,8 @@ def load(path):
     functions.layer_params_size.restype = ctypes.c_int64
     if functions.layer_params_size() != ctypes.sizeof(LayerParams):
         raise BuildError("the compiled kernel's LayerParams is not the one of params.py")
-    layers = [ctypes.c_bool, ctypes.POINTER(LayerParams), ctypes.c_int64]
-    functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_void_p]
-    functions.backward.argtypes = [*layers, ctypes.c_void_p, ctypes.c_void_p]
+    layers = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
+    functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
+    functions.backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     functions.forward.restype = functions.backward.restype = ctypes.c_int64
     return functions

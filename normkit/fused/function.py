@@ -1,5 +1,9 @@
 """The kernel as a function that autograd can differentiate once."""
 
+import functools
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,16 +23,21 @@ class FusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers, dtype, needs_grad, nchw, x, *parameters):
-        structs, fields, tensors, shape = fill_params(layers, x, parameters)
-        structs[0].nchw = nchw
+        sizes, out_shape = sizes_of(layers, x.shape, nchw)
+        plan = make_plan(sizes, dtype == torch.bfloat16, needs_grad, torch.get_num_threads())
         out_dtype = torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype
-        out = torch.empty(shape, dtype=out_dtype, device="cpu", memory_format=torch.channels_last)
-        set_pointers([*fields, (structs[-1], "out")], [*tensors, out])
-        use_bf16 = dtype == torch.bfloat16
-        workspace = call(library().functions.forward, use_bf16, structs, len(structs), needs_grad)
+        out = torch.empty(out_shape, dtype=out_dtype, device="cpu", memory_format=torch.channels_last)
+        norms = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
+        inputs = [x, *parameters, *(draw_dropout_scale(layer, len(x)) for layer in norms)]
+        structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
+        params.set_addresses(structs, plan.inputs, inputs)
+        params.set_addresses(
+            structs, plan.outputs, [out, *(each for layer in norms for each in running_stats(layer.norm))]
+        )
+        plan.forward(structs.ctypes.data, workspace.data_ptr())
         if needs_grad:
-            ctx.use_bf16, ctx.structs, ctx.fields = use_bf16, structs, fields
-            ctx.save_for_backward(workspace, *tensors)
+            ctx.plan, ctx.structs = plan, structs
+            ctx.save_for_backward(workspace, *inputs)
         return out
 
     @staticmethod
@@ -38,15 +47,14 @@ class FusedFunction(torch.autograd.Function):
                 "the fused kernel has no second derivative and no batched gradients: call the model itself in place of "
                 "fuse(model), or train with backend='eager'"
             )
-        workspace, *tensors = ctx.saved_tensors
+        plan, structs, (activations, *inputs) = ctx.plan, ctx.structs, ctx.saved_tensors
         dout = dout.contiguous(memory_format=torch.channels_last)
-        indices = [i for i, (_, name) in enumerate(ctx.fields) if name in PARAMETERS]
-        gradients = [torch.empty_like(tensors[i]) for i in indices]
-        dx = torch.empty_like(tensors[0]) if ctx.needs_input_grad[4] else None
-        set_pointers(ctx.fields, tensors)  # anew: saved tensors may have been moved in between
-        set_pointers([(ctx.structs[-1], "dout"), (ctx.structs[0], "dx")], [dout, dx])
-        set_pointers([(ctx.fields[i][0], f"d{ctx.fields[i][1]}") for i in indices], gradients)
-        call(library().functions.backward, ctx.use_bf16, ctx.structs, len(ctx.structs), workspace.data_ptr())
+        dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[4] else None
+        gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
+        workspace = take_workspace(plan.backward_bytes)
+        params.set_addresses(structs, plan.inputs, inputs)  # anew: saved tensors may have been moved in between
+        params.set_addresses(structs, plan.gradients, [dout, dx, *gradients])
+        plan.backward(structs.ctypes.data, activations.data_ptr(), workspace.data_ptr())
         return None, None, None, None, dx, *gradients
 
 
@@ -56,54 +64,84 @@ def is_batched(tensor):
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-PARAMETERS = {"weight", "bias", "norm_weight", "norm_bias"}
-
-
-def fill_params(layers, x, parameters):
-    """Returns the layers' structs, which of their fields point to which tensor's values, and the output's shape."""
-    structs, parameters = (params.LayerParams * len(layers))(), iter(parameters)
-    fields, tensors = [(structs[0], "x")], [x]
-    N, C, H, W = x.shape
-    for struct, layer in zip(structs, layers):
-        weight, *others = [next(parameters) for _ in layer.parameter_names]
-        fields += [(struct, name) for name in layer.parameter_names]
-        tensors += [weight, *others]
-        K, (_, c_stride, _, tap_stride) = len(weight), weight.stride()
-        struct.weight_c_stride, struct.weight_tap_stride = c_stride, tap_stride
-        struct.kind, struct.N, struct.C, struct.K, struct.H, struct.W = layer.kind, N, C, K, H, W
+def sizes_of(layers, shape, nchw):
+    """Returns the sizes that each layer's struct begins with, and the last output's shape."""
+    sizes, (N, C, H, W) = [], shape
+    for layer in layers:
+        weight = layer.conv._parameters["weight"]
+        K, (_, c_stride, _, tap_stride) = weight.shape[0], weight.stride()
+        num_groups = use_running_stats = eps = momentum = 0
         if layer.kind == params.CONV_NORM_RELU:
-            struct.skip_source = layer.skip_source
-            set_norm(struct, layer.norm)
-            scale = torch.ones(N, K, 1, 1, dtype=torch.float32, device="cpu")
-            fields.append((struct, "dropout_scale"))  # drawn as the module would draw it
-            tensors.append(torch.feature_dropout_(scale, layer.dropout.p, layer.dropout.training))
-        H, W = layer.out_size(H, W)
-        C = K
-    return structs, fields, tensors, (N, C, H, W)
+            eps = layer.norm.eps
+            if type(layer.norm) is nn.GroupNorm:
+                num_groups = layer.norm.num_groups
+            else:
+                use_running_stats, momentum = not layer.norm.training, layer.norm.momentum
+        skip_source = getattr(layer, "skip_source", -1)
+        ints = (layer.kind, skip_source, N, C, K, H, W, num_groups, nchw, use_running_stats, 0, c_stride, tap_stride)
+        sizes.append((*ints, eps, momentum))
+        (H, W), C, nchw = layer.out_size(H, W), K, False
+    return tuple(sizes), (N, C, H, W)
 
 
-def set_norm(struct, norm):
-    """Sets the norm's fields of a struct, and counts the batch where batch norm does."""
-    struct.eps = norm.eps
+class Plan(NamedTuple):
+    """What a pass over layers of certain sizes needs, made once: structs without addresses, and where these go."""
+
+    structs: np.ndarray
+    inputs: np.ndarray  # of x, the parameters, the dropout scales
+    outputs: np.ndarray  # of the last output, the running statistics
+    gradients: np.ndarray  # of dout, dx, the parameters' gradients
+    use_bf16: bool
+    needs_grad: bool
+    threads: int
+    forward_bytes: int = 0  # of workspace
+    backward_bytes: int = 0
+
+    def forward(self, structs, workspace):
+        sizes = self.use_bf16, structs, len(self.structs), self.needs_grad, self.threads
+        return library().functions.forward(*sizes, workspace)
+
+    def backward(self, structs, activations, workspace):
+        sizes = self.use_bf16, structs, len(self.structs), self.threads
+        return library().functions.backward(*sizes, activations, workspace)
+
+
+@functools.lru_cache(maxsize=64)
+def make_plan(sizes, use_bf16, needs_grad, threads):
+    """Returns the Plan for layers of these sizes."""
+    norms = [i for i, (kind, *_) in enumerate(sizes) if kind == params.CONV_NORM_RELU]
+    parameters = [
+        (i, name)
+        for i in range(len(sizes))
+        for name in ("weight", "bias", "norm_weight", "norm_bias")[: 4 if i in norms else 2]
+    ]
+    inputs = [(0, "x"), *parameters, *((i, "dropout_scale") for i in norms)]
+    outputs = [(-1, "out"), *((i, f"running_{name}") for i in norms for name in ("mean", "var"))]
+    gradients = [(-1, "dout"), (0, "dx"), *((i, f"d{name}") for i, name in parameters)]
+    structs = params.make_structs(sizes)
+    places = (params.places_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
+    plan = Plan(structs, *places, use_bf16, needs_grad, threads)
+    # At least a byte: an empty tensor has no address.
+    forward_bytes = max(1, plan.forward(structs.ctypes.data, None))
+    return plan._replace(
+        forward_bytes=forward_bytes, backward_bytes=max(1, plan.backward(structs.ctypes.data, None, None))
+    )
+
+
+def running_stats(norm):
+    """Returns a batch norm's running mean and variance, and counts the batch where it does; Nones for group norm."""
     if type(norm) is nn.GroupNorm:
-        struct.num_groups = norm.num_groups
-        return
+        return None, None
     statistics = norm._buffers
-    struct.use_running_stats, struct.momentum = not norm.training, norm.momentum
-    struct.running_mean, struct.running_var = (statistics[f"running_{name}"].data_ptr() for name in ("mean", "var"))
     if norm.training and statistics["num_batches_tracked"] is not None:
         statistics["num_batches_tracked"].add_(1)
+    return statistics["running_mean"], statistics["running_var"]
 
 
-def set_pointers(fields, tensors):
-    """Points each (struct, name) of the fields to a tensor's values."""
-    for (struct, name), tensor in zip(fields, tensors, strict=True):
-        setattr(struct, name, None if tensor is None else tensor.data_ptr())
-
-
-def call(function, *args):
-    """Calls one of the kernel's functions with as much workspace as it asks for; returns the workspace."""
-    workspace = take_workspace(max(1, function(*args, None)))  # an empty tensor has no address
-    if function(*args, workspace.data_ptr()) < 0:
-        raise MemoryError("the fused kernel ran out of memory: try a smaller batch size")
-    return workspace
+def draw_dropout_scale(layer, N):
+    """Returns (N, K), 0 or 1 / (1 - p), from the numbers that the layer's nn.Dropout2d would draw, or None for 1."""
+    dropout, K = layer.dropout, layer.conv._parameters["weight"].shape[0]
+    if not dropout.training or not dropout.p:
+        return None
+    scale = torch.empty(N, K, dtype=torch.float32, device="cpu")
+    return scale.bernoulli_(1 - dropout.p).div_(1 - dropout.p) if dropout.p < 1 else scale.zero_()

@@ -1,23 +1,10 @@
-// Runs the kernel over odd sizes with every buffer allocated to its exact size, for sanitizers to watch; and, with the
-// argument "memory", makes each allocation of the kernel fail in turn. Prints how many configurations it went through.
+// Runs the kernel over odd sizes with every buffer allocated to its exact size, for sanitizers to watch. Prints how
+// many configurations it went through.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
+#include <vector>
 
 #include "../../normkit/fused/csrc/kernel.cpp"
-
-static int64_t allocations_left = -1;  // before one fails; -1: none fails
-
-void* operator new[](size_t size, std::align_val_t alignment) {
-  if (allocations_left == 0) throw std::bad_alloc();
-  if (allocations_left > 0) allocations_left--;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, size_t(alignment), size ? size : 1)) throw std::bad_alloc();
-  return memory;
-}
-void operator delete[](void* memory, std::align_val_t) noexcept { free(memory); }
-void operator delete[](void* memory, size_t, std::align_val_t) noexcept { free(memory); }
 
 // Values between -1 and 1 in a buffer of exactly that size.
 struct Values {
@@ -89,44 +76,31 @@ struct Run {
     if (mode == TRAIN_WITH_IMAGE_GRADIENT) layers[0].dx = keep(Values(N * 3 * H * W, narrow));
     layers.back().out = keep(Values(N * 10)), layers.back().dout = keep(Values(N * 10));
   }
-  // Returns false where memory ran out.
-  bool run(Mode mode) {
+  void run(Mode mode) {
+    constexpr int64_t THREADS = 3;
     const bool needs_grad = mode != EVALUATE;
-    const void *dout = layers.back().dout, *dx = layers[0].dx;
-    layers.back().dout = nullptr;
-    const std::unique_ptr<char[]> activations(new char[forward(use_bf16, layers.data(), 11, needs_grad, 0)]);
-    if (forward(use_bf16, layers.data(), 11, needs_grad, (int64_t)activations.get()) < 0) return false;
-    if (!needs_grad) return true;
-    layers.back().dout = dout, layers[0].dx = (void*)dx;
-    const int64_t size = backward(use_bf16, layers.data(), 11, (int64_t)activations.get(), 0);
+    const int64_t count = layers.size();
+    const std::unique_ptr<char[]> activations(
+        new char[forward(use_bf16, layers.data(), count, needs_grad, THREADS, nullptr)]);
+    forward(use_bf16, layers.data(), count, needs_grad, THREADS, activations.get());
+    if (!needs_grad) return;
+    const int64_t size = backward(use_bf16, layers.data(), count, THREADS, activations.get(), nullptr);
     const std::unique_ptr<char[]> gradients(new char[size]);
-    return backward(use_bf16, layers.data(), 11, (int64_t)activations.get(), (int64_t)gradients.get()) >= 0;
+    backward(use_bf16, layers.data(), count, THREADS, activations.get(), gradients.get());
   }
 };
 
-int main(int argc, char** argv) {
+int main() {
   int64_t configurations = 0;
   const int64_t sizes[][2] = {{8, 8}, {8, 20}, {12, 8}, {20, 12}, {36, 28}};
-  if (argc > 1 && !strcmp(argv[1], "memory")) {
-    for (bool bf16 : {false, true})
-      for (Mode mode : {TRAIN, EVALUATE})
-        for (int64_t failing = 0;; failing++, configurations++) {
-          Run run(3, 8, 8, 0, bf16, false, mode);
-          allocations_left = failing;
-          const bool done = run.run(mode);
-          allocations_left = -1;
-          if (done) break;
-        }
-  } else {
-    for (int64_t N : {1, 2, 3, 16, 17, 33})
-      for (const auto& size : sizes)
-        for (int64_t groups : {0, 1, 4, 16})
-          for (bool bf16 : {false, true})
-            for (Mode mode : {TRAIN, TRAIN_WITH_IMAGE_GRADIENT, EVALUATE}) {
-              if (N > 3 && size[0] > 20 && groups > 1) continue;  // to save time
-              Run(N, size[0], size[1], groups, bf16, configurations % 2, mode).run(mode);
-              configurations++;
-            }
-  }
+  for (int64_t N : {1, 2, 3, 16, 17, 33})
+    for (const auto& size : sizes)
+      for (int64_t groups : {0, 1, 4, 16})
+        for (bool bf16 : {false, true})
+          for (Mode mode : {TRAIN, TRAIN_WITH_IMAGE_GRADIENT, EVALUATE}) {
+            if (N > 3 && size[0] > 20 && groups > 1) continue;  // to save time
+            Run(N, size[0], size[1], groups, bf16, configurations % 2, mode).run(mode);
+            configurations++;
+          }
   printf("%ld configurations\n", long(configurations));
 }

@@ -1,20 +1,26 @@
 // Global average pooling, then a linear layer; the output is in float32.
 #pragma once
 
-#include "layer_params.h"
+#include "arena.h"
+#include "norm_relu.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace {
 
 template <typename T> struct AvgPoolLinear {
   const LayerParams& p;
   const int64_t N = p.N, C = p.C, K = p.K, area = p.H * p.W;
+  const int64_t dweight_size = K * C, grad_size = dweight_size + K;
 
-  void forward() const {
-    parallel_for(N, [&](int64_t n) {
-      const T* x = (const T*)p.x + n * area * C;
+  float* take_scratch(Arena& arena, bool) const { return arena.take<float>(area * C); }
+  void take_packed(Arena&, LayerParams&) const {}
+  void pack(bool, const Thread&) const {}
+
+  void forward(const Thread& thread, Arena arena) const {
+    float* x = take_scratch(arena, false);
+    for (int64_t n = thread.begin(N); n < thread.end(N); n++) {
       float *pooled = p.pooled + n * C, *out = (float*)p.out + n * K;
+      read_pixels<T>(p, n, 0, area, x, C);
       for (int64_t c = 0; c < C; c += LANES) {
         vec_f32 sum = {};
         for (int64_t pixel = 0; pixel < area; pixel++) sum += load(x + pixel * C + c);
@@ -26,27 +32,39 @@ template <typename T> struct AvgPoolLinear {
         out[k] = p.bias[k];
         for (int64_t l = 0; l < LANES; l++) out[k] += products[l];
       }
+    }
+  }
+
+  void backward(const Thread& thread, Arena, float* grads) const {
+    const int64_t chunks = reduction_chunks(N);
+    thread.for_each(chunks, [&](int64_t chunk) {
+      float *dweight = grads + chunk * grad_size, *dbias = dweight + dweight_size;
+      std::fill_n(dweight, grad_size, 0);
+      for (int64_t n = N * chunk / chunks; n < N * (chunk + 1) / chunks; n++) {
+        const float *dout = (const float*)p.dout + n * K, *pooled = p.pooled + n * C;
+        for (int64_t k = 0; k < K; k++) dbias[k] += dout[k];
+        for (int64_t c = 0; c < C; c += LANES) {
+          vec_f32 sum = {};
+          for (int64_t k = 0; k < K; k++) {
+            sum += dout[k] * load(p.weight + k * C + c);
+            add(dweight + k * C + c, dout[k] * load(pooled + c));
+          }
+          T* dx = (T*)p.dx + n * area * C + c;
+          for (int64_t pixel = 0; pixel < area; pixel++) store(dx + pixel * C, sum / float(area));
+        }
+        if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
+      }
     });
   }
 
-  void backward() const {
-    const float *dout = (const float*)p.dout, *pooled = p.pooled;
-    parallel_for(N, [&](int64_t n) {
-      for (int64_t c = 0; c < C; c += LANES) {
-        vec_f32 sum = {};
-        for (int64_t k = 0; k < K; k++) sum += dout[n * K + k] * load(p.weight + k * C + c);
-        T* dx = (T*)p.dx + n * area * C + c;
-        for (int64_t pixel = 0; pixel < area; pixel++) store(dx + pixel * C, sum / float(area));
-      }
-    });
+  void reduce(const Thread& thread, const float* grads) const {
+    if (thread.index) return;
     for (int64_t k = 0; k < K; k++) {
       p.dbias[k] = 0;
-      for (int64_t n = 0; n < N; n++) p.dbias[k] += dout[n * K + k];
-      for (int64_t c = 0; c < C; c += LANES) {
-        vec_f32 sum = {};
-        for (int64_t n = 0; n < N; n++) sum += dout[n * K + k] * load(pooled + n * C + c);
-        store(p.dweight + k * C + c, sum);
-      }
+      for (int64_t chunk = 0; chunk < reduction_chunks(N); chunk++)
+        p.dbias[k] += grads[chunk * grad_size + dweight_size + k];
+      for (int64_t c = 0; c < C; c += LANES)
+        store(p.dweight + k * C + c, sum_of_chunks(grads + k * C + c, reduction_chunks(N), grad_size));
     }
   }
 };

@@ -1,49 +1,59 @@
 // 1×1 convolution in float32, then 2×2 max pooling. Images are taken by strips of two rows of pixels.
 #pragma once
 
+#include "arena.h"
 #include "gemm.h"
-#include "layer_params.h"
+#include "norm_relu.h"
 #include "parallel.h"
 
 namespace {
 
 template <typename T> struct Conv1x1MaxPool {
   const LayerParams& p;
-  const int64_t C = p.C, K = p.K, W = p.W, pixels = 2 * W;  // of a strip
-  const int64_t strips = p.N * p.H / 2, chunks = std::min(strips, REDUCTION_CHUNKS);
-  const int64_t pixels_padded = round_up(pixels, MR), K_rows = round_up(K, MR), K_columns = round_up(K, LANES);
-  const int64_t grad_size = K_rows * C + K_columns;  // of a chunk's dweight and dbias
-  const int64_t window[4] = {0, 1, W, W + 1};        // the pixels that one maximum is taken of
+  const int64_t N = p.N, C = p.C, K = p.K, W = p.W, pixels = 2 * W, strips = p.H / 2;  // of a strip, of an image
+  const int64_t pixels_padded = round_up(pixels, MR / 2), K_rows = round_up(K, MR), K_columns = round_up(K, LANES);
+  const int64_t dweight_size = K_rows * C, grad_size = dweight_size + K_columns;
+  const int64_t out_size = N * strips * (W / 2) * K;
+  const int64_t window[4] = {0, 1, W, W + 1};  // the pixels that one maximum is taken of
 
-  struct Scratch {
-    Buffer<> x, conv, dx;  // of a strip: (pixels_padded, C), (pixels_padded, K_columns), (pixels_padded, C)
+  struct Scratch {  // of a strip
+    float* x;       // (pixels_padded, C)
+    float* conv;    // (pixels_padded, K_columns), or its gradient
   };
-  Scratch make_scratch() const { return {pixels_padded * C, pixels_padded * K_columns, pixels_padded * C}; }
-
-  // Calls body(first pixel, index in out, first channel, how many channels) for each window of a strip.
-  template <typename Body> void for_each_window(int64_t strip, Body body) const {
-    for (int64_t x = 0; x < W / 2; x++)
-      for (int64_t k = 0; k < K; k += LANES) body(2 * x, (strip * W / 2 + x) * K + k, k, std::min(LANES, K - k));
-  }
-  void read_strip(int64_t strip, float* to) const {
-    const T* x = (const T*)p.x + strip * pixels * C;
-    for (int64_t i = 0; i < pixels * C; i += LANES) store(to + i, load(x + i));
+  Scratch take_scratch(Arena& arena, bool) const {
+    return {arena.take<float>(pixels_padded * C), arena.take<float>(pixels_padded * K_columns)};
   }
 
-  void forward() const {
-    const Buffer<> packed((C + 1) * K_columns);  // (C, K_columns), and the bias as one more row
-    std::fill_n((float*)packed, (C + 1) * K_columns, 0);
+  // The weight as (C, K_columns), and the bias as one more row.
+  void take_packed(Arena& arena, LayerParams& p) const { p.packed = arena.take<float>((C + 1) * K_columns); }
+  void pack(bool backward, const Thread& thread) const {
+    if (backward || thread.index) return;
+    float* packed = (float*)p.packed;
+    std::fill_n(packed, (C + 1) * K_columns, 0);
     for (int64_t k = 0; k < K; k++) {
       for (int64_t c = 0; c < C; c++) packed[c * K_columns + k] = p.weight[k * C + c];
       packed[C * K_columns + k] = p.bias[k];
     }
-    const PerThread<Scratch> scratches([&] { return make_scratch(); });
-    parallel([&](const Thread& thread) {
-      const Scratch& scratch = scratches[thread];
-      thread.for_each(strips, [&](int64_t strip) {
-        read_strip(strip, scratch.x);
-        gemm<float>(scratch.x, C, 1, packed, scratch.conv, pixels, C, K_columns);
-        for_each_window(strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
+  }
+
+  // Calls body(first pixel, index in out, first channel, how many channels) for each window of a strip of image n.
+  template <typename Body> void for_each_window(int64_t n, int64_t strip, Body body) const {
+    const int64_t first = (n * strips + strip) * (W / 2);
+    for (int64_t x = 0; x < W / 2; x++)
+      for (int64_t k = 0; k < K; k += LANES) body(2 * x, (first + x) * K + k, k, std::min(LANES, K - k));
+  }
+
+  void forward(const Thread& thread, Arena arena) const {
+    const Scratch scratch = take_scratch(arena, false);
+    const float *packed = (const float*)p.packed, *bias = packed + C * K_columns;
+    for (int64_t n = thread.begin(N); n < thread.end(N); n++)
+      for (int64_t strip = 0; strip < strips; strip++) {
+        read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
+        with_constant(C, [&](auto row) {
+          gemm<float, float, row.value>({scratch.x, C}, {packed, K_columns}, {scratch.conv, K_columns}, pixels_padded,
+                                        C, K_columns);
+        });
+        for_each_window(n, strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
           vec_f32 largest = {}, argmax = {};
           UNROLL(4)
           for (int64_t i = 0; i < 4; i++) {
@@ -52,48 +62,49 @@ template <typename T> struct Conv1x1MaxPool {
             largest = select(larger, value) + select(~larger, largest);
             argmax = select(larger, vec_f32{} + float(i)) + select(~larger, argmax);
           }
-          store((T*)p.out + index, largest + load(packed + C * K_columns + k), count);
+          store((T*)p.out + index, largest + load(bias + k), count);
           if (p.argmax) store((T*)p.argmax + index, argmax, count);
         });
-      });
-    });
+      }
   }
 
-  void backward() const {
-    const int64_t out_size = strips * W / 2 * K;
+  void backward(const Thread& thread, Arena arena, float* grads) const {
+    const Scratch scratch = take_scratch(arena, true);
     const T *dout = (const T*)p.dout, *argmax = (const T*)p.argmax;
-    const Buffer<> grads(chunks * grad_size);
-    const PerThread<Scratch> scratches([&] { return make_scratch(); });
-    parallel([&](const Thread& thread) {
-      const Scratch& scratch = scratches[thread];
-      thread.for_each(chunks, [&](int64_t chunk) {
-        float *dweight = grads + chunk * grad_size, *dbias = dweight + K_rows * C;
-        std::fill_n(dweight, grad_size, 0);
-        for (int64_t strip = strips * chunk / chunks; strip < strips * (chunk + 1) / chunks; strip++) {
-          read_strip(strip, scratch.x);
-          for_each_window(strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
+    const int64_t chunks = reduction_chunks(N);
+    thread.for_each(chunks, [&](int64_t chunk) {
+      float *dweight = grads + chunk * grad_size, *dbias = dweight + dweight_size;
+      std::fill_n(dweight, grad_size, 0);
+      for (int64_t n = N * chunk / chunks; n < N * (chunk + 1) / chunks; n++) {
+        for (int64_t strip = 0; strip < strips; strip++) {
+          read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
+          for_each_window(n, strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
             const vec_f32 value = load(dout + index, count, dout + out_size);
             const vec_f32 chosen = load(argmax + index, count, argmax + out_size);
-            store(dbias + k, load(dbias + k) + value);
+            add(dbias + k, value);
             for (int64_t i = 0; i < 4; i++)
               store(scratch.conv + (first + window[i]) * K_columns + k, select(chosen == float(i), value));
           });
-          gemm<float>(scratch.conv, 1, K_columns, scratch.x, dweight, K, pixels, C, true);
-          gemm<float>(scratch.conv, K_columns, 1, p.weight, scratch.dx, pixels, K, C);
-          T* dx = (T*)p.dx + strip * pixels * C;
-          for (int64_t i = 0; i < pixels * C; i += LANES) store(dx + i, load(scratch.dx + i));
+          gemm<float, float, 1>({scratch.conv, 1, K_columns}, {scratch.x, C}, {dweight, C}, K_rows, pixels, C,
+                                {dweight, C});
+          T* dx = (T*)p.dx + (n * strips + strip) * pixels * C;
+          with_constant(K_columns, [&](auto row) {
+            gemm<float, T, row.value>({scratch.conv, K_columns}, {p.weight, C}, {dx, C}, pixels, K, C);
+          });
         }
-      });
-    });
-    for (int64_t k = 0; k < K; k++) {
-      p.dbias[k] = 0;
-      std::fill_n(p.dweight + k * C, C, 0);
-      for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const float *dweight = grads + chunk * grad_size, *dbias = dweight + K_rows * C;
-        p.dbias[k] += dbias[k];
-        for (int64_t c = 0; c < C; c++) p.dweight[k * C + c] += dweight[k * C + c];
+        if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
       }
-    }
+    });
+  }
+
+  void reduce(const Thread& thread, const float* grads) const {
+    thread.for_each(K, [&](int64_t k) {
+      p.dbias[k] = 0;
+      for (int64_t chunk = 0; chunk < reduction_chunks(N); chunk++)
+        p.dbias[k] += grads[chunk * grad_size + dweight_size + k];
+      for (int64_t c = 0; c < C; c += LANES)
+        store(p.dweight + k * C + c, sum_of_chunks(grads + k * C + c, reduction_chunks(N), grad_size));
+    });
   }
 };
 

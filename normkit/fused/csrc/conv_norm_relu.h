@@ -1,7 +1,9 @@
-// 3×3 convolution, skip, batch or group norm, ReLU and dropout as one layer, each block of images while it is in cache.
+// 3×3 convolution, skip, and the statistics of batch or group norm as one layer, each block of images while it is in
+// cache. What follows them, normalisation, ReLU and dropout, is left to the layer's readers, see norm_relu.h.
 //
-// A normalisation group is a rectangle in the table (image, channel): all images of one channel (batch norm), or one
-// image and a range of channels (group norm, of which layer norm is the case of one group).
+// A normalisation group is all images of one channel (batch norm), or one image and a range of channels (group norm, of
+// which layer norm is the case of one group). Only for batch norm do the threads wait for each other; then each of them
+// computes the statistics of all groups.
 #pragma once
 
 #include <cmath>
@@ -12,207 +14,227 @@
 namespace {
 
 template <typename T, typename Convolution> struct ConvNormReLU {
-  typedef typename Convolution::Scratch Scratch;
   const LayerParams& p;
   const Convolution convolution = {p};
   const int64_t N = p.N, K = p.K, area = p.H * p.W, image_size = area * K;
-  const int64_t chunks = std::min(N, REDUCTION_CHUNKS);
+  const int64_t dweight_size = 9 * p.C * K, grad_size = dweight_size + 3 * K;
+  const bool batch_norm = !p.num_groups && !p.use_running_stats;
 
-  // out = relu(scale * pre_activation + shift) for one image and a vector of channels, dropout included.
-  struct Affine {
-    vec_f32 mean, rstd, dropout_scale, scale, shift;
+  struct Scratch {
+    typename Convolution::Scratch convolution;
+    float *mean, *var;        // (K), of the normalisation groups
+    float *mean_u, *mean_uv;  // (K), see backward
+    T* dpre_activation;       // (images_per_block, H, W, K)
   };
-  Affine affine(int64_t n, int64_t k) const {
-    const int64_t i = n * K + k;
-    Affine affine = {load(p.mean + i), load(p.var + i), load(p.dropout_scale + i), {}, {}};
-    for (int64_t l = 0; l < LANES; l++) affine.rstd[l] = 1 / std::sqrt(affine.rstd[l] + float(p.eps));
-    affine.scale = load(p.norm_weight + k) * affine.rstd * affine.dropout_scale;
-    affine.shift = load(p.norm_bias + k) * affine.dropout_scale - affine.mean * affine.scale;
-    return affine;
+  Scratch take_scratch(Arena& arena, bool backward) const {
+    return {convolution.take_scratch(arena, backward),
+            arena.take<float>(K),
+            arena.take<float>(K),
+            arena.take<float>(K),
+            arena.take<float>(K),
+            arena.take<T>(backward * convolution.images_per_block * image_size)};
   }
+  void take_packed(Arena& arena, LayerParams& p) const { p.packed = convolution.take_packed(arena); }
+  void pack(bool backward, const Thread& thread) const { convolution.pack(backward, thread); }
 
-  // Calls body(n, first channel) for each vector of channels of images begin ... end-1.
-  template <typename Body> void for_each_channel_vector(int64_t begin, int64_t end, Body body) const {
-    for (int64_t n = begin; n < end; n++)
-      for (int64_t k = 0; k < K; k += LANES) body(n, k);
-  }
-  // Calls body(index in the tables, channel) for each member of a normalisation group.
-  template <typename Body>
-  void for_each_in_group(int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end, Body body) const {
-    for (int64_t n = n_begin; n < n_end; n++)
-      for (int64_t k = k_begin; k < k_end; k++) body(n * K + k, k);
-  }
-  int64_t chunk_begin(int64_t chunk) const { return N * chunk / chunks; }
-  // Calls body(first image, end) for each block of a chunk.
-  template <typename Body> void for_each_block(int64_t chunk, Body body) const {
-    const int64_t end = chunk_begin(chunk + 1);
-    for (int64_t n = chunk_begin(chunk); n < end; n += convolution.images_per_block)
+  // Calls body(first image, end) for the blocks of images begin ... end-1.
+  template <typename Body> void for_each_block(int64_t begin, int64_t end, Body body) const {
+    for (int64_t n = begin; n < end; n += convolution.images_per_block)
       body(n, std::min(n + convolution.images_per_block, end));
   }
+  template <typename Body> void for_each_channel_vector(Body body) const {
+    for (int64_t k = 0; k < K; k += LANES) body(k);
+  }
+  vec_f32 dropout_scale(int64_t n, int64_t k) const {
+    return p.dropout_scale ? load(p.dropout_scale + n * K + k) : vec_f32{} + 1;
+  }
 
-  // Does `before` for every block of images, `group` for every normalisation group, and `after` for every block. Where
-  // images do not depend on each other, all three for one block before the next, while it is in cache.
-  template <typename Before, typename Group, typename After> void run(Before before, Group group, After after) const {
-    const int64_t groups = p.num_groups ? p.num_groups : K;
-    const bool independent = p.num_groups || p.use_running_stats;
-    const PerThread<Scratch> scratches([&] { return convolution.make_scratch(); });
-    parallel([&](const Thread& thread) {
-      const Scratch& scratch = scratches[thread];
-      convolution.clear(scratch);
-      thread.for_each(chunks, [&](int64_t chunk) {
-        for_each_block(chunk, [&](int64_t begin, int64_t end) {
-          before(begin, end, scratch);
-          if (!independent) return;
-          for (int64_t n = begin; n < end; n++)
-            for (int64_t g = 0; g < groups; g++) group(n, n + 1, g * K / groups, (g + 1) * K / groups);
-          after(begin, end, scratch, chunk);
-        });
-      });
-      if (independent) return;
-      thread.barrier();
-      thread.for_each(K, [&](int64_t k) { group(0, N, k, k + 1); });
-      thread.barrier();
-      thread.for_each(chunks, [&](int64_t chunk) {
-        for_each_block(chunk, [&](int64_t begin, int64_t end) { after(begin, end, scratch, chunk); });
-      });
+  void forward(const Thread& thread, Arena arena) const {
+    const Scratch scratch = take_scratch(arena, false);
+    convolution.clear(scratch.convolution);
+    for_each_block(thread.begin(N), thread.end(N), [&](int64_t begin, int64_t end) {
+      convolution.forward(begin, end, scratch.convolution);
+      for (int64_t n = begin; n < end; n++) {
+        if (!p.use_running_stats) measure(n);
+        if (batch_norm) continue;
+        p.num_groups ? average_over_groups(n, scratch) : copy_running_stats(scratch);
+        set_tables(n, scratch);
+      }
+    });
+    if (!batch_norm) return;
+    thread.barrier();
+    average_over_batch(scratch);
+    for (int64_t n = thread.begin(N); n < thread.end(N); n++) set_tables(n, scratch);
+    if (!thread.index) update_running_stats(scratch);
+  }
+
+  // Computes the mean and variance of each map of image n.
+  void measure(int64_t n) const {
+    for_each_channel_vector([&](int64_t k) {
+      const T* first = (const T*)p.pre_activation + n * image_size + k;
+      const vec_f32 pivot = load(first);  // near the mean, so that the squares do not swallow the variance
+      const auto [sum, squares] = sum_up<2>(area, [&](int64_t i, vec_f32* sums) {
+                                    const vec_f32 distance = load(first + i * K) - pivot;
+                                    sums[0] += distance;
+                                    sums[1] += distance * distance;
+                                  }).values;
+      const vec_f32 mean = sum / float(area), var = squares / float(area) - mean * mean;
+      store(p.map_mean + n * K + k, pivot + mean);
+      store(p.map_var + n * K + k, select(!(var < 0), var));  // rounding may leave it below 0; NaN stays
     });
   }
 
-  void forward() const {
-    const T* pre_activation = (const T*)p.pre_activation;
-    T* out = (T*)p.out;
-    const auto packed = convolution.pack(false);
-    run(
-        [&](int64_t begin, int64_t end, const Scratch& scratch) {
-          convolution.forward(begin, end, packed, scratch);
-          if (p.use_running_stats) return;
-          for_each_channel_vector(begin, end, [&](int64_t n, int64_t k) {
-            const T* first = pre_activation + n * image_size + k;
-            const vec_f32 pivot = load(first);  // near the mean, so that the squares do not swallow the variance
-            vec_f32 sum = {}, squares = {};
-            for (int64_t i = 0; i < image_size; i += K) {
-              const vec_f32 distance = load(first + i) - pivot;
-              sum += distance;
-              squares += distance * distance;
-            }
-            sum /= float(area);
-            store(p.mean + n * K + k, pivot + sum);
-            const vec_f32 var = squares / float(area) - sum * sum;
-            store(p.var + n * K + k, select(!(var < 0), var));  // rounding may leave it below 0; NaN stays
-          });
-        },
-        [&](int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end) {
-          if (p.use_running_stats) {
-            p.mean[n_begin * K + k_begin] = p.running_mean[k_begin];
-            p.var[n_begin * K + k_begin] = p.running_var[k_begin];
-            return;
-          }
-          // From the mean and variance of each map to those of the group.
-          const float members = (n_end - n_begin) * (k_end - k_begin);
-          float mean = 0, var = 0;
-          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) { mean += p.mean[i] / members; });
-          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) {
-            const float distance = p.mean[i] - mean;
-            var += (p.var[i] + distance * distance) / members;
-          });
-          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) {
-            p.mean[i] = mean;
-            p.var[i] = var;
-          });
-          if (p.running_mean) {
-            const float unbiased = var * (members * area / (members * area - 1));
-            p.running_mean[k_begin] += float(p.momentum) * (mean - p.running_mean[k_begin]);
-            p.running_var[k_begin] += float(p.momentum) * (unbiased - p.running_var[k_begin]);
-          }
-        },
-        [&](int64_t begin, int64_t end, const Scratch&, int64_t) {
-          for_each_channel_vector(begin, end, [&](int64_t n, int64_t k) {
-            const Affine affine = this->affine(n, k);
-            const int64_t first = n * image_size + k;
-            for (int64_t i = first; i < first + image_size; i += K) {
-              const vec_f32 value = load(pre_activation + i) * affine.scale + affine.shift;
-              store(out + i, select(!(value < 0), value));  // so that NaN stays NaN
-            }
-          });
-        });
+  // From the mean and variance of maps to those of normalisation groups.
+  void average_over_batch(const Scratch& scratch) const {
+    for_each_channel_vector([&](int64_t k) {
+      vec_f32 mean = {}, var = {};
+      for (int64_t n = 0; n < N; n++) mean += load(p.map_mean + n * K + k) / float(N);
+      for (int64_t n = 0; n < N; n++) {
+        const vec_f32 distance = load(p.map_mean + n * K + k) - mean;
+        var += (load(p.map_var + n * K + k) + distance * distance) / float(N);
+      }
+      store(scratch.mean + k, mean);
+      store(scratch.var + k, var);
+    });
+  }
+  void average_over_groups(int64_t n, const Scratch& scratch) const {
+    const float *map_mean = p.map_mean + n * K, *map_var = p.map_var + n * K;
+    const int64_t members = K / p.num_groups;
+    for (int64_t first = 0; first < K; first += members) {
+      float mean = 0, var = 0;
+      for (int64_t k = first; k < first + members; k++) mean += map_mean[k] / members;
+      for (int64_t k = first; k < first + members; k++) {
+        const float distance = map_mean[k] - mean;
+        var += (map_var[k] + distance * distance) / members;
+      }
+      std::fill_n(scratch.mean + first, members, mean);
+      std::fill_n(scratch.var + first, members, var);
+    }
+  }
+  void copy_running_stats(const Scratch& scratch) const {
+    std::copy_n(p.running_mean, K, scratch.mean);
+    std::copy_n(p.running_var, K, scratch.var);
+  }
+  void update_running_stats(const Scratch& scratch) const {
+    const float count = N * area, momentum = p.momentum;
+    for (int64_t k = 0; k < K; k++) {
+      p.running_mean[k] += momentum * (scratch.mean[k] - p.running_mean[k]);
+      p.running_var[k] += momentum * (scratch.var[k] * (count / (count - 1)) - p.running_var[k]);
+    }
+  }
+
+  // Sets the tables that readers and the backward pass use of image n.
+  void set_tables(int64_t n, const Scratch& scratch) const {
+    for_each_channel_vector([&](int64_t k) {
+      const vec_f32 mean = load(scratch.mean + k), var = load(scratch.var + k);
+      vec_f32 rstd;
+      for (int64_t l = 0; l < LANES; l++) rstd[l] = 1 / std::sqrt(var[l] + float(p.eps));
+      const vec_f32 scale = load(p.norm_weight + k) * rstd * dropout_scale(n, k);
+      store(p.mean + n * K + k, mean);
+      store(p.rstd + n * K + k, rstd);
+      store(p.scale + n * K + k, scale);
+      store(p.shift + n * K + k, load(p.norm_bias + k) * dropout_scale(n, k) - mean * scale);
+    });
+  }
+
+  // Stores the output of image n, which only the last layer's caller reads.
+  void store_out(int64_t n) const {
+    for_each_channel_vector([&](int64_t k) {
+      const NormReLU norm_relu(p, n, k);
+      for (int64_t i = n * image_size + k; i < (n + 1) * image_size; i += K)
+        store((T*)p.out + i, norm_relu.out(load((const T*)p.pre_activation + i)));
+    });
   }
 
   // With h the gradient behind ReLU and dropout, u = norm_weight * h, and v the normalised pre_activation:
-  // dpre_activation = (u - mean(u) - v * mean(u * v)) / deviation, the means over the normalisation group.
-  void backward() const {
-    const T *pre_activation = (const T*)p.pre_activation, *dout = (const T*)p.dout;
-    const Buffer<> sum_h(N * K), sum_hv(N * K), mean_u(N * K), mean_uv(N * K), sum_dpre_activation(N * K);
-    const Buffer<> dweights(chunks * convolution.weight_size);  // (chunks, 9, C, K)
-    const auto packed = convolution.pack(true);
-    run(
-        [&](int64_t begin, int64_t end, const Scratch&) {
-          for_each_channel_vector(begin, end, [&](int64_t n, int64_t k) {
-            const Affine affine = this->affine(n, k);
-            const int64_t first = n * image_size + k;
-            vec_f32 sum = {}, product = {};
-            for (int64_t i = first; i < first + image_size; i += K) {
-              const vec_f32 value = load(pre_activation + i);
-              const vec_f32 h = select(value * affine.scale + affine.shift > 0, load(dout + i));
-              sum += h;
-              product += h * (value - affine.mean);
-            }
-            store(sum_h + n * K + k, sum * affine.dropout_scale);
-            store(sum_hv + n * K + k, product * affine.dropout_scale * affine.rstd);
-          });
-        },
-        [&](int64_t n_begin, int64_t n_end, int64_t k_begin, int64_t k_end) {
-          const float count = (n_end - n_begin) * (k_end - k_begin) * area;
-          float u = 0, uv = 0;
-          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t k) {
-            u += p.norm_weight[k] * sum_h[i];
-            uv += p.norm_weight[k] * sum_hv[i];
-          });
-          for_each_in_group(n_begin, n_end, k_begin, k_end, [&](int64_t i, int64_t) {
-            mean_u[i] = u / count;
-            mean_uv[i] = uv / count;
-          });
-        },
-        [&](int64_t begin, int64_t end, const Scratch& scratch, int64_t chunk) {
-          T* block =
-              p.dpre_activation ? (T*)p.dpre_activation + begin * image_size : (T*)(float*)scratch.dpre_activation;
-          for_each_channel_vector(begin, end, [&](int64_t n, int64_t k) {
-            const Affine affine = this->affine(n, k);
-            const int64_t first = n * image_size + k;
-            T* to = block + first - begin * image_size;
-            const vec_f32 per_value = -affine.rstd * affine.rstd * load(mean_uv + n * K + k);
-            const vec_f32 constant = -affine.rstd * load(mean_u + n * K + k) - affine.mean * per_value;
-            vec_f32 sum = {};
-            for (int64_t i = 0; i < image_size; i += K) {
-              const vec_f32 value = load(pre_activation + first + i);
-              const vec_f32 h = select(value * affine.scale + affine.shift > 0, load(dout + first + i));
-              const vec_f32 dvalue = h * affine.scale + value * per_value + constant;
-              store(to + i, dvalue);
-              sum += dvalue;
-            }
-            store(sum_dpre_activation + n * K + k, sum);
-          });
-          convolution.backward(begin, end, packed, block, scratch, begin == chunk_begin(chunk));
-          if (end == chunk_begin(chunk + 1))
-            convolution.store_weight_grad(scratch, dweights + chunk * convolution.weight_size);
-        });
-    const auto sum_over_images = [&](const float* table, float* to) {
-      for (int64_t k = 0; k < K; k += LANES) {
-        vec_f32 sum = {};
-        for (int64_t n = 0; n < N; n++) sum += load(table + n * K + k);
-        store(to + k, sum);
-      }
-    };
-    sum_over_images(sum_h, p.dnorm_bias);
-    sum_over_images(sum_hv, p.dnorm_weight);
-    sum_over_images(sum_dpre_activation, p.dbias);
-    parallel_for(p.C, [&](int64_t c) {  // by c: in PyTorch's ordinary layout its 9 taps share a cache line
-      for (int64_t tap = 0; tap < 9; tap++)
-        for (int64_t k = 0; k < K; k += LANES) {
-          vec_f32 sum = {};
-          for (int64_t chunk = 0; chunk < chunks; chunk++)
-            sum += load(dweights + chunk * convolution.weight_size + (tap * p.C + c) * K + k);
-          for (int64_t l = 0; l < LANES; l++) p.dweight[p.weight_index(k + l, c, tap)] = sum[l];
+  // dpre_activation = (u - mean(u) - v * mean(u * v)) / deviation, the means over the normalisation group. The sums
+  // that they are made of, dshift and dscale, come from the layer's reader.
+  void backward(const Thread& thread, Arena arena, float* grads) const {
+    const Scratch scratch = take_scratch(arena, true);
+    convolution.clear(scratch.convolution);
+    if (batch_norm) average_gradients_over_batch(scratch);
+    const int64_t chunks = reduction_chunks(N);
+    thread.for_each(chunks, [&](int64_t chunk) {
+      const int64_t chunk_begin = N * chunk / chunks, chunk_end = N * (chunk + 1) / chunks;
+      float *dweight = grads + chunk * grad_size, *others = dweight + dweight_size;
+      std::fill_n(others, 3 * K, 0);
+      for_each_block(chunk_begin, chunk_end, [&](int64_t begin, int64_t end) {
+        T* block = p.skip ? (T*)p.dpre_activation + begin * image_size : scratch.dpre_activation;
+        for (int64_t n = begin; n < end; n++) {
+          if (p.num_groups) average_gradients_over_groups(n, scratch);
+          compute_dpre_activation(n, scratch, block + (n - begin) * image_size, others);
         }
+        convolution.backward(begin, end, block, scratch.convolution, begin == chunk_begin);
+        for (int64_t n = begin; p.source && n < end; n++) sum_gradients(*p.source, (const T*)p.dx, n);
+      });
+      convolution.store_weight_grad(scratch.convolution, dweight);
+    });
+  }
+
+  void average_gradients_over_batch(const Scratch& scratch) const {
+    for_each_channel_vector([&](int64_t k) {
+      vec_f32 u = {}, uv = {};
+      for (int64_t n = 0; n < N; n++) {
+        const vec_f32 weight = load(p.norm_weight + k) * dropout_scale(n, k) / float(N * area);
+        u += weight * load(p.dshift + n * K + k);
+        uv += weight * load(p.dscale + n * K + k) * load(p.rstd + n * K + k);
+      }
+      store(scratch.mean_u + k, u);
+      store(scratch.mean_uv + k, uv);
+    });
+  }
+  void average_gradients_over_groups(int64_t n, const Scratch& scratch) const {
+    for_each_channel_vector([&](int64_t k) {
+      const vec_f32 weight = load(p.norm_weight + k) * dropout_scale(n, k);
+      store(scratch.mean_u + k, weight * load(p.dshift + n * K + k));
+      store(scratch.mean_uv + k, weight * load(p.dscale + n * K + k) * load(p.rstd + n * K + k));
+    });
+    const int64_t members = K / p.num_groups;
+    for (int64_t first = 0; first < K; first += members)
+      for (float* values : {scratch.mean_u + first, scratch.mean_uv + first}) {
+        float sum = 0;
+        for (int64_t k = 0; k < members; k++) sum += values[k];
+        std::fill_n(values, members, sum / (members * area));
+      }
+  }
+
+  // Writes dpre_activation of image n, and adds to dbias, dnorm_weight and dnorm_bias.
+  void compute_dpre_activation(int64_t n, const Scratch& scratch, T* to, float* others) const {
+    for_each_channel_vector([&](int64_t k) {
+      const NormReLU norm_relu(p, n, k);
+      const vec_f32 mean = load(p.mean + n * K + k), rstd = load(p.rstd + n * K + k);
+      const vec_f32 slope = -rstd * rstd * load(scratch.mean_uv + k);
+      const vec_f32 constant = -rstd * load(scratch.mean_u + k) - mean * slope;
+      const T* pre_activation = (const T*)p.pre_activation + n * image_size + k;
+      const T* dout = (const T*)p.dout + n * image_size + k;
+      const auto [sum] = sum_up<1>(area, [&](int64_t i, vec_f32* sums) {
+                           const vec_f32 value = load(pre_activation + i * K);
+                           const vec_f32 h = select(norm_relu.passes(value), load(dout + i * K));
+                           const vec_f32 dvalue = h * norm_relu.scale + (value * slope + constant);
+                           store(to + i * K + k, dvalue);
+                           sums[0] += dvalue;
+                         }).values;
+      add(others + k, sum);
+      add(others + K + k, load(p.dscale + n * K + k) * dropout_scale(n, k) * rstd);
+      add(others + 2 * K + k, load(p.dshift + n * K + k) * dropout_scale(n, k));
+    });
+  }
+
+  // Sums up the parameters' gradients over the chunks.
+  void reduce(const Thread& thread, const float* grads) const {
+    const auto sum_over_chunks = [&](int64_t i) { return sum_of_chunks(grads + i, reduction_chunks(N), grad_size); };
+    thread.for_each(p.C, [&](int64_t c) {  // by c: in PyTorch's ordinary layout its 9 taps share a cache line
+      for (int64_t tap = 0; tap < 9; tap++)
+        for_each_channel_vector([&](int64_t k) {
+          const vec_f32 sum = sum_over_chunks((tap * p.C + c) * K + k);
+          for (int64_t l = 0; l < LANES; l++) p.dweight[p.weight_index(k + l, c, tap)] = sum[l];
+        });
+    });
+    if (thread.index != thread.count - 1) return;
+    for_each_channel_vector([&](int64_t k) {
+      store(p.dbias + k, sum_over_chunks(dweight_size + k));
+      store(p.dnorm_weight + k, sum_over_chunks(dweight_size + K + k));
+      store(p.dnorm_bias + k, sum_over_chunks(dweight_size + 2 * K + k));
     });
   }
 };

@@ -4,6 +4,7 @@
 // No gradient of the images is computed.
 #pragma once
 
+#include "arena.h"
 #include "gemm.h"
 #include "layer_params.h"
 #include "parallel.h"
@@ -18,25 +19,27 @@ template <typename T> struct Im2col {
   const int64_t images_per_block = 1;
 
   struct Scratch {
-    Buffer<> padded_row;
-    Buffer<> rows;  // (H + 2, 3, C, W_padded): each input row, in three copies a pixel apart
-    Buffer<> products, dweight, dpre_activation;
+    float* padded_row;
+    float* rows;  // (H + 2, 3, C, W_padded): each input row, in three copies a pixel apart
+    float *drow, *dweight;
   };
-  int64_t rows_size() const { return (H + 2) * row_size + MR * W_padded; }
-  Scratch make_scratch() const {
-    return {W_padded + 2 * LANES, rows_size(), W_padded * K, round_up(taps, MR) * K, H * W * K};
+  Scratch take_scratch(Arena& arena, bool backward) const {
+    return {arena.take<float>(W_padded + 2 * LANES), arena.take<float>(rows_size()),
+            arena.take<float>(backward * W * K), arena.take<float>(backward * round_up(taps, MR) * K)};
   }
+  int64_t rows_size() const { return (H + 2) * row_size + MR * W_padded; }
   void clear(const Scratch& scratch) const {
-    std::fill_n((float*)scratch.padded_row, W_padded + 2 * LANES, 0);
-    std::fill_n((float*)scratch.rows, rows_size(), 0);
+    std::fill_n(scratch.padded_row, W_padded + 2 * LANES, 0);
+    std::fill_n(scratch.rows, rows_size(), 0);
   }
 
-  Buffer<> pack(bool) const {
-    Buffer<> packed(weight_size);
-    for (int64_t tap = 0; tap < 9; tap++)
-      for (int64_t c = 0; c < C; c++)
-        for (int64_t k = 0; k < K; k++) packed[(tap * C + c) * K + k] = p.weight[p.weight_index(k, c, tap)];
-    return packed;
+  // The weight as (taps, K).
+  float* take_packed(Arena& arena) const { return arena.take<float>(weight_size); }
+  void pack(bool, const Thread& thread) const {
+    float* packed = (float*)p.packed;
+    thread.for_each(taps, [&](int64_t i) {
+      for (int64_t k = 0; k < K; k++) packed[i * K + k] = p.weight[p.weight_index(k, i % C, i / C)];
+    });
   }
 
   void fill_rows(int64_t n, const Scratch& scratch) const {
@@ -51,31 +54,31 @@ template <typename T> struct Im2col {
       }
   }
 
-  void forward(int64_t begin, int64_t end, const float* weight, const Scratch& scratch) const {
+  void forward(int64_t begin, int64_t end, const Scratch& scratch) const {
     for (int64_t n = begin; n < end; n++) {
       fill_rows(n, scratch);
-      T* out = (T*)p.pre_activation + n * H * W * K;
-      for (int64_t y = 0; y < H; y++, out += W * K) {
-        gemm<float>(scratch.rows + y * row_size, 1, W_padded, weight, scratch.products, W, taps, K);
-        for (int64_t i = 0; i < W * K; i += K)
-          for (int64_t k = 0; k < K; k += LANES) store(out + i + k, load(scratch.products + i + k) + load(p.bias + k));
-      }
+      for (int64_t y = 0; y < H; y++)
+        gemm<float, T, 1>({scratch.rows + y * row_size, 1, W_padded}, {(const float*)p.packed, K},
+                          {(T*)p.pre_activation + (n * H + y) * W * K, K}, W, taps, K, {p.bias, 0});
     }
   }
 
-  void backward(int64_t begin, int64_t end, const float*, const T* dpre_activation, const Scratch& scratch,
-                bool first) const {
+  void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
     for (int64_t n = begin; n < end; n++) {
       fill_rows(n, scratch);
       for (int64_t y = 0; y < H; y++, dpre_activation += W * K, first = false) {
-        for (int64_t i = 0; i < W * K; i += LANES) store(scratch.products + i, load(dpre_activation + i));
-        gemm<float>(scratch.rows + y * row_size, W_padded, 1, scratch.products, scratch.dweight, taps, W, K, !first);
+        for (int64_t i = 0; i < W * K; i += LANES) store(scratch.drow + i, load(dpre_activation + i));
+        with_constant(W_padded, [&](auto row) {
+          gemm<float, float, row.value>({scratch.rows + y * row_size, W_padded}, {scratch.drow, K},
+                                        {scratch.dweight, K}, round_up(taps, MR), W, K,
+                                        {first ? nullptr : scratch.dweight, K});
+        });
       }
     }
   }
 
   void store_weight_grad(const Scratch& scratch, float* dweight) const {
-    std::copy_n((float*)scratch.dweight, weight_size, dweight);
+    std::copy_n(scratch.dweight, weight_size, dweight);
   }
 };
 

@@ -6,12 +6,10 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 extern "C" {
 void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 void GOMP_barrier();
-int omp_get_max_threads();
 int omp_get_num_threads();
 int omp_get_thread_num();
 }
@@ -22,33 +20,21 @@ struct Thread {
   const int64_t index = omp_get_thread_num(), count = omp_get_num_threads();
 
   void barrier() const { GOMP_barrier(); }
-  // Calls body(i) for this thread's share of 0 ... n-1, a contiguous one.
+  // This thread's share of 0 ... n-1, a contiguous one.
+  int64_t begin(int64_t n) const { return n * index / count; }
+  int64_t end(int64_t n) const { return n * (index + 1) / count; }
   template <typename Body> void for_each(int64_t n, Body body) const {
-    for (int64_t i = n * index / count; i < n * (index + 1) / count; i++) body(i);
+    for (int64_t i = begin(n); i < end(n); i++) body(i);
   }
 };
 
-// Calls body(thread) in every thread. An exception must not leave it: memory is allocated before, see PerThread.
-template <typename Body> void parallel(Body body) {
-  GOMP_parallel([](void* data) { (*static_cast<Body*>(data))(Thread()); }, &body, 0, 0);
-}
-template <typename Body> void parallel_for(int64_t n, Body body) {
-  parallel([&](const Thread& thread) { thread.for_each(n, body); });
+// Calls body(thread) in so many threads, or fewer where the runtime has no more.
+template <typename Body> void parallel(int64_t threads, Body body) {
+  GOMP_parallel([](void* data) { (*static_cast<Body*>(data))(Thread()); }, &body, threads, 0);
 }
 
-// A Scratch for each thread, made by make() before the threads start, so that a lack of memory is an exception here.
-template <typename Scratch> struct PerThread {
-  std::vector<Scratch> all;
-  template <typename Make> explicit PerThread(Make make) {
-    const int64_t threads = omp_get_max_threads();
-    all.reserve(threads);
-    for (int64_t i = 0; i < threads; i++) all.push_back(make());
-  }
-  const Scratch& operator[](const Thread& thread) const { return all[thread.index]; }
-};
-
-// A sum over images is computed in at most so many chunks, each in order, and the chunks' sums are added in order:
-// the same result for any number of threads.
-constexpr int64_t REDUCTION_CHUNKS = 16;
+// A sum over images is computed in at most 16 chunks, each in order, and the chunks' sums are added in order: the same
+// result for any number of threads.
+constexpr int64_t reduction_chunks(int64_t N) { return N < 16 ? N : 16; }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -85,14 +84,32 @@ inline void store(bf16* to, vec_f32 values, int64_t count = LANES) {
 #endif
 }
 
+inline void add(float* to, vec_f32 values) { store(to, load(to) + values); }
+
+// Calls add_to(i, sums) for i in 0 ... count-1, with vectors of sums that start at 0; returns them. Four sets of sums
+// take turns, as an addition takes four cycles.
+template <int64_t size> struct Sums { vec_f32 values[size]; };
+template <int64_t size, typename Body> inline Sums<size> sum_up(int64_t count, Body add_to) {
+  Sums<size> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    UNROLL(4)
+    for (int64_t j = 0; j < 4; j++) add_to(i + j, sums[j].values);
+  }
+  for (; i < count; i++) add_to(i, sums[0].values);
+  for (int64_t s = 0; s < size; s++)
+    sums[0].values[s] = (sums[0].values[s] + sums[1].values[s]) + (sums[2].values[s] + sums[3].values[s]);
+  return sums[0];
+}
+
+// The sum of values that each of the chunks has `chunk_size` behind the one before.
+inline vec_f32 sum_of_chunks(const float* first, int64_t chunks, int64_t chunk_size) {
+  vec_f32 sum = {};
+  for (int64_t chunk = 0; chunk < chunks; chunk++) sum += load(first + chunk * chunk_size);
+  return sum;
+}
+
 // The values where the condition holds, else 0.
 inline vec_f32 select(vec_i32 condition, vec_f32 values) { return (vec_f32)(condition & (vec_i32)values); }
-
-// Uninitialised values of four bytes each, aligned to whole vectors; count is a multiple of LANES.
-template <typename Value = float> struct Buffer {
-  std::unique_ptr<vec_f32[]> vectors;
-  Buffer(int64_t count) : vectors(new vec_f32[count / LANES]) {}
-  operator Value*() const { return (Value*)vectors.get(); }
-};
 
 }  // namespace

@@ -4,15 +4,18 @@
 // domain of 36 points; there the convolution is 36 products of matrices, tiles × C by C × K; and each result is
 // transformed back to 4×4 pixels. 36 multiplications an output tile and channel pair in place of 144.
 //
+// Images are read, and their gradients written, by strips: the six rows of pixels that one row of tiles covers.
+//
 // Letters as in that paper: d a tile of the input, g a weight's nine taps; U = transform of g, V = transform of d,
 // M = V · U, y = transform of M. In memory:
 //   U (36, C, K), for the backward pass (36, K, C_padded)
-//   V (36, tiles, C_padded)        M (36, tiles, K)
+//   V (tiles, 36, C_padded)        M (tiles, 36, K)
 //   dM as M, and dM_by_k the same with pairs of neighbouring k        dU (36, C_padded, K)
 #pragma once
 
+#include "arena.h"
 #include "gemm.h"
-#include "layer_params.h"
+#include "norm_relu.h"
 #include "parallel.h"
 
 namespace {
@@ -103,35 +106,33 @@ template <typename T, typename Factor> struct Winograd {
   const int64_t C_padded = round_up(C, std::max(LANES, MR));
   const int64_t tile_rows = (H + 3) / 4, tile_columns = (W + 3) / 4, tiles = tile_rows * tile_columns;
   const int64_t images_per_block = std::clamp(TILES_PER_BLOCK / tiles, int64_t(1), p.N);
-  const int64_t padded_W = tile_columns * 4 + 2, padded_image = (tile_rows * 4 + 2) * padded_W * C_padded;
-  const int64_t weight_size = 9 * C * K;
+  // Six rows of pixels with a border of zeros, as wide as the tiles need: what one row of tiles reads.
+  const int64_t strip_row = (tile_columns * 4 + 2) * C_padded, strip_size = 6 * strip_row;
 
   struct Scratch {
-    Buffer<> padded;  // (images_per_block, padded H, padded W, C_padded)
-    Buffer<Factor> V;
-    Buffer<> M, dpadded;
-    Buffer<Factor> dM, dM_by_k;
-    Buffer<> dU;
-    Buffer<> dpre_activation;  // (images_per_block, H, W, K)
+    float *strip, *dstrip;
+    Factor* V;
+    float* M;
+    Factor *dM, *dM_by_k;
+    float* dU;
   };
-  Scratch make_scratch() const {
-    const int64_t backward = p.dout != nullptr, widest = std::max(C_padded, K);
-    return {images_per_block * padded_image, 36 * point_stride(C_padded),
-            36 * point_stride(widest),       backward * images_per_block * padded_image,
-            backward * 36 * point_stride(K), is_pair<Factor> * backward * 36 * point_stride(K),
-            backward * 36 * C_padded * K,    backward * images_per_block * H * W * K};
+  Scratch take_scratch(Arena& arena, bool backward) const {
+    return {arena.take<float>(strip_size),
+            arena.take<float>(backward * strip_size),
+            arena.take<Factor>(TILES_PER_BLOCK * 36 * C_padded),
+            arena.take<float>(TILES_PER_BLOCK * 36 * std::max(C_padded, K)),
+            arena.take<Factor>(backward * TILES_PER_BLOCK * 36 * K),
+            arena.take<Factor>(backward * is_pair<Factor> * TILES_PER_BLOCK * 36 * K),
+            arena.take<float>(backward * 36 * C_padded * K)};
   }
-  void clear(const Scratch& scratch) const { std::fill_n((float*)scratch.padded, images_per_block * padded_image, 0); }
+  void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
 
-  // From one of the 36 points to the next. A vector more than the tiles need, or all points would begin in the same set
-  // of the cache.
-  static int64_t point_stride(int64_t channels) { return TILES_PER_BLOCK * channels + LANES; }
-
-  // Returns U.
-  Buffer<Factor> pack(bool backward) const {
+  // U.
+  Factor* take_packed(Arena& arena) const { return arena.take<Factor>(36 * C_padded * K); }
+  void pack(bool backward, const Thread& thread) const {
+    Factor* U = (Factor*)p.packed;
     const int64_t rows = backward ? K : C, columns = backward ? C_padded : K, valid = backward ? C : K;
-    Buffer<Factor> U(36 * rows * columns);
-    parallel_for(columns / LANES, [&](int64_t vector) {
+    thread.for_each(columns / LANES, [&](int64_t vector) {
       const int64_t column = vector * LANES;
       for (int64_t row = 0; row < rows; row++) {
         vec_f32 taps[9] = {}, points[36];
@@ -143,130 +144,174 @@ template <typename T, typename Factor> struct Winograd {
         scatter(points, U + column, rows / PER_FACTOR * columns, row, columns);
       }
     });
-    return U;
-  }
-
-  // Copies images begin ... end-1 into the middle of their zero-padded places.
-  void pad(int64_t begin, int64_t end, float* to) const {
-    const T* last = (const T*)p.x + end * H * W * C;
-    for (int64_t n = begin; n < end; n++, to += padded_image)
-      for (int64_t y = 0; y < H; y++) {
-        const T* row = (const T*)p.x + (n * H + y) * W * C;
-        float* padded_row = to + ((y + 1) * padded_W + 1) * C_padded;
-        if (C == C_padded)
-          for (int64_t i = 0; i < W * C_padded; i += LANES) store(padded_row + i, load(row + i));
-        else
-          for (int64_t x = 0; x < W; x++)
-            for (int64_t c = 0; c < C; c += LANES)
-              store(padded_row + x * C_padded + c, load(row + x * C + c, C - c, last));
-      }
   }
 
   struct Tile {
     int64_t index, image, y, x;  // index and image within the block; y, x: its first output pixel
   };
-  // Calls body(tile, first channel) for each of `count` tiles and each vector of channels.
-  template <typename Body> void for_each_tile(int64_t start, int64_t count, int64_t channels, Body body) const {
-    for (int64_t t = start; t < start + count; t++) {
-      const Tile tile = {t - start, t / tiles, t % tiles / tile_columns * 4, t % tile_columns * 4};
-      for (int64_t c = 0; c < channels; c += LANES) body(tile, c);
+  // Calls body(tile) for `count` tiles.
+  template <typename Body> void for_each_tile(int64_t start, int64_t count, Body body) const {
+    Tile tile = {0, start / tiles, start % tiles / tile_columns * 4, start % tile_columns * 4};
+    for (; tile.index < count; tile.index++) {
+      body(tile);
+      if ((tile.x += 4) < W) continue;
+      tile.x = 0;
+      if ((tile.y += 4) < H) continue;
+      tile.y = 0, tile.image++;
     }
+  }
+  template <typename Body> static void for_each_vector(int64_t channels, Body body) {
+    for (int64_t c = 0; c < channels; c += LANES) body(c);
   }
   // Calls body(i, offset in an image of K channels) for those of a tile's 16 output pixels that lie in the image.
   template <typename Body> void for_each_output_pixel(const Tile& tile, Body body) const {
     const int64_t first = ((tile.image * H + tile.y) * W + tile.x) * K;
-    UNROLL(16)
-    for (int64_t i = 0; i < 16; i++)
-      if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
+    if (tile.y + 4 <= H && tile.x + 4 <= W) {
+      UNROLL(16)
+      for (int64_t i = 0; i < 16; i++) body(i, first + (i / 4 * W + i % 4) * K);
+    } else {
+      for (int64_t i = 0; i < 16; i++)
+        if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
+    }
   }
-  // Calls body(i, offset in the padded image) for a tile's 36 input pixels.
+  // Calls body(i, offset in a strip) for a tile's 36 input pixels.
   template <typename Body> void for_each_input_pixel(const Tile& tile, Body body) const {
-    const int64_t first = tile.image * padded_image + (tile.y * padded_W + tile.x) * C_padded;
     UNROLL(36)
-    for (int64_t i = 0; i < 36; i++) body(i, first + (i / 6 * padded_W + i % 6) * C_padded);
+    for (int64_t i = 0; i < 36; i++) body(i, i / 6 * strip_row + (tile.x + i % 6) * C_padded);
+  }
+
+  // Fills the strip for the row of tiles that begins with this one; rows of tiles are taken in order.
+  void read_strip(int64_t n, const Tile& tile, float* strip) const {
+    const int64_t kept = tile.y ? 2 : 0;  // rows that the row of tiles above had, too
+    std::copy_n(strip + 4 * strip_row, kept * strip_row, strip);
+    for (int64_t row = kept; row < 6; row++) {
+      const int64_t y = tile.y + row - 1;
+      float* to = strip + row * strip_row;
+      y >= 0 && y < H ? read_pixels<T>(p, n, y * W, W, to + C_padded, C_padded) : (void)std::fill_n(to, strip_row, 0);
+    }
   }
 
   // gnu::flatten inlines all calls: with calls left in, each pixel's address would be computed anew.
-  [[gnu::flatten]] void compute_V(int64_t start, int64_t count, const Scratch& scratch) const {
-    for_each_tile(start, count, C_padded, [&](const Tile& tile, int64_t c) {
-      vec_f32 d[36], v[36];
-      for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) { d[i] = load(scratch.padded + pixel + c); });
-      transform_2d<6, 6>(d, v, input_transform);
-      scatter(v, scratch.V + c, point_stride(C_padded), tile.index, C_padded);
+  [[gnu::flatten]] void compute_V(int64_t begin, int64_t start, int64_t count, const Scratch& scratch) const {
+    for_each_tile(start, count, [&](const Tile& tile) {
+      if (!tile.x) read_strip(begin + tile.image, tile, scratch.strip);
+      for_each_vector(C_padded, [&](int64_t c) {
+        vec_f32 d[36], v[36];
+        for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) { d[i] = load(scratch.strip + pixel + c); });
+        transform_2d<6, 6>(d, v, input_transform);
+        scatter(v, scratch.V + c, C_padded, tile.index, 36 * C_padded);
+      });
     });
   }
-
-  // Writes pre_activation of images begin ... end-1: the convolution with its bias, and the skip.
-  [[gnu::flatten]] void forward(int64_t begin, int64_t end, const Factor* U, const Scratch& scratch) const {
-    const int64_t first_pixel = begin * H * W, total = (end - begin) * tiles;
-    pad(begin, end, scratch.padded);
-    T* pre_activation = (T*)p.pre_activation + first_pixel * K;
-    const T* skip = p.skip ? (const T*)p.skip + first_pixel * K : nullptr;
-    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
-      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
-      compute_V(start, count, scratch);
-      for (int64_t i = 0; i < 36; i++)
-        gemm<Factor>(scratch.V + i * point_stride(C_padded), C_padded, 1, U + i * C * K,
-                     scratch.M + i * point_stride(K), count, C, K);
-      for_each_tile(start, count, K, [&](const Tile& tile, int64_t k) {
+  void compute_M(int64_t count, const Scratch& scratch) const {  // V · U
+    const Factor* U = (const Factor*)p.packed;
+    for (int64_t i = 0; i < 36; i++)
+      with_constant(C_padded, [&](auto channels) {
+        gemm<Factor, float, 36 * channels.value>({scratch.V + i * C_padded, 36 * C_padded}, {U + i * C * K, K},
+                                                 {scratch.M + i * K, 36 * K}, round_up(count, MR / 2), C, K);
+      });
+  }
+  // Writes pre_activation of the block that begins with image `begin`: the convolution with its bias, and the skip.
+  [[gnu::flatten]] void compute_output(int64_t begin, int64_t start, int64_t count, const Scratch& scratch) const {
+    const int64_t first = begin * H * W * K;
+    for_each_tile(start, count, [&](const Tile& tile) {
+      for_each_vector(K, [&](int64_t k) {
         vec_f32 m[36], y[16];
-        gather(m, scratch.M + tile.index * K + k, point_stride(K));
+        gather(m, scratch.M + tile.index * 36 * K + k, K);
         transform_2d<6, 4>(m, y, output_transform);
         const vec_f32 bias = load(p.bias + k);
-        for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) {
-          y[i] += bias;
-          if (skip) y[i] += load(skip + pixel + k);
-          store(pre_activation + pixel + k, y[i]);
-        });
+        for_each_output_pixel(tile, [&](int64_t i, int64_t) { y[i] += bias; });
+        if (p.skip) {
+          const T* skip = (const T*)p.skip->pre_activation + first + k;
+          const NormReLU norm_relu(*p.skip, begin + tile.image, k);
+          for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) { y[i] += norm_relu.out(load(skip + pixel)); });
+        }
+        T* pre_activation = (T*)p.pre_activation + first + k;
+        for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) { store(pre_activation + pixel, y[i]); });
       });
+    });
+  }
+  void forward(int64_t begin, int64_t end, const Scratch& scratch) const {
+    const int64_t total = (end - begin) * tiles;
+    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
+      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
+      compute_V(begin, start, count, scratch);
+      compute_M(count, scratch);
+      compute_output(begin, start, count, scratch);
     }
   }
 
-  // From dpre_activation of images begin ... end-1: writes their dx, if it is wanted, and writes (first) or adds to dU.
-  [[gnu::flatten]] void backward(int64_t begin, int64_t end, const Factor* U, const T* dpre_activation,
-                                 const Scratch& scratch, bool first) const {
-    const int64_t total = (end - begin) * tiles;
-    pad(begin, end, scratch.padded);
-    std::fill_n((float*)scratch.dpadded, images_per_block * padded_image, 0);
-    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
-      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
-      compute_V(start, count, scratch);
-      for_each_tile(start, count, K, [&](const Tile& tile, int64_t k) {
+  // dpre_activation: of the block.
+  [[gnu::flatten]] void compute_dM(int64_t start, int64_t count, const T* dpre_activation,
+                                   const Scratch& scratch) const {
+    for_each_tile(start, count, [&](const Tile& tile) {
+      for_each_vector(K, [&](int64_t k) {
         vec_f32 dy[16] = {}, dm[36];
         for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) { dy[i] = load(dpre_activation + pixel + k); });
         transform_2d<4, 6>(dy, dm, output_transform_backward);
-        scatter(dm, scratch.dM + k, point_stride(K), tile.index, K);
-        if (is_pair<Factor>) scatter(dm, (bf16*)(Factor*)scratch.dM_by_k + tile.index * K + k, 2 * point_stride(K));
+        scatter(dm, scratch.dM + k, K, tile.index, 36 * K);
+        if (is_pair<Factor>) scatter(dm, (bf16*)scratch.dM_by_k + tile.index * 36 * K + k, K);
       });
-      for (int64_t i = 0; i < 36; i++)  // dU = V^T · dM
-        gemm<Factor>(scratch.V + i * point_stride(C_padded), 1, C_padded, scratch.dM + i * point_stride(K),
-                     scratch.dU + i * C_padded * K, C, (count + PER_FACTOR - 1) / PER_FACTOR, K, !first || start);
-      if (!p.dx) continue;
-      for (int64_t i = 0; i < 36; i++)  // dV = dM · U^T
-        gemm<Factor>((is_pair<Factor> ? scratch.dM_by_k : scratch.dM) + i * point_stride(K), K / PER_FACTOR, 1,
-                     U + i * K / PER_FACTOR * C_padded, scratch.M + i * point_stride(C_padded), count, K / PER_FACTOR,
-                     C_padded);
-      for_each_tile(start, count, C_padded, [&](const Tile& tile, int64_t c) {
-        vec_f32 dv[36], dd[36];
-        gather(dv, scratch.M + tile.index * C_padded + c, point_stride(C_padded));
-        transform_2d<6, 6>(dv, dd, input_transform_backward);
-        for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) {
-          float* to = scratch.dpadded + pixel + c;
-          store(to, load(to) + dd[i]);
-        });
-      });
+    });
+  }
+  void add_dU(int64_t count, const Scratch& scratch, bool first) const {  // V^T · dM
+    for (int64_t i = 0; i < 36; i++) {
+      float* dU = scratch.dU + i * C_padded * K;
+      gemm<Factor, float, 1>({scratch.V + i * C_padded, 1, 36 * C_padded}, {scratch.dM + i * K, 36 * K}, {dU, K},
+                             round_up(C, MR / 2), (count + PER_FACTOR - 1) / PER_FACTOR, K, {first ? nullptr : dU, K});
     }
-    if (!p.dx) return;
-    T *dx = (T*)p.dx + begin * H * W * C, *last = (T*)p.dx + end * H * W * C;
-    for (const float* image = scratch.dpadded; image < scratch.dpadded + (end - begin) * padded_image;
-         image += padded_image)
-      for (int64_t y = 1; y <= H; y++)
-        for (int64_t x = 1; x <= W; x++, dx += C)
-          for (int64_t c = 0; c < C; c += LANES) {
-            vec_f32 values = load(image + (y * padded_W + x) * C_padded + c);
-            if (p.accumulate_dx) values += load(dx + c, C - c, last);
-            store(dx + c, values, std::min(LANES, C - c));
-          }
+  }
+  void compute_dV(int64_t count, const Scratch& scratch) const {  // dM · U^T, in place of M
+    const Factor *U = (const Factor*)p.packed, *dM = is_pair<Factor> ? scratch.dM_by_k : scratch.dM;
+    for (int64_t i = 0; i < 36; i++)
+      with_constant(K, [&](auto channels) {
+        gemm<Factor, float, 36 * channels.value / PER_FACTOR>(
+            {dM + i * K / PER_FACTOR, 36 * K / PER_FACTOR}, {U + i * K / PER_FACTOR * C_padded, C_padded},
+            {scratch.M + i * C_padded, 36 * C_padded}, round_up(count, MR / 2), K / PER_FACTOR, C_padded);
+      });
+  }
+  // Writes dx, or adds to it. A pixel's gradient is whole with the last of the tiles that read it.
+  [[gnu::flatten]] void compute_dx(int64_t begin, int64_t start, int64_t count, const Scratch& scratch) const {
+    for_each_tile(start, count, [&](const Tile& tile) {
+      float* dstrip = scratch.dstrip;
+      if (!tile.x) {
+        const int64_t kept = tile.y ? 2 : 0;
+        std::copy_n(dstrip + 4 * strip_row, kept * strip_row, dstrip);
+        std::fill_n(dstrip + kept * strip_row, (6 - kept) * strip_row, 0);
+      }
+      for_each_vector(C_padded, [&](int64_t c) {
+        vec_f32 dv[36], dd[36];
+        gather(dv, scratch.M + tile.index * 36 * C_padded + c, C_padded);
+        transform_2d<6, 6>(dv, dd, input_transform_backward);
+        for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) { add(dstrip + pixel + c, dd[i]); });
+      });
+      if (tile.x + 4 >= W) store_strip(begin + tile.image, tile, dstrip);
+    });
+  }
+  void store_strip(int64_t n, const Tile& tile, const float* dstrip) const {
+    const int64_t rows = tile.y + 4 < H ? 4 : 5;
+    const T* end = (const T*)p.dx + p.N * H * W * C;
+    for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++)
+      for (int64_t x = 0; x < W; x++)
+        for_each_vector(C, [&](int64_t c) {
+          vec_f32 values = load(dstrip + row * strip_row + (x + 1) * C_padded + c);
+          T* dx = (T*)p.dx + ((n * H + tile.y + row - 1) * W + x) * C + c;
+          if (p.accumulate_dx) values += load(dx, C - c, end);
+          store(dx, values, std::min(LANES, C - c));
+        });
+  }
+  // From dpre_activation of images begin ... end-1: writes their dx, if it is wanted, and writes (first) or adds to dU.
+  void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
+    const int64_t total = (end - begin) * tiles;
+    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
+      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
+      compute_V(begin, start, count, scratch);
+      compute_dM(start, count, dpre_activation, scratch);
+      add_dU(count, scratch, first && !start);
+      if (!p.dx) continue;
+      compute_dV(count, scratch);
+      compute_dx(begin, start, count, scratch);
+    }
   }
 
   // Transforms the dU that a thread has summed up to dweight as (9, C, K).
