@@ -1,6 +1,6 @@
 """How close the fused kernel is to what this processor can do, layer by layer, in a minute.
 
-    python tests/benchmarks/kernel_roofline.py [--batch-size 64] [--norm batch group] [--threads 2] [--precision float32]
+    python tests/benchmarks/kernel_roofline.py [--batch-size 64] [--norm batch group] [--threads 2] [--precision P]
 
 Measures the processor's peak (multiply-adds in registers) and bandwidths, and each layer's forward and backward
 pass. The floor is the time that all multiply-adds, transforms and norms would take if vector units never waited:
