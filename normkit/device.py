@@ -75,25 +75,26 @@ def choose_memory_format(memory_format, model, device, dtype):
 
 
 def check_norms(model, batch_sizes):
-    """Raises unless each kind of norm layer in the model gives on its device what a copy gives on the CPU.
+    """Raises unless each kind of torch's norm layers in the model gives on its device what a copy gives on the CPU.
 
     Outputs and gradients in float32, at every batch size given: Apple's MPS has had silently wrong norms
     (pytorch issues 175189, 182805, 177116).
     """
     device = next(model.parameters()).device
-    layers = {str(m): m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)}
+    kinds = nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d
+    layers = {str(m): m for m in model.modules() if isinstance(m, kinds)}
     generator = torch.Generator().manual_seed(0)
     for (name, layer), batch_size in itertools.product(layers.items(), sorted(set(batch_sizes))):
-        x = torch.randn(batch_size, len(layer.weight), 8, 8, generator=generator) * 3 + 1
+        channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
+        x = torch.randn(batch_size, channels, 8, 8, generator=generator) * 3 + 1
         weight = torch.randn(x.shape, generator=generator)  # makes the gradients differ from value to value
         results = []
         for where in (device, torch.device("cpu")):
-            layer_copy = copy.deepcopy(layer).to(where).train()
+            layer_copy = copy.deepcopy(layer).to(where).train().requires_grad_()
             inputs = x.to(where, copy=True).requires_grad_()
             output = layer_copy(inputs)
-            (output * weight.to(where)).sum().backward()
-            tensors = (output, inputs.grad, layer_copy.weight.grad, layer_copy.bias.grad)
-            results.append([tensor.detach().cpu() for tensor in tensors])
+            gradients = torch.autograd.grad((output * weight.to(where)).sum(), [inputs, *layer_copy.parameters()])
+            results.append([tensor.detach().cpu() for tensor in (output, *gradients)])
         for actual, expected in zip(*results):
             if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
                 raise RuntimeError(

@@ -16,6 +16,7 @@ from normkit.fused.build import library
 from normkit.study import grid
 
 NORMS = list(model.NORMS)
+THREE = ["batch", "group", "layer"]  # that the kit compares, whatever else is in NORMS
 QUIET = {"progress": False}
 AUTO_LINE = "fused: one kernel for the whole network"  # of a network in float32 on the CPU
 if library().reason is not None:

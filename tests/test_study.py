@@ -134,7 +134,7 @@ def test_a_norm_that_no_run_asks_for_is_not_sent(small, tmp_path, monkeypatch):
 
 FAILURES = {
     "lr": ({"lr": 1e30}, "lr=1e\\+30.*FloatingPointError: .*not finite"),
-    "norm": ({"norm": "instance"}, "norm=instance.*ValueError: .*batch, group, layer"),
+    "norm": ({"norm": "batchnorm"}, "norm=batchnorm.*ValueError: .*batch, group, layer"),
     "seed": ({"seed": 1.5}, "seed=1.5.*ValueError: seed=1.5"),
     "batch_size": ({"batch_size": 0}, "batch_size=0.*ValueError: batch_size=0"),
 }
