@@ -155,7 +155,8 @@ def test_skip_adds_c3_to_c5_and_c7_to_c9_before_the_norm(norm, skip):
 
 def test_a_block_is_convolution_norm_relu_dropout_in_this_order(norm, device):
     block = model.ConvBlock(3, 16, model.NORMS[norm](16, 4), dropout=0.3).to(device)
-    nn.init.normal_(block.norm.bias)
+    for parameter in block.norm.parameters():
+        nn.init.normal_(parameter)
     x, seen = images().to(device), []
     for forward in (block, lambda x: nn.Dropout2d(0.3)(F.relu(block.norm(block.conv(x))))):
         torch.manual_seed(0)  # the same channels are dropped
