@@ -22,7 +22,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.fixture(scope="session")
 def data():
     """A small stand-in whose sizes no batch size of the tests divides."""
-    return make_synthetic(train_size=330, test_size=101)
+    return make_synthetic(train_size=198, test_size=101)
 
 
 @pytest.fixture

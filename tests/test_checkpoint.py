@@ -84,7 +84,7 @@ def test_a_plain_dataloader_with_its_own_generator_resumes_too(data, tmp_path):
         net = model.Net("batch", dropout=0.3)
         loader = DataLoader(TensorDataset(images, labels), 64, shuffle=True, generator=torch.Generator().manual_seed(5))
         optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9)
-        scheduler = OneCycleLR(optimizer, 0.05, total_steps=18)
+        scheduler = OneCycleLR(optimizer, 0.05, total_steps=12)
         options = {"scheduler_step": "batch", "progress": False, "checkpoint": path}
         return utils.fit(net, loader, loader, optimizer, scheduler, epochs, **options)
 
@@ -112,13 +112,13 @@ KILLED = """
     calls = iter(range(1000))
     if moment == "batch":  # in the middle of the second epoch that this process trains
         step = checks.check_labels
-        checks.check_labels = lambda *args: die() if next(calls) == 9 else step(*args)
+        checks.check_labels = lambda *args: die() if next(calls) == 8 else step(*args)
     if moment == "write":  # the new file is written, not yet renamed
         files.os.fsync = die
     if moment == "rename":  # the last file is out of the way, the new one not yet in place
         replace = os.replace
         files.os.replace = lambda *args: die() if next(calls) % 2 else replace(*args)
-    data = synthetic.make_synthetic(330, 101)
+    data = synthetic.make_synthetic(198, 101)
     utils.run("batch", data, 4, device="cpu", augment=True, dropout=0.2, step_size=2, progress=False, checkpoint=path)
 """
 
@@ -233,7 +233,7 @@ def test_both_damaged_is_an_error_and_deletes_nothing(data, file):
         ({"momentum": 0.5}, "momentum: 0.9", "momentum: 0.5"),
         ({"step_size": 3}, "step_size: 2", "step_size: 3"),
         ({"gamma": 0.5}, "gamma: 0.1", "gamma: 0.5"),
-        ({"data": make_synthetic(330, 101, seed=1)}, "CRC-32", "CRC-32"),
+        ({"data": make_synthetic(198, 101, seed=1)}, "CRC-32", "CRC-32"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epochs, option, saved, own):

@@ -35,13 +35,13 @@ def test_the_kits_loaders_have_what_a_loop_of_ones_own_asks_for(data):
     train_loader, test_loader = utils.get_loaders(
         data, np.int64(64), device="cpu", seed=torch.tensor(3), drop_last=True
     )
-    assert (len(train_loader.dataset), len(test_loader.dataset)) == (330, 101)
+    assert (len(train_loader.dataset), len(test_loader.dataset)) == (198, 101)
     assert train_loader.batch_size == 64 and train_loader.drop_last and not test_loader.drop_last
     assert train_loader.generator is None
-    assert [len(labels) for _, labels in train_loader] == [64] * 5 == [64] * len(train_loader)
+    assert [len(labels) for _, labels in train_loader] == [64] * 3 == [64] * len(train_loader)
     assert sum(len(labels) for _, labels in test_loader) == 101
-    with pytest.raises(ValueError, match="drops all of the 330 images"):
-        utils.get_loaders(data, 331, device="cpu", drop_last=True)
+    with pytest.raises(ValueError, match="drops all of the 198 images"):
+        utils.get_loaders(data, 199, device="cpu", drop_last=True)
 
 
 @pytest.mark.parametrize("mix", [v2.MixUp(num_classes=10), v2.CutMix(num_classes=10)])

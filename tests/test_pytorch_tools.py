@@ -156,12 +156,13 @@ def loss_of(net, parameters, buffers, image, label):
 
 
 def test_gradients_of_single_images_by_torch_func(net):
-    net.eval()
+    images = IMAGES.double()  # in float32 a rounded zero may fall on either side of a ReLU
+    net.eval().double()
     parameters, buffers = dict(net.named_parameters()), dict(net.named_buffers())
-    each = vmap(grad(loss_of, 1), (None, None, None, 0, 0))(net, parameters, buffers, IMAGES, LABELS)
-    F.cross_entropy(net(IMAGES), LABELS).backward()
+    each = vmap(grad(loss_of, 1), (None, None, None, 0, 0))(net, parameters, buffers, images, LABELS)
+    F.cross_entropy(net(images), LABELS).backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(each[name].mean(0), parameter.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(each[name].mean(0), parameter.grad, rtol=1e-7, atol=1e-10)
 
 
 def test_an_ensemble_by_vmap():
@@ -267,7 +268,7 @@ def test_torchs_muon_trains_the_matrices_of_a_model(data):
         pytest.skip("not in this torch")
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10, bias=False))
     loader = utils.get_loaders(data, 110, device="cpu")[0]
-    assert utils.train(net, loader, torch.optim.Muon(net.parameters()), progress=False).total == 330
+    assert utils.train(net, loader, torch.optim.Muon(net.parameters()), progress=False).total == 198
 
 
 def test_the_kits_loop_and_a_plain_one_agree_on_a_plain_dataloader(data):

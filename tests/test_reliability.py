@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_weights(data, b
     class Poisoned(utils.Loader):
         def __iter__(self):
             for i, (images, labels) in enumerate(super().__iter__()):
-                if self.epoch == 1 and i >= 3:
+                if self.epoch == 1 and i >= 2:
                     with torch.no_grad():
                         self.net.C4.conv.weight[0, 0, 0, 0] = self.value
                 yield images, labels
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_names_the_place_and_keeps_the_weights(data, b
         test_loader = utils.get_loaders(data, device="cpu")[1]
         optimizer = torch.optim.SGD(net.parameters(), 0.01, fused=True)
         how = {"backend": backend, "progress": False}
-        with pytest.raises(FloatingPointError, match=r"epoch 2.*batch 3 on.*rate 0.01;.*module C4.conv.*epoch 1 left"):
+        with pytest.raises(FloatingPointError, match=r"epoch 2.*batch 2 on.*rate 0.01;.*module C4.conv.*epoch 1 left"):
             utils.fit(net, train_loader, test_loader, optimizer, epochs=3, **how)
         plain = {"dropout": 0.01, "augment": False, "momentum": 0, "memory_format": "contiguous", "backend": backend}
         assert same(net.state_dict(), run(data, epochs=1, **plain).model.state_dict())
