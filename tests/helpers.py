@@ -80,12 +80,12 @@ def study(**columns):
     )
 
 
-def write_image_folder(root, each=2, size=(32, 32), suffix="png"):
-    """Images numbered across the classes; returns the pixels in the order of their numbers."""
+def write_image_folder(root, each=2, size=(32, 32), suffix="png", each_test=None):
+    """So many images of each class, numbered across the classes; returns the pixels in the order of their numbers."""
     rng = np.random.default_rng(0)
     pixels = {}
-    for split in ("train", "test"):
-        pixels[split] = rng.integers(0, 256, (each * 10, size[1], size[0], 3), dtype=np.uint8)
+    for split, count in (("train", each), ("test", each_test or each)):
+        pixels[split] = rng.integers(0, 256, (count * 10, size[1], size[0], 3), dtype=np.uint8)
         for i, image in enumerate(pixels[split]):
             folder = root / split / CLASSES[i % 10]
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,6 @@ import functools
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -226,27 +224,6 @@ def test_a_file_that_is_no_studys_is_named_and_kept(small, tmp_path, content):
     with pytest.raises(ValueError, match="study.csv (is no study's file|cannot be read)"):
         run_many([{"norm": "layer", "epochs": 1, "batch_size": 50}], small, file)
     assert file.read_text() == content
-
-
-class Builder:
-    def __call__(self, channels, num_groups):
-        return torch.nn.Identity()
-
-
-def test_the_mark_of_a_norm_is_the_same_in_every_process():
-    script = f"""
-import functools, sys
-sys.path[:0] = {sys.path!r}
-import torch, model
-from normkit.study import code_of
-from test_study import Builder
-model.NORMS["a"] = functools.partial(lambda eps, channels, num_groups: torch.nn.BatchNorm2d(channels, eps), 1e-3)
-model.NORMS["b"] = Builder()
-model.NORMS["c"] = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: torch.nn.Identity())
-print([code_of(name) for name in "abc"])
-"""
-    said = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout for _ in range(2)}
-    assert len(said) == 1 and len(set(eval(said.pop()))) == 3
 
 
 # ----------------------------------------------------------------------------- engines

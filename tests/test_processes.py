@@ -1,0 +1,52 @@
+"""Another process: importing the kit there is silent, and marks of code are those of this process."""
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_resume import reads_a_global, twice
+from torch import nn
+
+from normkit.identity import mark_of
+
+
+class Builder:
+    def __call__(self, channels, num_groups):
+        return nn.Identity()
+
+
+def marks():
+    """Marks of norms of somebody's own, each written in another way, of a function with a set, and of a criterion."""
+    with_eps = functools.partial(lambda eps, channels, num_groups: nn.BatchNorm2d(channels, eps), 1e-3)
+    nested = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: nn.Identity())
+    norms = [reads_a_global, twice(0)[1], twice(1)[1], with_eps, nested, Builder()]
+    others = [lambda x: x in {"a", "b", "c", "d", "e", "f", "g", "h"}, nn.CrossEntropyLoss(torch.arange(3.0))]
+    return [mark_of(each) for each in norms + others]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """A process with another order of sets, which imports the kit and then tells the marks."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import model, utils
+print("imported")
+import test_processes
+print(test_processes.marks())
+"""
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+
+def test_importing_prints_nothing(fresh):
+    assert (fresh.returncode, fresh.stdout.splitlines()[0], fresh.stderr) == (0, "imported", "")
+
+
+def test_marks_are_the_same_in_every_process(fresh):
+    said = ast.literal_eval(fresh.stdout.splitlines()[1])
+    assert said == marks() and len(set(said)) == len(said)
