@@ -270,32 +270,6 @@ def test_the_data_is_not_sent_with_each_task(tmp_path, monkeypatch, mapped):
     assert (max(sizes) < 50_000) == mapped  # of 1,843,200
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_once(marker, _):
-    """Kills the process that comes first."""
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    die()
-
-
-def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
-    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(5)]
-    runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")
-    runs[3]["on_epoch"] = die
-    with pytest.raises(RuntimeError) as told:
-        run_many(runs, small, tmp_path / "study.csv", processes=2)
-    first, line = str(told.value).splitlines()
-    assert " seed=3 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
-    rows = pd.read_csv(tmp_path / "study.csv")
-    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1, 2, 4) for epoch in (1, 2)]
-    assert "5/5" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_a_run_that_cannot_be_sent_costs_no_other(small, tmp_path):
     runs = [ONE | {"seed": seed} for seed in range(3)]
@@ -407,3 +381,32 @@ def test_a_full_disk_stops_the_study_and_what_is_finished_is_kept(small, tmp_pat
     assert file.read_text() == content
     rows = run_many(runs, small, file)
     assert rows["seed"].tolist() == [0, 1, 2] and names(tmp_path) == ["study.csv"]
+
+
+# ------------------------------------------------- workers that die, last as others are started after each
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(marker, _):
+    """Kills the process that comes first."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    die()
+
+
+def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
+    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(4)]
+    runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")
+    runs[3]["on_epoch"] = die
+    with pytest.raises(RuntimeError) as told:
+        run_many(runs, small, tmp_path / "study.csv", processes=2)
+    first, line = str(told.value).splitlines()
+    assert " seed=3 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
+    rows = pd.read_csv(tmp_path / "study.csv")
+    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1, 2) for epoch in (1, 2)]
+    assert "4/4" in capsys.readouterr().out
