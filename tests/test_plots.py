@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import NORMS, drawn, linear, study
+from helpers import THREE, drawn, linear, study
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -311,21 +311,34 @@ def test_a_users_own_settings_change_no_picture(results, settings):
     assert np.array_equal(*pictures)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (12, 20), (64, 64)])
-@pytest.mark.parametrize("classes", [("yes", "no"), tuple(f"class with a long name {i}" for i in range(10))])
-def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
+SIZES = [(8, 8), (12, 20), (64, 64)]
+
+
+def data_of(size, classes):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (120, 3, *size), generator=generator, dtype=torch.uint8)
     labels = torch.arange(120) % len(classes)
-    own = Data("mine", classes, images, labels, images[:60], labels[:60])
-    results = [utils.run(norm, own, 1, 60, device="cpu", augment=True, progress=False) for norm in NORMS]
-    loader = utils.get_loaders(own, 60, device="cpu")[1]
-    logits = {result.norm: utils.predict(result.model, loader)[0] for result in results}
+    return Data("mine", classes, images, labels, images[:60], labels[:60])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_networks_on_images_of_other_sizes(size):
+    own = data_of(size, tuple("0123456789"))
+    results = [utils.run(norm, own, 1, 60, device="cpu", augment=True, progress=False) for norm in THREE]
+    images, _ = next(iter(utils.get_loaders(own, 60, device="cpu")[1]))
+    stages = {"at the end": {result.norm: result.model for result in results}}
+    figures = [anatomy.plot_activations(stages, images), anatomy.plot_network(results[0].model, size[0])]
+    text = " ".join(map(drawn, [*figures, plots.plot_curves(results)]))
+    assert "layer norm, at the end" in text and "48,178" in text and "mine" in text
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("classes", [("yes", "no"), tuple(f"class with a long name {i}" for i in range(10))])
+def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
+    own = data_of(size, classes)
+    logits = {norm: torch.randn(60, 10, generator=torch.Generator().manual_seed(i)) for i, norm in enumerate(THREE)}
     logits["group"][:, 9] += 100  # a class that the data may not have
     figures = [plots.plot_samples(own, 3), plots.plot_confusions(own, logits), plots.plot_disagreements(own, logits)]
-    figures += [plots.plot_mistakes(own, each) for each in logits.values()]
-    figures += [plots.plot_curves(results), anatomy.plot_network(results[0].model, size[0])]
-    stages = {"at the end": {result.norm: result.model for result in results}}
-    figures.append(anatomy.plot_activations(stages, next(iter(loader))[0]))
+    figures += [plots.plot_mistakes(own, logits[norm]) for norm in ("batch", "group")]
     text = " ".join(map(drawn, figures))
     assert classes[0] in text and (len(classes) == 10 or "class 9" in text)
