@@ -235,3 +235,26 @@ def test_the_kernel_allocates_nothing(compiled):
     done = subprocess.run(["nm", "-D", "--undefined-only", compiled], capture_output=True, text=True, check=True)
     assert "GOMP_parallel" in done.stdout
     assert not re.search(r"\b(malloc|calloc|realloc|posix_memalign|aligned_alloc|_Zn\w+)\b", done.stdout)
+
+
+LONE_RUNTIME = """
+import ctypes, sys, types
+sys.path.insert(0, {root!r})
+package = sys.modules["normkit.fused"] = types.ModuleType("normkit.fused")  # in place of one that imports torch
+package.__path__ = [{root!r} + "/normkit/fused"]
+from normkit.fused import build
+ctypes.CDLL({runtime!r})
+build.load({kernel!r})
+assert "torch" not in sys.modules
+"""
+
+
+@COMPILER
+def test_the_runtime_is_found_where_pytorch_has_it_for_itself_alone(compiled):
+    """As PyTorch's wheels for ARM do."""
+    runtime = next(Path(torch.__file__).with_name("lib").glob("libgomp.so.1"), None)
+    if runtime is None:
+        pytest.skip("this PyTorch brings no libgomp")
+    script = LONE_RUNTIME.format(root=str(ROOT), runtime=str(runtime), kernel=str(compiled))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Builds the kernel, once a machine: compiler and flags, the cache, and loading."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -181,6 +182,10 @@ def is_private(path):
 
 def load(path):
     """Loads the library and declares its functions; raises BuildError where its struct is not this version's."""
+    if platform.system() == "Linux":
+        # PyTorch's wheels for ARM load their libgomp for themselves alone: it is made visible, not loaded again.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libgomp.so.1", mode=os.RTLD_GLOBAL | os.RTLD_NOLOAD)
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
