@@ -1,9 +1,13 @@
 """What several files of tests share."""
 
 import random
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -12,7 +16,7 @@ from torch import nn
 import model
 import utils
 from normkit.cifar10 import CLASSES
-from normkit.fused.build import library
+from normkit.fused.build import COMPILE, library
 from normkit.study import grid
 
 NORMS = list(model.NORMS)
@@ -91,3 +95,18 @@ def write_image_folder(root, each=2, size=(32, 32), suffix="png", each_test=None
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{i:05d}.{suffix}")
     return pixels
+
+
+def build_driver(folder, compiler, *flags):
+    """Builds csrc/driver.cpp, which holds the kernel, as a program; skips the test where a tool is missing."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    source, program = Path(__file__).with_name("csrc") / "driver.cpp", folder / "driver"
+    command = [compiler, *COMPILE, *flags, source, "-o", program, "-lgomp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find -lgomp" in done.stderr or "unable to find library -lgomp" in done.stderr:
+        pytest.skip("no libgomp to link with")
+    if "libclang_rt" in done.stderr or "cannot find -lasan" in done.stderr:
+        pytest.skip(f"{compiler} has no sanitizers here")
+    assert done.returncode == 0, done.stderr
+    return program
