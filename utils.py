@@ -25,6 +25,7 @@ from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
 from normkit.identity import settings_of
+from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import RandomState, check_seed, generators_preserved, is_stateful, objects_of, seed_everything
 from normkit.tables import results_table  # noqa: F401
@@ -458,21 +459,23 @@ def run(
     """Does one whole experiment, everything built from the seed; returns a Result.
 
     recipe: a name in RECIPES, or a Recipe; batch_size and changes (lr=0.1, ...) replace its settings.
-    precision: "float32" or "bfloat16"; memory_format, of the modules: "contiguous" or "channels_last"; each chosen for
-    the machine unless named. backend: see train. checkpoint, on_epoch: see fit.
+    device; precision, "float32" or "bfloat16"; memory_format of the modules, "contiguous" or "channels_last": each is
+    chosen for the machine unless named. backend: see train. checkpoint, on_epoch: see fit.
     self_check: compare the norms' results on the device with the CPU's first; on for Apple's MPS.
     The model that is returned is in PyTorch's ordinary memory format, and the random generators are left as they were.
     """
     recipe = get_recipe(recipe, batch_size=batch_size, **changes)
     if seed is None and checkpoint is not None:
         seed = seed_in(checkpoint)
-    epochs, seed, device = checks.check_epochs(epochs), check_seed(seed), get_device(device)
-    dtype = choose_precision(precision, device)
+    epochs, seed = checks.check_epochs(epochs), check_seed(seed)
     checks.check_choice("backend", backend, BACKENDS)
-    with generators_preserved(device):
+    with generators_preserved(get_device(device)):
         seed_everything(seed)
-        model = Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain).to(device)
+        model = Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain)
         check_data(data, model.C10.out_channels)
+        device, device_line = choose_device(device, model, backend)
+        dtype = choose_precision(precision, device)
+        model.to(device)
         memory_format = choose_memory_format(memory_format, model, device, dtype)
         if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
             model.to(memory_format=memory_format)
@@ -484,9 +487,8 @@ def run(
         optimizer = build_optimizer(model, recipe)
         scheduler, scheduler_step = build_scheduler(optimizer, recipe, epochs, len(train_loader))
         if progress:
-            threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
             fused = "fused " if optimizer.defaults.get("fused") else ""
-            choices = (f"{device}{threads}", dtype, fused + type(optimizer).__name__)
+            choices = (device_line, dtype, fused + type(optimizer).__name__)
             print(f"{norm} norm on {data.name}: " + ", ".join(str(choice).removeprefix("torch.") for choice in choices))
         options = {"scheduler_step": scheduler_step, "precision": precision, "backend": backend}
         options |= {"progress": progress, "checkpoint": checkpoint, "on_epoch": on_epoch}

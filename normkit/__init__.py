@@ -11,6 +11,7 @@ identity     what makes a run, a data set or a function that one, as text
 randomness   seeds, and the state of every generator that training draws from
 optim        what the loop has to know of optimizers and schedulers that are not its own
 device       device, precision, memory format, and the self-check of norms
+placement    on Macs, whether the GPU or the CPU trains a network faster
 backend      what computes a network: its modules, the fused kernel, or torch.compile
 fused        fuse(): the kernel for CPUs; see fused/README.md
 environment  check_setup: what the kit runs on, and what is missing

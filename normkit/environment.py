@@ -23,10 +23,12 @@ def check_setup(root="data"):
     if tuple(map(int, versions["torch"].split(".")[:2])) < (2, 10):
         command = f'{sys.executable} -m pip install --upgrade "torch>=2.10" torchvision'
         print(f"TO FIX: torch 2.10 or newer is needed. Run: {command}")
-    if device.type == "cpu":
+    if device.type != "cuda":
         print(f"Fused kernel: {library().reason or 'ready'}")
-        if library().reason:
+        if library().reason and device.type == "cpu":
             print("Without it PyTorch's modules do the work, at about half the speed.")
+        if not library().reason and device.type == "mps":
+            print("With it the CPU may be faster: the first run times a few steps on both, and takes the faster.")
 
     root = data_root(root)
     form = find_cifar10(root)

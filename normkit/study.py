@@ -15,9 +15,10 @@ from tqdm import tqdm
 from model import NORMS, Net
 from normkit.backend import choose_backend
 from normkit.checks import whole_number
-from normkit.device import choose_precision, get_device
+from normkit.device import choose_precision
 from normkit.engine import compute
 from normkit.identity import mark_of
+from normkit.placement import choose_device
 from normkit.rows import add_rows, find_done, read_rows
 from utils import get_recipe, run
 
@@ -174,9 +175,9 @@ def describe_run(keywords, data, device):
     scalars = {name: value.item() for name, value in keywords.items() if getattr(value, "shape", None) == ()}
     asked |= keywords | scalars
     asked.pop("on_epoch", None)
-    device = get_device(device)
+    model, backend = Net(keywords["norm"], recipe.num_groups), keywords.get("backend", "auto")
+    device, _ = choose_device(device, model, backend)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
-    model = Net(keywords["norm"], recipe.num_groups).to(device)
-    backend = choose_backend(keywords.get("backend", "auto"), model)[1].split(":")[0]
+    backend = choose_backend(backend, model.to(device))[1].split(":")[0]
     where = f"{device}, {precision}, torch {torch.__version__}"
     return asked | {"data_crc32": data.crc32(), "where": where, "backend": backend}

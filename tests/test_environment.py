@@ -29,11 +29,13 @@ def test_check_setup_names_what_to_mend(tmp_path, monkeypatch, capsys):
 
 
 def test_check_setup_names_the_kernel_or_why_there_is_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(environment, "get_device", lambda: torch.device("cpu"))
-    for reason, said in (
-        (None, "Fused kernel: ready\n"),
-        ("no C++ compiler", "Fused kernel: no C++ compiler\nWithout"),
+    for device, reason, said in (
+        ("cpu", None, "Fused kernel: ready\nCIFAR-10"),
+        ("cpu", "no C++ compiler", "Fused kernel: no C++ compiler\nWithout"),
+        ("mps", None, "Fused kernel: ready\nWith it the CPU may be faster: "),
+        ("mps", "no C++ compiler", "Fused kernel: no C++ compiler\nCIFAR-10"),
     ):
+        monkeypatch.setattr(environment, "get_device", lambda device=device: torch.device(device))
         monkeypatch.setattr(environment, "library", lambda reason=reason: Library(None, reason))
         check_setup(tmp_path)
         assert said in capsys.readouterr().out
