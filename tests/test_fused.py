@@ -1,6 +1,7 @@
 """The kernel's numbers: by definition in float64, beside the modules, whatever the threads."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -321,6 +322,19 @@ def test_a_loop_of_ones_own_learns_what_the_modules_learn(norm):
         if not (norm == "batch" and name.endswith("conv.bias")):  # whose gradient is rounding alone: Adam scales it up
             close = torch.isclose(value, states[1][name], rtol=1e-2, atol=2e-3)
             assert close.float().mean() > 0.999, name  # Adam scales rounding up, too, where a gradient is next to zero
+
+
+def test_two_threads_go_backward_from_one_forward_pass():
+    fused = fuse(model.Net("group", dropout=0))
+    parameters, logits = list(fused.parameters()), fused(images(16))
+
+    def go_backward(k):
+        return torch.autograd.grad(logits[:, k].sum(), parameters, retain_graph=True)
+
+    expected = [go_backward(k) for k in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        for k, found in zip([0, 1] * 10, pool.map(go_backward, [0, 1] * 10)):
+            assert all(map(torch.equal, found, expected[k]))
 
 
 def test_no_memory_is_an_error(monkeypatch):

@@ -47,7 +47,8 @@ class FusedFunction(torch.autograd.Function):
                 "the fused kernel has no second derivative and no batched gradients: call the model itself in place of "
                 "fuse(model), or train with backend='eager'"
             )
-        plan, structs, (activations, *inputs) = ctx.plan, ctx.structs, ctx.saved_tensors
+        plan, (activations, *inputs) = ctx.plan, ctx.saved_tensors
+        structs = ctx.structs.copy()  # another thread may be going backward from here, too
         dout = dout.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[4] else None
         gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
