@@ -40,7 +40,9 @@ def styled(plot):
         with matplotlib.style.context(["default", STYLE]):
             figure = plot(*args, **options)
             figure.figure.draw_without_rendering()  # ticks are made here, in the style of the moment
-            return figure
+            interactive = matplotlib.is_interactive()
+        matplotlib.interactive(interactive)  # a notebook's first figure turns it on, and the end of the style off again
+        return figure
 
     return wrapper
 

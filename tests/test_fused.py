@@ -324,6 +324,15 @@ def test_a_loop_of_ones_own_learns_what_the_modules_learn(norm):
             assert close.float().mean() > 0.999, name  # Adam scales rounding up, too, where a gradient is next to zero
 
 
+@pytest.mark.parametrize("change", [{"memory_format": torch.channels_last}, {"dtype": torch.float64}])
+def test_parameters_that_change_before_the_backward_pass_are_an_error(change):
+    net = model.Net("group")
+    loss = fuse(net)(images()).sum()
+    net.to(**change)
+    with pytest.raises(RuntimeError, match="changed its dtype, shape or memory format"):
+        loss.backward()
+
+
 def test_two_threads_go_backward_from_one_forward_pass():
     fused = fuse(model.Net("group", dropout=0))
     parameters, logits = list(fused.parameters()), fused(images(16))

@@ -1,5 +1,6 @@
 import dataclasses
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from matplotlib.colors import to_hex
 import utils
 from normkit import anatomy, plots, robustness, tables
 from normkit.data import Data
-from normkit.style import COLORS, colors_of
+from normkit.style import COLORS, colors_of, new_figure, styled
 
 
 def test_curves_show_the_histories(results):
@@ -342,3 +343,21 @@ def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
     figures += [plots.plot_mistakes(own, logits[norm]) for norm in ("batch", "group")]
     text = " ".join(map(drawn, figures))
     assert classes[0] in text and (len(classes) == 10 or "class 9" in text)
+
+
+def test_interactive_mode_stays_as_a_backend_sets_it():
+    """A notebook's turns it on with the first figure; otherwise the reader's own plots would not show."""
+
+    @styled
+    def plot():
+        matplotlib.interactive(True)
+        return new_figure((2, 1))
+
+    was = matplotlib.is_interactive()
+    try:
+        for before in (False, True):
+            matplotlib.interactive(before)
+            plot()
+            assert matplotlib.is_interactive()
+    finally:
+        matplotlib.interactive(was)

@@ -36,7 +36,7 @@ class FusedFunction(torch.autograd.Function):
         )
         plan.forward(structs.ctypes.data, workspace.data_ptr())
         if needs_grad:
-            ctx.plan, ctx.structs = plan, structs
+            ctx.plan, ctx.structs, ctx.layouts = plan, structs, layouts_of(inputs)
             ctx.save_for_backward(workspace, *inputs)
         return out
 
@@ -48,6 +48,11 @@ class FusedFunction(torch.autograd.Function):
                 "fuse(model), or train with backend='eager'"
             )
         plan, (activations, *inputs) = ctx.plan, ctx.saved_tensors
+        if layouts_of(inputs) != ctx.layouts:  # which autograd does not notice where it was done by .data, as in to()
+            raise RuntimeError(
+                "a parameter changed its dtype, shape or memory format between the fused kernel's forward and backward "
+                "pass: call the network again"
+            )
         structs = ctx.structs.copy()  # another thread may be going backward from here, too
         dout = dout.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[4] else None
@@ -63,6 +68,10 @@ def is_batched(tensor):
     """Whether a tensor stands for many, as in vmap, or in torch.autograd.grad(is_grads_batched=True)."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def layouts_of(tensors):
+    return [(each.dtype, each.device, each.stride(), each.shape) for each in tensors if each is not None]
 
 
 def sizes_of(layers, shape, nchw):
