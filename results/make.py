@@ -1,6 +1,6 @@
 """Makes what lies beside this script: measured histories (CSV) and the pictures that the README shows.
 
-CIFAR10_ROOT=folder python results/make.py trials seeds bfloat16 float32 batch_sizes groups learning_rates why notebook
+CIFAR10_ROOT=folder python results/make.py NAME ...    (--help lists the names)
 
 A study of many runs goes on where it was stopped; once complete it takes no time. --processes 2: two runs at a time.
 "why" takes some minutes: it measures networks in their first epoch. "notebook" runs S8.ipynb from start to end, in
@@ -101,6 +101,16 @@ def float32(data):
     return bfloat16(data, "float32")
 
 
+def batch_rates(data):
+    """How should the best recipe's rates follow the batch size? With a power of it: held-out images, three epochs."""
+    best, runs = utils.get_recipe("best"), []
+    for size, power in itertools.product((512, 8), (0, 0.5, 1)):
+        factor = (size / best.batch_size) ** power
+        rates = {name: float(f"{getattr(best, name) * factor:.4g}") for name in ("lr", "adamw_lr")}
+        runs += [run | {"recipe": "best", "batch_size": size} | rates for run in grid(norm=NORMS, epochs=3)]
+    return runs, train_val_split(data)
+
+
 def batch_sizes(data):
     """Wu and He's question, with the classic recipe: its learning rate in proportion to the batch size.
 
@@ -128,7 +138,8 @@ def learning_rates(data):
     return grid(seed=range(3), norm=[*NORMS, "none"], lr=rates, epochs=4, step_size=3), data
 
 
-STUDIES = {study.__name__: study for study in (trials, seeds, bfloat16, float32, batch_sizes, groups, learning_rates)}
+STUDIES = (trials, seeds, bfloat16, float32, batch_rates, batch_sizes, groups, learning_rates)
+STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = {study: getattr(plots, f"plot_{study}") for study in ("seeds", "batch_sizes", "groups", "learning_rates")}
 
 
