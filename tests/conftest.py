@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import tarfile
 from types import SimpleNamespace
@@ -7,14 +8,29 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import stand_in
 from torchvision import datasets
 
 import model
 import utils
 from normkit import cifar10
-from normkit.synthetic import make_synthetic
 
 matplotlib.use("agg")
+# Two processes run the tests, and some start others: threads of each would wait for one another.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads what is set here
+def pytest_cmdline_main(config):
+    """Runs the tests in two processes, unless some are picked out, or their output or a debugger is asked for."""
+    option = config.option
+    some = ".py" in " ".join(config.args) or option.keyword or option.collectonly
+    interactive = option.capture == "no" or option.usepdb
+    unset = getattr(option, "numprocesses", 0) is None  # pytest-xdist is there, and -n is not given
+    if unset and not some and not interactive and not hasattr(config, "workerinput"):
+        option.numprocesses, option.dist = 2, "worksteal"
+
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -22,12 +38,12 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.fixture(scope="session")
 def data():
     """A small stand-in whose sizes no batch size of the tests divides."""
-    return make_synthetic(train_size=198, test_size=101)
+    return stand_in(train_size=198, test_size=101)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small():
-    return make_synthetic(train_size=101, test_size=40)
+    return stand_in(train_size=101, test_size=40)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +60,12 @@ def norm(request):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPU)])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    """What a test draws depends on no test before it, and so not on which process ran those."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

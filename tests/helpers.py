@@ -1,5 +1,7 @@
 """What several files of tests share."""
 
+import dataclasses
+import functools
 import random
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import utils
 from normkit.cifar10 import CLASSES
 from normkit.fused.build import COMPILE, library
 from normkit.study import grid
+from normkit.synthetic import make_synthetic
 
 NORMS = list(model.NORMS)
 THREE = ["batch", "group", "layer"]  # that the kit compares, whatever else is in NORMS
@@ -27,9 +30,17 @@ if library().reason is not None:
     AUTO_LINE = f"eager: PyTorch's modules (no fused kernel: {library().reason})"
 
 
+@functools.cache
+def stand_in(train_size, test_size, seed=0):
+    """Every second pixel of the stand-in: networks learn from it in a quarter of the time. Not to be changed."""
+    data = make_synthetic(train_size, test_size, seed)
+    images = {f"{split}_images": getattr(data, f"{split}_images")[..., ::2, ::2] for split in ("train", "test")}
+    return dataclasses.replace(data, **{name: each.contiguous() for name, each in images.items()})
+
+
 def linear(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
 
 
 def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):

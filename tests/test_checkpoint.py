@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NORMS, everything, run, same, scramble
+from helpers import NORMS, everything, run, same, scramble, stand_in
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,7 +22,6 @@ import utils
 from normkit import files
 from normkit.checkpoint import Checkpoint
 from normkit.files import read_state
-from normkit.synthetic import make_synthetic
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,9 +116,10 @@ def test_a_finished_run_returns_at_once_and_a_shorter_one_is_refused(data, tmp_p
 
 KILLED = """
     import os, signal, sys
-    sys.path.insert(0, {root!r})
+    sys.path[:0] = [{root!r}, {root!r} + "/tests"]
     import utils
-    from normkit import checks, files, synthetic
+    from helpers import stand_in
+    from normkit import checks, files
     moment, path = sys.argv[1:]
     die = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
     calls = iter(range(1000))
@@ -131,7 +131,7 @@ KILLED = """
     if moment == "rename":  # the last file is out of the way, the new one not yet in place
         replace = os.replace
         files.os.replace = lambda *args: die() if next(calls) % 2 else replace(*args)
-    data = synthetic.make_synthetic(198, 101)
+    data = stand_in(198, 101)
     utils.run("batch", data, 4, device="cpu", augment=True, dropout=0.2, step_size=2, progress=False, checkpoint=path)
 """
 
@@ -238,7 +238,7 @@ def test_both_damaged_is_an_error_and_deletes_nothing(data, file):
         ({"momentum": 0.5}, "momentum: 0.9", "momentum: 0.5"),
         ({"step_size": 3}, "step_size: 2", "step_size: 3"),
         ({"gamma": 0.5}, "gamma: 0.1", "gamma: 0.5"),
-        ({"data": make_synthetic(198, 101, seed=1)}, "CRC-32", "CRC-32"),
+        ({"data": stand_in(198, 101, seed=1)}, "CRC-32", "CRC-32"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epochs, option, saved, own):

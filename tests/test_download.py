@@ -52,7 +52,7 @@ def server(official, monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()  # seconds until it stops
     server.url, server.asked = f"http://127.0.0.1:{server.server_port}", asked
     monkeypatch.setattr(cifar10, "TIMEOUT", (1, 1))
     yield server

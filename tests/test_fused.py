@@ -251,20 +251,39 @@ def test_nan_and_equal_values_pool_as_in_the_module(dtype):
         torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@pytest.fixture
+def numbers_of_threads():
+    """Yields one number of threads after the other, and has torch use as many."""
+    before = torch.get_num_threads()
+    yield (torch.set_num_threads(count) or count for count in (1, 2, 3))
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("nchw", [True, False])
 @pytest.mark.parametrize("norm", [4, None])
-def test_any_number_of_threads_gives_the_same(norm, nchw):
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            torch.manual_seed(0)
-            layers = [conv_norm_relu(norm, 16, 32), head(32)]
-            results.append(compare(layers, torch.randn(21, 16, 4, 4), torch.bfloat16, nchw)[0])
-    finally:
-        torch.set_num_threads(threads)
+def test_any_number_of_threads_gives_the_same(norm, nchw, numbers_of_threads):
+    results = []
+    for _ in numbers_of_threads:
+        torch.manual_seed(0)
+        layers = [conv_norm_relu(norm, 16, 32), head(32)]
+        results.append(compare(layers, torch.randn(21, 16, 4, 4), torch.bfloat16, nchw)[0])
     for other in results[1:]:
         assert all(torch.equal(results[0][name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_whole_network(norm, dtype, numbers_of_threads):
+    net, results = model.Net(norm, dropout=0.2), []
+    for _ in numbers_of_threads:
+        fused = fuse(copy.deepcopy(net))
+        with autocast(CPU, dtype):
+            results.append([*gradients(fused, images(9, 12)), *fused.buffers()])
+        with torch.no_grad(), autocast(CPU, dtype):
+            results[-1].append(fused.eval()(images(9, 12)))
+        assert fused.reason is None
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_frozen_parameters_pass_their_gradient_on():

@@ -284,7 +284,7 @@ def test_other_outputs_than_logits_are_one_clear_error(loaders, output):
 def test_images_in_any_memory_layout(pairs):
     images, labels = pairs.tensors
     net, expected = model.Net("group").eval(), None
-    wide = torch.zeros(*images.shape[:3], 64)
+    wide = torch.zeros(*images.shape[:3], 2 * images.shape[3])
     wide[..., ::2] = images
     layouts = [images, images.to(memory_format=torch.channels_last), wide[..., ::2], images.flip(0).flip(0)]
     for each in layouts:

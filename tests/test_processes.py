@@ -1,4 +1,4 @@
-"""Another process: importing the kit there is silent, and marks of code are those of this process."""
+"""Another process: importing the kit there is silent and brings nothing slow; marks of code are those of this one."""
 
 import ast
 import functools
@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from test_resume import reads_a_global, twice
+from test_structure import LATE
 from torch import nn
 
 from normkit.identity import mark_of
@@ -35,7 +36,7 @@ def fresh():
 import sys
 sys.path[:0] = {sys.path!r}
 import model, utils
-print("imported")
+print("imported", *{LATE} & set(sys.modules))
 import test_processes
 print(test_processes.marks())
 """
@@ -43,7 +44,7 @@ print(test_processes.marks())
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
-def test_importing_prints_nothing(fresh):
+def test_importing_prints_nothing_and_brings_nothing_slow(fresh):
     assert (fresh.returncode, fresh.stdout.splitlines()[0], fresh.stderr) == (0, "imported", "")
 
 

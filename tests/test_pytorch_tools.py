@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import stand_in
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -17,7 +18,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import model
 import utils
-from normkit.synthetic import make_synthetic
 
 NORMS = list(model.NORMS)
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -258,7 +258,7 @@ def test_every_optimizer_of_torch_trains_the_network(name, backend):
     torch.manual_seed(0)
     net = model.Net("group", dropout=0)
     optimizer = OPTIMIZERS[name](net.parameters(), lr=2e-4)
-    loader = utils.get_loaders(make_synthetic(24, 10), 24, device="cpu")[0]
+    loader = utils.get_loaders(stand_in(24, 10), 24, device="cpu")[0]
     losses = [utils.train(net, loader, optimizer, backend=backend, progress=False).loss for _ in range(3)]
     assert losses[2] < losses[0] and all(p.isfinite().all() for p in net.parameters())
 
@@ -266,7 +266,7 @@ def test_every_optimizer_of_torch_trains_the_network(name, backend):
 def test_torchs_muon_trains_the_matrices_of_a_model(data):
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("not in this torch")
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10, bias=False))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10, bias=False))
     loader = utils.get_loaders(data, 110, device="cpu")[0]
     assert utils.train(net, loader, torch.optim.Muon(net.parameters()), progress=False).total == 198
 

@@ -10,6 +10,7 @@ from helpers import QUIET, same, scramble
 import model
 import utils
 from normkit.data import Data
+from normkit.synthetic import make_synthetic
 
 CLASSIC = {"batch_size": 64, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
 CLASSIC |= {"schedule": "step", "step_size": 7, "gamma": 0.1, "dropout": 0.01, "augment": False, "head_gain": 3.0}
@@ -59,7 +60,8 @@ def test_the_best_recipe_at_any_batch_size(norm, batch_size, small, device):
     assert len(result.history) == 2 and all(math.isfinite(row["train_loss"]) for row in result.history)
 
 
-def test_the_best_recipe_learns_faster(data):
+def test_the_best_recipe_learns_faster():
+    data = make_synthetic(198, 40)
     losses = [
         utils.run("group", data, 4, progress=False, recipe=name, batch_size=32).history[-1]
         for name in ("best", "classic")

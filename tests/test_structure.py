@@ -3,7 +3,6 @@
 import ast
 import re
 import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -66,12 +65,6 @@ def test_nothing_below_imports_what_is_above():
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_stand_at_the_top(path):
     assert {module for module, at_top in imports_of(path) if not at_top} <= LATE
-
-
-def test_importing_prints_nothing_and_brings_nothing_slow():
-    code = f"import sys, model, utils; print(*{LATE} & set(sys.modules), end='')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("results/*.py")], ids=str)

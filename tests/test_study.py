@@ -329,12 +329,17 @@ DAMAGE = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_runs(small, tmp_path_factory):
+    """Runs, their rows and the lines of their file."""
+    file, runs = tmp_path_factory.mktemp("study") / "study.csv", [FEW | {"norm": "layer", "seed": s} for s in range(2)]
+    return runs, run_many(runs, small, file), file.read_text().splitlines(keepends=True)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_row_is_named_and_kept_and_once_it_is_deleted_its_run_is_done_anew(small, tmp_path, damage):
+def test_a_damaged_row_is_named_and_kept_and_once_it_is_deleted_its_run_is_done_anew(small, tmp_path, two_runs, damage):
     file, (number, change, message) = tmp_path / "study.csv", DAMAGE[damage]
-    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(2)]
-    whole = run_many(runs, small, file)
-    lines = file.read_text().splitlines(keepends=True)
+    runs, whole, lines = two_runs
     content = "".join([*lines[: number - 1], change(lines[number - 1]), *lines[number:]])
     file.write_text(content)
     with pytest.raises(ValueError, match=f"study.csv cannot be read.*line {number}: ({message}).*delete the line"):

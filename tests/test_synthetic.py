@@ -10,7 +10,7 @@ def test_stand_in_is_marked_seeded_and_balanced():
     assert data.synthetic and "synthetic" in data.name
     assert torch.equal(data.train_images, again.train_images)
     assert data.train_images.shape == (5000, 3, 32, 32) and data.train_labels.bincount().tolist() == [500] * 10
-    assert not torch.equal(data.train_images, make_synthetic(seed=1).train_images)
+    assert not torch.equal(make_synthetic(10, 10).train_images, make_synthetic(10, 10, seed=1).train_images)
 
 
 def test_a_picture_depends_on_its_own_label_alone():

@@ -4,14 +4,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import NORMS, QUIET, THREE
+from helpers import NORMS, QUIET, THREE, stand_in
 
 import model
 import utils
 from normkit import plots, tables
 from normkit.data import train_val_split
 from normkit.study import grid, run_many
-from normkit.synthetic import make_synthetic
 
 FEW = {"epochs": 2, "batch_size": 50}
 
@@ -117,7 +116,7 @@ def test_norms_are_compared_seed_by_seed(rows):
 def swept(tmp_path_factory):
     """Rows of a study in which the learning rate was swept beside norm and seed."""
     runs = grid(norm=["layer", "batch"], lr=[0.01, 0.001], seed=range(2), epochs=1, batch_size=20)
-    rows = run_many(runs, make_synthetic(40, 40), tmp_path_factory.mktemp("study") / "swept.csv")
+    rows = run_many(runs, stand_in(40, 40), tmp_path_factory.mktemp("study") / "swept.csv")
     rows["test_acc"] = np.where(rows["base_lr"] == 0.01, 60.0, 20.0) + 2 * rows["seed"] + 10 * (rows["norm"] == "batch")
     return rows
 
