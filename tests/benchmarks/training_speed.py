@@ -90,7 +90,7 @@ def kit(norm, data, batch_size, device, precision="auto", augment=False, backend
     network = network_for(norm, device, precision, backend)
     loader, _ = utils.get_loaders(data, batch_size, augment, device)
     optimizer = sgd(network, device)
-    return lambda: utils.train(network, loader, optimizer, precision=precision, progress=False)
+    return lambda: utils.train(network, loader, optimizer, precision=precision, backend=None, progress=False)
 
 
 def own_loop(norm, data, batch_size, device, resident=False):
