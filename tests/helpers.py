@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from torch import nn
 
@@ -108,16 +110,25 @@ def write_image_folder(root, each=2, size=(32, 32), suffix="png", each_test=None
     return pixels
 
 
+def notebook_on_few_images(folder):
+    """Returns S8.ipynb with parameters for one epoch on few images, which are written into the folder."""
+    notebook = load_notebook_node(str(Path(__file__).parents[1] / "S8.ipynb"))
+    trial = next(cell for cell in notebook.cells if "data.first(2000)" in cell.source)
+    trial.source = trial.source.replace("data.first(2000)", "data.first(200)")
+    write_image_folder(folder, each=40, each_test=10)
+    return parameterize_notebook(notebook, {"EPOCHS": 1, "DATA": "cifar10", "DATA_ROOT": str(folder)})
+
+
 def build_driver(folder, compiler, *flags):
     """Builds csrc/driver.cpp, which holds the kernel, as a program; skips the test where a tool is missing."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
     source, program = Path(__file__).with_name("csrc") / "driver.cpp", folder / "driver"
-    command = [compiler, *COMPILE, *flags, source, "-o", program, "-lgomp"]
+    command = [compiler, *COMPILE, "-Wall", "-Wextra", *flags, source, "-o", program, "-lgomp"]
     done = subprocess.run(command, capture_output=True, text=True)
     if "cannot find -lgomp" in done.stderr or "unable to find library -lgomp" in done.stderr:
         pytest.skip("no libgomp to link with")
     if "libclang_rt" in done.stderr or "cannot find -lasan" in done.stderr:
         pytest.skip(f"{compiler} has no sanitizers here")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "csrc" not in done.stderr, done.stderr  # no warnings but the linker's
     return program

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from helpers import write_image_folder
+from helpers import notebook_on_few_images
 from nbconvert import PythonExporter
 
 import model
@@ -26,16 +26,9 @@ def outputs(notebook, kind):
     return [output for cell in notebook.cells for output in cell.get("outputs", []) if kind in output.get("data", {})]
 
 
-def test_runs_from_start_to_end(notebook, tmp_path):
-    """On few images: as many as it is otherwise take the slow tests."""
-    trial = next(cell for cell in notebook.cells if "data.first(2000)" in cell.source)
-    trial.source = trial.source.replace("data.first(2000)", "data.first(200)")
-    nbformat.write(notebook, tmp_path / "S8.ipynb")
-    write_image_folder(tmp_path / "images", each=40, each_test=10)
-    parameters = {"EPOCHS": 1, "DATA": "cifar10", "DATA_ROOT": str(tmp_path / "images")}
-    done = papermill.execute_notebook(
-        tmp_path / "S8.ipynb", tmp_path / "run.ipynb", parameters, cwd=ROOT, progress_bar=False
-    )
+def test_runs_from_start_to_end(tmp_path):
+    nbformat.write(notebook_on_few_images(tmp_path / "images"), tmp_path / "S8.ipynb")
+    done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", cwd=ROOT, progress_bar=False)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
     assert len(outputs(done, "image/png")) == 18 + norms and len(outputs(done, "text/html")) == 6
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
@@ -104,9 +97,7 @@ def test_the_readmes_code(tmp_path, monkeypatch, data, capsys):
 @pytest.mark.slow
 def test_runs_as_a_script(tmp_path):
     """As nbconvert writes it; pictures that are a cell's last line are lost, and nothing else."""
-    source, _ = PythonExporter().from_filename(ROOT / "S8.ipynb")
-    for name, value in (("EPOCHS", "1"), ("DATA", '"synthetic"')):
-        source = re.sub(rf"^{name} = .*", f"{name} = {value}", source, flags=re.M)
+    source, _ = PythonExporter().from_notebook_node(notebook_on_few_images(tmp_path / "images"))
     (tmp_path / "S8.py").write_text(source, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     command = [sys.executable, tmp_path / "S8.py"]
