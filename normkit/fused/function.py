@@ -28,7 +28,7 @@ class FusedFunction(torch.autograd.Function):
         out_dtype = torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype
         out = torch.empty(out_shape, dtype=out_dtype, device="cpu", memory_format=torch.channels_last)
         norms = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
-        inputs = [x, *parameters, *(draw_dropout_scale(layer, len(x)) for layer in norms)]
+        inputs = [x, *parameters, *(draw_dropout_scale(layer, x.shape[0]) for layer in norms)]
         structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
         params.set_addresses(structs, plan.inputs, inputs)
         params.set_addresses(

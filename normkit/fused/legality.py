@@ -76,7 +76,7 @@ def of_images(images):
         yield f"the images are a {type(images).__name__}"
     elif images.device.type != "cpu":
         yield f"the images are on {images.device}: the kernel is for CPUs"
-    elif images.layout != torch.strided or images.dim() != 4 or images.shape[1] != 3 or not len(images):
+    elif images.layout != torch.strided or images.dim() != 4 or images.shape[1] != 3 or not images.shape[0]:
         yield f"the images are {images.layout} {tuple(images.shape)}: expected (N, 3, H, W) with N at least 1"
     elif any(size < 8 or size % 4 for size in images.shape[2:]):
         yield f"the images have {images.shape[2]}×{images.shape[3]} pixels: expected multiples of 4, at least 8"
@@ -125,7 +125,7 @@ def of_network(net):
     for layer in layers_of(net):
         for module, reason in of_layer(layer, width):
             yield f"{name_of(module, net)} {reason}"
-        width = len(layer.parameters()[0])
+        width = parameters_of(layer.conv)[0].shape[0]
         widths.append(width)
         if layer.kind == params.CONV_NORM_RELU and widths[layer.skip_source] != width:
             yield "a skip joins layers of different widths"

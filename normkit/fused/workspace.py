@@ -16,7 +16,7 @@ def take_workspace(size):
         memory = _POOL.pop()
     except IndexError:
         memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if len(memory) < size:
+    if memory.numel() < size:
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     array = memory.numpy()
     weakref.finalize(array, _POOL.append, memory).atexit = False
