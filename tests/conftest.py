@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_cmdline_main(config):
     """Runs the tests in two processes, unless some are picked out, or their output or a debugger is asked for."""
     option = config.option
-    some = ".py" in " ".join(config.args) or option.keyword or option.collectonly
-    interactive = option.capture == "no" or option.usepdb
+    some = ".py" in " ".join(config.args) or option.keyword or option.collectonly or option.showfixtures
+    interactive = option.capture == "no" or option.usepdb or option.trace
     unset = getattr(option, "numprocesses", 0) is None  # pytest-xdist is there, and -n is not given
     if unset and not some and not interactive and not hasattr(config, "workerinput"):
         option.numprocesses, option.dist = 2, "worksteal"

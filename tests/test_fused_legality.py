@@ -1,8 +1,12 @@
 """Where the kernel cannot compute what is asked, the modules run, and the reason says why."""
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,10 @@ CHANGES = {  # what is done to the network -> what the reason says
     "norm without bias": (lambda net: net.C9.norm.register_parameter("bias", None), "lacks a weight or a bias"),
     "norm without affine": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, affine=False)), "lacks a weight or"),
     "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no expo"),
+    "eps 0": (lambda net: setattr(net.C9.norm, "eps", 0.0), "C9.norm has eps=0.0"),
+    "momentum as text": (lambda net: setattr(net.C9.norm, "momentum", "0.1"), "C9.norm has momentum='0.1'"),
+    "dropout 1.5": (lambda net: setattr(net.C9.dropout, "p", 1.5), "C9.dropout has p=1.5"),
+    "dropout as a tensor": (lambda net: setattr(net.C9.dropout, "p", torch.tensor(0.5)), "has p=tensor(0.5"),
     "no statistics": (
         lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, track_running_stats=False)),
         "C9.norm keeps no exponential running average",
@@ -226,6 +234,7 @@ def test_a_default_device_and_dtype_change_nothing():
         (IMAGES.to("meta"), "meta"),
         (IMAGES.to_sparse(), "torch.sparse"),
         (torch._neg_view(IMAGES), "negative view"),
+        (torch._efficientzerotensor(2, 3, 32, 32), "zero tensor"),
         (torch.zeros(1, 3, 96, 96), "the kernel is for 1600 at most"),
     ],
 )
@@ -275,12 +284,79 @@ def test_a_parameter_changed_between_forward_and_backward_is_noticed():
         loss.backward()
 
 
-@pytest.mark.parametrize("kind", [model.ConvBlock, nn.GroupNorm])
-def test_a_forward_that_is_replaced_in_its_class_is_seen(kind, monkeypatch):
-    fused, forward = fuse(model.Net("group", dropout=0)), kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, *args, **how: forward(self, *args, **how) * 2)
-    assert torch.equal(fused(IMAGES), fused.model(IMAGES))
-    assert f"the forward of {kind.__name__} was replaced" in fused.reason
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (model.ConvBlock, "forward"),
+        (nn.GroupNorm, "forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.Module, "__call__"),
+        (F, "relu"),
+        (F, "group_norm"),
+        (F, "linear"),
+    ],
+)
+def test_what_is_replaced_for_all_networks_is_seen(owner, name, monkeypatch):
+    fused, original = fuse(model.Net("group", dropout=0)), getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **how: original(*args, **how) * 2)
+    assert torch.equal(fused.forward(IMAGES), fused.model(IMAGES))
+    assert f"{owner.__name__}.{name} was replaced" in fused.reason
+
+
+EDITS = {
+    "another activation": ("F.relu(", "F.gelu(", "ConvBlock.forward"),
+    "logits doubled": (".flatten(1)\n\n\nclass ConvBlock", ".flatten(1) * 2\n\n\nclass ConvBlock", "Net.forward"),
+    "another pooling": ("x.mean((2, 3)", "x.amax((2, 3)", "AvgPool2d.forward"),
+    "one skip": ("skip=c7 if self.skip else None", "skip=None", "Net.forward"),
+    "a comment, and a docstring": ("x = self.conv(x)", '"""A block."""\n        x = self.conv(x)  # 3×3', None),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_who_edits_the_network_in_model_py_gets_that_network(edit, tmp_path):
+    old, new, edited = EDITS[edit]
+    source = Path(model.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "model.py").write_text(source.replace(old, new), encoding="utf-8")
+    script = """if True:
+        import sys, torch, model
+        from normkit.fused import fuse
+        fused, images = fuse(model.Net("group", dropout=0)), torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(fused(images), fused.model(images))
+        print(fused.reason)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(model.__file__).parent)])}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    expected = edited and f"{edited} in model.py is another one than the kernel was written for"
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+
+
+def test_a_gradient_without_memory_of_its_own_or_behind_a_minus_sign():
+    net, g = model.Net("group", dropout=0), torch.randn(4, 10)
+    for dout in (torch._neg_view(g), torch._efficientzerotensor(4, 10)):
+        results = []
+        for network in (fuse(net), net):
+            net.zero_grad()
+            network(IMAGES).backward(dout)
+            results.append(net.C4.conv.weight.grad)
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_settings_that_change_in_place_are_read_anew(norm):
+    fused, eps = fuse(model.Net(norm, dropout=0)), torch.tensor(1e-5)
+    fused.model.C4.norm.eps = eps
+    for value in (1e-5, 1.0):
+        eps.fill_(value)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(IMAGES), fused.model(IMAGES))
+    assert "C4.norm has eps=tensor(1.)" in fused.reason
+
+
+def test_a_fused_network_is_not_fused_again():
+    fused = fuse(model.Net())
+    assert fuse(fused) is fused
 
 
 WIDE = torch.randn(4, 4, 32, 64, generator=torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)

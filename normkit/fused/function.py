@@ -54,7 +54,9 @@ class FusedFunction(torch.autograd.Function):
                 "pass: call the network again"
             )
         structs = ctx.structs.copy()  # another thread may be going backward from here, too
-        dout = dout.contiguous(memory_format=torch.channels_last)
+        if dout._is_zerotensor():  # which has no memory
+            dout = torch.zeros(dout.shape, dtype=dout.dtype, device="cpu")
+        dout = dout.resolve_neg().contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[4] else None
         gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
         workspace = take_workspace(plan.backward_bytes)

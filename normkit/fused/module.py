@@ -11,8 +11,8 @@ from normkit.fused.legality import compute_dtype, reason_against
 
 
 def fuse(model):
-    """Returns a Fused of the model, as torch.compile(model) returns a compiled one."""
-    return Fused(model)
+    """Returns a Fused of the model, as torch.compile(model) returns a compiled one; a Fused as it is."""
+    return model if isinstance(model, Fused) else Fused(model)
 
 
 class Fused(nn.Module):

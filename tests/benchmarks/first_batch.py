@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+from arguments import positive  # noqa: E402
 from training_speed import name_of  # noqa: E402
 
 import model  # noqa: E402
@@ -43,7 +44,7 @@ def seconds_of(code):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=["synthetic", "cifar10"], default="cifar10")
-    parser.add_argument("--rounds", type=int, default=3, help="processes that take each number of steps (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="processes for each number of steps (default 3)")
     args = parser.parse_args()
 
     data = utils.load_data(args.data)  # makes the data's cache where there is none, as the next line makes the kernel's

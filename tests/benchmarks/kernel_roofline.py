@@ -17,6 +17,8 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from arguments import positive, whole_blocks  # noqa: E402
+
 from normkit.device import choose_precision  # noqa: E402
 from normkit.fused.build import compile_command  # noqa: E402
 
@@ -75,8 +77,10 @@ def build(folder):
 def measure(program, batch_size, groups, threads, precision):
     """Returns the program's lines, as lists of words."""
     command = [program, *map(str, (batch_size, groups, threads)), precision]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line.split("\t") for line in lines]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the program stopped with status {done.returncode}:\n{done.stderr}")
+    return [line.split("\t") for line in done.stdout.splitlines()]
 
 
 def tabulate(lines, batch_size, threads, precision):
@@ -110,9 +114,9 @@ def tabulate(lines, batch_size, threads, precision):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=whole_blocks, default=64)
     parser.add_argument("--norm", nargs="+", choices=GROUPS, default=["batch", "group"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     precision = args.precision or str(choose_precision("auto", torch.device("cpu"))).removeprefix("torch.")

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from arguments import device, positive  # noqa: E402
 from training_speed import load, name_of  # noqa: E402
 
 import model  # noqa: E402
@@ -59,10 +60,10 @@ def cost(norm, data, batch_size, device, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=utils.get_device, default=utils.get_device())
+    parser.add_argument("--device", type=device, default=utils.get_device())
     parser.add_argument("--norm", nargs="+", choices=model.NORMS, default=list(model.NORMS))
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[2, 8, 32, 64, 128, 512, 2048])
-    parser.add_argument("--images", nargs="+", type=int, default=[5_000, 50_000])
+    parser.add_argument("--batch-size", nargs="+", type=positive, default=[2, 8, 32, 64, 128, 512, 2048])
+    parser.add_argument("--images", nargs="+", type=positive, default=[5_000, 50_000])
     parser.add_argument("--data", choices=["synthetic", "cifar10"], default="synthetic")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, after each row")
     args = parser.parse_args()

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from arguments import device, positive  # noqa: E402
+
 import model  # noqa: E402
 import utils  # noqa: E402
 from normkit.backend import choose_backend  # noqa: E402
@@ -219,13 +221,13 @@ def name_of(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=utils.get_device, default=utils.get_device())
+    parser.add_argument("--device", type=device, default=utils.get_device())
     parser.add_argument("--norm", nargs="+", choices=model.NORMS, default=list(model.NORMS))
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=6400, help="images in a pass (default 6400)")
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--images", type=positive, default=6400, help="images in a pass (default 6400)")
     parser.add_argument("--data", choices=["synthetic", "cifar10"], default="synthetic")
     parser.add_argument("--compile", action="store_true", help="the kit's network compiled by torch.compile, too")
-    parser.add_argument("--rounds", type=int, default=3, help="counted passes of each contender (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="counted passes of each contender (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
 
