@@ -101,14 +101,18 @@ def float32(data):
     return bfloat16(data, "float32")
 
 
+def at_batch_size(size, power):
+    """Returns the settings of the best recipe at a batch size, its rates in proportion to a power of it."""
+    best = utils.get_recipe("best")
+    factor = (size / best.batch_size) ** power
+    rates = {name: float(f"{getattr(best, name) * factor:.4g}") for name in ("lr", "adamw_lr")}
+    return {"recipe": "best", "batch_size": size} | rates
+
+
 def batch_rates(data):
-    """How should the best recipe's rates follow the batch size? With a power of it: held-out images, three epochs."""
-    best, runs = utils.get_recipe("best"), []
-    for size, power in itertools.product((512, 8), (0, 0.5, 1)):
-        factor = (size / best.batch_size) ** power
-        rates = {name: float(f"{getattr(best, name) * factor:.4g}") for name in ("lr", "adamw_lr")}
-        runs += [run | {"recipe": "best", "batch_size": size} | rates for run in grid(norm=NORMS, epochs=3)]
-    return runs, train_val_split(data)
+    """How should the best recipe's rates follow the batch size? Three epochs, on training images held out."""
+    scaled = [at_batch_size(size, power) for size in (512, 8) for power in (0, 0.5, 1)]
+    return [run | settings for settings in scaled for run in grid(norm=NORMS, epochs=3)], train_val_split(data)
 
 
 def batch_sizes(data):
@@ -121,6 +125,12 @@ def batch_sizes(data):
         for run in grid(seed=range(3), batch_size=[2, 4, 8, 16, 32, 64, 128], norm=NORMS)
     ]
     return runs, data.first(5000)
+
+
+def batch_sizes_whole(data):
+    """The same question, all images: the best recipe in ten epochs, its rates with the square root of the size."""
+    scaled = [at_batch_size(size, 0.5) for size in (512, 128, 64, 32, 16, 8, 4, 2)]
+    return [run | settings for settings in scaled for run in grid(seed=range(3), norm=NORMS, epochs=10)], data
 
 
 def groups(data):
@@ -138,7 +148,7 @@ def learning_rates(data):
     return grid(seed=range(3), norm=[*NORMS, "none"], lr=rates, epochs=4, step_size=3), data
 
 
-STUDIES = (trials, seeds, bfloat16, float32, batch_rates, batch_sizes, groups, learning_rates)
+STUDIES = (trials, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates)
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = {study: getattr(plots, f"plot_{study}") for study in ("seeds", "batch_sizes", "groups", "learning_rates")}
 

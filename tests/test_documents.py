@@ -146,6 +146,15 @@ def test_what_is_said_of_why():
     assert rise["batch"] < 0.3 and rise["group"] > 1 and rise["layer"] > 1  # "more than a nat higher"
 
 
+def test_the_table_of_rates_by_batch_size():
+    last = last_epochs(rows_of("batch_rates"))
+    for line, ascending in zip(table_in(RESULTS, "| batch size | power"), (False, True), strict=True):  # by power
+        of_size = last[last["batch_size"] == int(line[0])].sort_values("base_lr", ascending=ascending)
+        for cell, norm in zip(line[2:], ("batch", "group", "layer"), strict=True):
+            said = [float(number) for number in cell.replace("*", "").split(",")]
+            assert said == pytest.approx(of_size.loc[of_size["norm"] == norm, "test_acc"].tolist(), abs=0.051)
+
+
 def test_what_is_said_of_batch_sizes_and_groups():
     means = last_epochs(rows_of("batch_sizes")).groupby(["batch_size", "norm"])["test_acc"].mean().unstack()
     lead = means["batch"] - means[["group", "layer"]].max(axis=1)
