@@ -27,7 +27,8 @@ def pytest_cmdline_main(config):
     option = config.option
     some = ".py" in " ".join(config.args) or option.keyword or option.collectonly or option.showfixtures
     interactive = option.capture == "no" or option.usepdb or option.trace
-    unset = getattr(option, "numprocesses", 0) is None  # pytest-xdist is there, and -n is not given
+    # pytest-xdist is there, and neither -n nor --dist is given
+    unset = getattr(option, "numprocesses", 0) is None and option.dist == "no"
     if unset and not some and not interactive and not hasattr(config, "workerinput"):
         option.numprocesses, option.dist = 2, "worksteal"
 

@@ -26,6 +26,7 @@ CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), model.ConvBlock)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
 CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
 PARTS = ("conv", "norm", "dropout")  # of a ConvBlock
+NUMBERS = int, float
 
 # What the kernel stands in for, as it was when this was imported: somebody may replace it later.
 KINDS = {*CHILDREN.values(), model.Net, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
@@ -239,7 +240,7 @@ def of_tensors(module, *tensors):
 
 def is_number(value):
     """Whether a setting is Python's number, which the modules take as it is: a tensor, say, may change in place."""
-    return isinstance(value, int | float)
+    return isinstance(value, NUMBERS)
 
 
 def is_channels_last(tensor):
