@@ -23,7 +23,7 @@ from normkit.checkpoint import Checkpoint, seed_in
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
-from normkit.fused import fuse
+from normkit.fused import FusedLoss, fuse
 from normkit.identity import settings_of
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
@@ -133,6 +133,7 @@ def train(
     loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
     sound, total = torch.ones((), dtype=torch.bool, device=device), 0
     closure_needed = optim.needs_closure(optimizer)
+    fused_loss = FusedLoss(network, optimizer, criterion, compute_dtype)
     network.train()
     optim.set_mode(optimizer, "train")
 
@@ -151,7 +152,7 @@ def train(
         loss.backward()
         return loss
 
-    def compute_and_backward(images, labels):
+    def closure():
         return backward(criterion(compute_logits(network, images, compute_dtype), labels))
 
     with (
@@ -161,18 +162,18 @@ def train(
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
             images = checks.check_images(images, device, dtype)
-            logits = compute_logits(network, images, compute_dtype)
-            labels = checks.check_labels(labels, logits, batch_id)
-            loss = checks.check_loss(criterion(logits, labels), criterion)
+            logits, loss = fused_loss.forward(images, labels)
+            if loss is None:
+                logits = compute_logits(network, images, compute_dtype)
+                labels = checks.check_labels(labels, logits, batch_id)
+                loss = checks.check_loss(criterion(logits, labels), criterion)
             sound &= checks.is_sound(loss)
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
-            backward(loss)
-            if closure_needed:
-                optimizer.step(functools.partial(compute_and_backward, images, labels))
-            else:
-                optimizer.step()
+            if not fused_loss.backward():
+                backward(loss)
+            optimizer.step(closure) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             # Summed on the device: to read a number is to wait for it, so that is done when the bar redraws.

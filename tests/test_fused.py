@@ -14,7 +14,7 @@ import utils
 from normkit.device import autocast
 from normkit.fused import function, fuse, workspace
 from normkit.fused.build import library
-from normkit.fused.function import FusedFunction
+from normkit.fused.function import FusedFunction, prepare_call
 from normkit.fused.layers import AvgPoolLinear, Conv1x1MaxPool, ConvNormReLU
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
@@ -37,7 +37,8 @@ def conv_norm_relu(norm, C, K, dropout=0.0, skip_source=-1):
 def run_kernel(layers, x, dtype=torch.float32, nchw=False):
     x = x.float().contiguous() if nchw else x.to(dtype, memory_format=torch.channels_last)
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    return FusedFunction.apply(layers, dtype, torch.is_grad_enabled(), nchw, x, *parameters)
+    call = prepare_call(layers, dtype, torch.is_grad_enabled(), x.shape, nchw, torch.get_num_threads())
+    return FusedFunction.apply(call, x, *parameters)
 
 
 def run_by_definition(layers, x, dtype):

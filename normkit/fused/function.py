@@ -12,41 +12,68 @@ from normkit.fused.build import library
 from normkit.fused.workspace import take_workspace
 
 
-class FusedFunction(torch.autograd.Function):
-    """The last layer's output of x (N, C, H, W), from layers that legality.reason_against has passed.
+class Call(NamedTuple):
+    """One pass over layers that the conditions in legality.py allow, apart from its tensors."""
 
-    The output is channels_last, in dtype; but logits (N, K, 1, 1), an AvgPoolLinear's, are in float32.
+    plan: "Plan"
+    blocks: list  # the ConvNormReLU among the layers
+    out_shape: tuple
+    out_dtype: torch.dtype
+
+
+def prepare_call(layers, dtype, needs_grad, shape, nchw, threads):
+    """Returns the Call for x of a shape, (N, C, H, W).
 
     dtype: of the activations, float32 or bfloat16. nchw: x is contiguous and float32, and no gradient leads back to it;
-    otherwise x is channels_last, in dtype.
+    otherwise x is channels_last, in dtype. Logits, an AvgPoolLinear's output, are in float32.
     """
+    sizes, out_shape = sizes_of(layers, shape, nchw)
+    plan = make_plan(sizes, dtype == torch.bfloat16, needs_grad, threads)
+    blocks = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
+    return Call(plan, blocks, out_shape, torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype)
+
+
+def forward_pass(call, x, parameters):
+    """Returns the last layer's output, channels_last, and what backward_pass takes: structs, activations, inputs."""
+    plan = call.plan
+    out = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu", memory_format=torch.channels_last)
+    inputs = [x, *parameters, *(draw_dropout_scale(layer, x.shape[0]) for layer in call.blocks)]
+    structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
+    params.set_addresses(structs, plan.inputs, inputs)
+    statistics = [each for layer in call.blocks for each in running_stats(layer.norm)]
+    params.set_addresses(structs, plan.outputs, [out, *statistics])
+    plan.forward(structs.ctypes.data, workspace.data_ptr())
+    return out, structs, workspace, inputs
+
+
+def backward_pass(plan, structs, activations, gradients, dout, dx=None):
+    """Writes the gradients of the parameters and, if given, dx."""
+    if torch.is_grad_enabled() or is_batched(dout):
+        raise RuntimeError(
+            "the fused kernel has no second derivative and no batched gradients: call the model itself in place of "
+            "fuse(model), or train with backend='eager'"
+        )
+    if dout._is_zerotensor():  # which has no memory
+        dout = torch.zeros(dout.shape, dtype=dout.dtype, device="cpu")
+    dout = dout.resolve_neg().contiguous(memory_format=torch.channels_last)
+    workspace = take_workspace(plan.backward_bytes)
+    params.set_addresses(structs, plan.gradients, [dout, dx, *gradients])
+    plan.backward(structs.ctypes.data, activations.data_ptr(), workspace.data_ptr())
+
+
+class FusedFunction(torch.autograd.Function):
+    """The last layer's output of x, for autograd, which sends each parameter its gradient."""
 
     @staticmethod
-    def forward(ctx, layers, dtype, needs_grad, nchw, x, *parameters):
-        sizes, out_shape = sizes_of(layers, x.shape, nchw)
-        plan = make_plan(sizes, dtype == torch.bfloat16, needs_grad, torch.get_num_threads())
-        out_dtype = torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype
-        out = torch.empty(out_shape, dtype=out_dtype, device="cpu", memory_format=torch.channels_last)
-        norms = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
-        inputs = [x, *parameters, *(draw_dropout_scale(layer, x.shape[0]) for layer in norms)]
-        structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
-        params.set_addresses(structs, plan.inputs, inputs)
-        params.set_addresses(
-            structs, plan.outputs, [out, *(each for layer in norms for each in running_stats(layer.norm))]
-        )
-        plan.forward(structs.ctypes.data, workspace.data_ptr())
-        if needs_grad:
-            ctx.plan, ctx.structs, ctx.layouts = plan, structs, layouts_of(inputs)
+    def forward(ctx, call, x, *parameters):
+        out, structs, workspace, inputs = forward_pass(call, x, parameters)
+        if call.plan.needs_grad:
+            ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(inputs)
             ctx.save_for_backward(workspace, *inputs)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        if torch.is_grad_enabled() or is_batched(dout):
-            raise RuntimeError(
-                "the fused kernel has no second derivative and no batched gradients: call the model itself in place of "
-                "fuse(model), or train with backend='eager'"
-            )
         plan, (activations, *inputs) = ctx.plan, ctx.saved_tensors
         if layouts_of(inputs) != ctx.layouts:  # which autograd does not notice where it was done by .data, as in to()
             raise RuntimeError(
@@ -54,16 +81,11 @@ class FusedFunction(torch.autograd.Function):
                 "pass: call the network again"
             )
         structs = ctx.structs.copy()  # another thread may be going backward from here, too
-        if dout._is_zerotensor():  # which has no memory
-            dout = torch.zeros(dout.shape, dtype=dout.dtype, device="cpu")
-        dout = dout.resolve_neg().contiguous(memory_format=torch.channels_last)
-        dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[4] else None
-        gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
-        workspace = take_workspace(plan.backward_bytes)
         params.set_addresses(structs, plan.inputs, inputs)  # anew: saved tensors may have been moved in between
-        params.set_addresses(structs, plan.gradients, [dout, dx, *gradients])
-        plan.backward(structs.ctypes.data, activations.data_ptr(), workspace.data_ptr())
-        return None, None, None, None, dx, *gradients
+        dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[1] else None
+        gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
+        backward_pass(plan, structs, activations, gradients, dout, dx)
+        return None, dx, *gradients
 
 
 def is_batched(tensor):
@@ -73,7 +95,11 @@ def is_batched(tensor):
 
 
 def layouts_of(tensors):
-    return [(each.dtype, each.device, each.stride(), each.shape) for each in tensors if each is not None]
+    """Returns what .data = may change of tensors, beside numbers and addresses; None may be among them."""
+    return [
+        None if each is None else (type(each), each.dtype, each.device, each.stride(), each.shape, each.is_neg())
+        for each in tensors
+    ]
 
 
 def sizes_of(layers, shape, nchw):

@@ -58,14 +58,15 @@ MARKS = {
 EDITED = [function.__qualname__ for function, mark in MARKS.items() if mark_of_code(function) != mark]
 
 
-def reason_against(net, images=None):
-    """Returns why the kernel cannot compute net(images), in words, or None where it can.
+def reason_against(images=None, frozen=False):
+    """Returns why the kernel cannot be used now, in words, or None; for a network that of_network has passed.
 
-    Without images, what depends on the single call is left out.
+    Without images, what depends on the single call is left out. frozen: a batch norm of the network is in evaluation
+    mode.
     """
-    conditions = [of_network(net)]
+    conditions = [of_code()]
     if images is not None:
-        conditions += [of_call(), of_images(images), of_mode(net)]
+        conditions += [of_call(), of_images(images), of_mode(frozen)]
     conditions.append(of_library())
     return next((reason for condition in conditions for reason in condition), None)
 
@@ -119,12 +120,19 @@ def of_images(images):
         yield f"the images are {images.dtype}: expected {compute_dtype()}"
 
 
-def of_mode(net):
+def of_mode(frozen):
     """Conditions on training and evaluation."""
-    if torch.is_grad_enabled():
-        norms = [layer.norm for layer in layers_of(net) if layer.kind == params.CONV_NORM_RELU]
-        if any(type(norm) is nn.BatchNorm2d and not norm.training for norm in norms):
-            yield "gradients are on, and batch norm is in evaluation mode"
+    if frozen and torch.is_grad_enabled():
+        yield "gradients are on, and batch norm is in evaluation mode"
+
+
+def of_code():
+    """What the kernel stands in for, in model.py and in PyTorch."""
+    for name in EDITED:
+        yield f"{name} in model.py is another one than the kernel was written for"
+    for owner, name, original in CALLED:
+        if getattr(owner, name) is not original:
+            yield f"{owner.__name__}.{name} was replaced"
 
 
 def of_network(net):
@@ -133,11 +141,6 @@ def of_network(net):
         again = " as it was before model was reloaded" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
         return
-    for name in EDITED:
-        yield f"{name} in model.py is another one than the kernel was written for"
-    for owner, name, original in CALLED:
-        if getattr(owner, name) is not original:
-            yield f"{owner.__name__}.{name} was replaced"
     children = net._modules
     for name, kind in CHILDREN.items():
         if type(children.get(name)) is not kind:

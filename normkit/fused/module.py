@@ -5,8 +5,8 @@ import warnings
 import torch
 from torch import nn
 
-from normkit.fused.function import FusedFunction
-from normkit.fused.layers import layers_of
+from normkit.fused.function import FusedFunction, forward_pass
+from normkit.fused.inspection import Inspection
 from normkit.fused.legality import compute_dtype, reason_against
 
 
@@ -29,23 +29,39 @@ class Fused(nn.Module):
         self.model = model
         self.training = getattr(model, "training", False)  # a frozen ScriptModule has no mode
         self.required = False
-        self.reason = self.known_reason = reason_against(model)
+        self.inspection = Inspection(model)
+        self.reason = self.known_reason = self.inspection.reason or reason_against()
+
+    def __getstate__(self):  # for copies and pickles, each of which is inspected for itself
+        return self.__dict__ | {"inspection": None}
 
     def forward(self, images):
         """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
         if torch.compiler.is_compiling():  # which sees the model itself, and nothing of what follows
             return self.model(images)
-        self.reason = reason = reason_against(self.model, images)
+        inspection = self.inspect()
+        self.reason = reason = inspection.reason or reason_against(images, inspection.frozen)
         if reason is not None:
             return self.run_modules(images, reason)
-        layers, dtype, needs_grad = layers_of(self.model), compute_dtype(), torch.is_grad_enabled()
+        dtype, needs_grad, parameters = compute_dtype(), torch.is_grad_enabled(), inspection.parameters
         nchw = not (needs_grad and images.requires_grad)
         if nchw:
             images = images.float().contiguous()
         else:
             images = images.to(dtype).contiguous(memory_format=torch.channels_last)
-        parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        return FusedFunction.apply(layers, dtype, needs_grad, nchw, images, *parameters).flatten(1)
+        call = inspection.prepare_call(dtype, needs_grad, images.shape, nchw, torch.get_num_threads())
+        if not needs_grad:
+            logits, *_ = forward_pass(call, images, parameters)
+        else:
+            logits = FusedFunction.apply(call, images, *parameters)
+        return logits.flatten(1)
+
+    def inspect(self):
+        """Returns an Inspection of the model as it is now."""
+        inspection = self.inspection  # read once: another thread may be here
+        if inspection is None or not inspection.is_current():
+            inspection = self.inspection = Inspection(self.model)
+        return inspection
 
     def run_modules(self, images, reason):
         """Calls the model, and warns once of a reason that was not there when it was fused."""

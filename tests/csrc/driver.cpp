@@ -93,6 +93,10 @@ struct Run {
         new char[forward(use_bf16, layers.data(), count, needs_grad, threads, nullptr)]);
     forward(use_bf16, layers.data(), count, needs_grad, threads, activations.get());
     if (!needs_grad) return;
+    const LayerParams& last = layers.back();
+    std::vector<int64_t> labels(last.N, last.K - 1);
+    float loss;
+    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), &loss);
     const int64_t size = backward(use_bf16, layers.data(), count, threads, activations.get(), nullptr);
     const std::unique_ptr<char[]> gradients(new char[size]);
     backward(use_bf16, layers.data(), count, threads, activations.get(), gradients.get());

@@ -1,4 +1,5 @@
 // The kernel's only translation unit: plain C++17 without PyTorch's headers, called through ctypes.
+#include "cross_entropy.h"
 #include "network.h"
 
 // forward and backward return the bytes of workspace they need for so many threads. Without a workspace they compute
@@ -15,5 +16,9 @@ int64_t backward(bool use_bf16, LayerParams* layers, int64_t count, int64_t thre
                  char* workspace) {
   return use_bf16 ? Network<bf16>{layers, count, threads}.backward<bf16x2>(activations, workspace)
                   : Network<float>{layers, count, threads}.backward<float>(activations, workspace);
+}
+
+bool cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits, float* loss) {
+  return mean_cross_entropy(N, K, logits, labels, dlogits, loss);
 }
 }

@@ -1,0 +1,238 @@
+"""The loss and its gradients without autograd: the numbers of a plain loop, and aside where they would be others."""
+
+import collections
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import QUIET, THREE, stand_in
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+
+import model
+import utils
+from normkit.fused import FusedLoss
+from normkit.fused.build import library
+
+pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
+
+
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """Counts, of the batches, those that were computed without autograd (True) and with it (False)."""
+    counts, backward = collections.Counter(), FusedLoss.backward
+
+    def counting(self):
+        done = backward(self)
+        counts[done] += 1
+        return done
+
+    monkeypatch.setattr(FusedLoss, "backward", counting)
+    return counts
+
+
+def plain_loop(net, loader, optimizer, scheduler=None, criterion=F.cross_entropy):
+    """An epoch by PyTorch's modules and autograd; returns the images' mean loss."""
+    total = 0
+    net.train()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss = criterion(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        total += loss.item() * len(labels)
+    return total / len(loader.dataset)
+
+
+def loader_of(size, batch_size):
+    return utils.get_loaders(stand_in(size, 10), batch_size, device="cpu")[0]
+
+
+def muon(parameters):
+    return utils.build_optimizer(nn.ParameterList(parameters), utils.RECIPES["best"])
+
+
+OPTIMIZERS = {
+    "SGD": functools.partial(torch.optim.SGD, lr=0.01),
+    "fused SGD with momentum": functools.partial(
+        torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1, fused=True
+    ),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3),
+    "Muon": muon,
+}
+
+
+@pytest.mark.parametrize("norm", THREE)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_epoch_is_the_plain_loops(norm, name, by_kernel):
+    torch.manual_seed(0)
+    nets = [model.Net(norm, dropout=0)]
+    nets.append(copy.deepcopy(nets[0]))
+    losses = []
+    for net, epoch in zip(nets, (functools.partial(utils.train, **QUIET), plain_loop)):
+        optimizer = OPTIMIZERS[name](net.parameters())
+        loss = epoch(net, loader_of(37, 8), optimizer, OneCycleLR(optimizer, 0.01, 6, cycle_momentum=False))
+        losses.append(getattr(loss, "loss", loss))
+    assert by_kernel == {True: 4, False: 1}  # the last one of five images
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for (name, actual), expected in zip(nets[0].state_dict().items(), nets[1].state_dict().values()):
+        if norm == "batch" and name.endswith(("conv.bias", "c3.bias", "c6.bias", "running_mean")):
+            continue  # batch norm subtracts what a bias adds: its gradient is little but rounding errors
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-2, atol=5e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_are_those_of_autograd_with_dropout_and_one_image(precision, by_kernel):
+    """Both by the kernel, in the same precision, so to the last digits."""
+    gradients = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        net = model.Net("batch", dropout=0.3)
+        criterion = F.cross_entropy if own else lambda logits, labels: F.cross_entropy(logits, labels)
+        utils.train(net, loader_of(17, 8), torch.optim.SGD(net.parameters(), 0.0), criterion=criterion,
+                    precision=precision, **QUIET)  # fmt: skip
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert by_kernel == {False: 4, True: 2}
+    largest = max(float(each.abs().max()) for each in gradients[0])
+    for actual, expected in zip(*gradients):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * largest)
+
+
+class Stepping(torch.optim.SGD):
+    """An optimizer of one's own, that keeps the gradients of the step before."""
+
+    kept = ()
+
+    def step(self, closure=None):
+        for parameter, before in zip(self.param_groups[0]["params"], self.kept):
+            parameter.data.add_(before, alpha=-0.01)
+        self.kept = [parameter.grad for parameter in self.param_groups[0]["params"]]
+        return super().step(closure)
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.2)
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), 0.05, 0.9)
+
+
+def hooked(register):
+    """Returns what builds an optimizer, and then calls register(net, optimizer)."""
+
+    def build(net):
+        optimizer = sgd(net)
+        register(net, optimizer)
+        return optimizer
+
+    return build
+
+
+def halve_gradient(parameter):
+    parameter.grad.mul_(0.5)
+
+
+def clip(optimizer, args, kwargs):
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+
+ASIDE = {  # what a loop may bring -> its optimizer, its criterion
+    "label smoothing": (sgd, nn.CrossEntropyLoss(label_smoothing=0.2)),
+    "weights of the classes": (sgd, nn.CrossEntropyLoss(torch.arange(10.0))),
+    "a class that is ignored": (sgd, nn.CrossEntropyLoss(ignore_index=3)),
+    "a function": (sgd, smoothed),
+    "another loss": (sgd, nn.MultiMarginLoss()),
+    "an optimizer of one's own": (lambda net: Stepping(net.parameters(), 0.05), F.cross_entropy),
+    "a frozen layer": (hooked(lambda net, _: net.C4.requires_grad_(False)), F.cross_entropy),
+    "a hook of a weight": (hooked(lambda net, _: net.C4.conv.weight.register_hook(lambda g: g / 2)), F.cross_entropy),
+    "a hook after a weight": (
+        hooked(lambda net, _: net.C4.conv.weight.register_post_accumulate_grad_hook(halve_gradient)),
+        F.cross_entropy,
+    ),
+    "a hook before the step": (hooked(lambda _, optimizer: optimizer.register_step_pre_hook(clip)), F.cross_entropy),
+    "a step that is replaced": (
+        hooked(lambda _, optimizer: setattr(optimizer, "step", functools.partial(sgd_step, optimizer))),
+        F.cross_entropy,
+    ),
+    "a zero_grad that is replaced": (
+        hooked(lambda _, optimizer: setattr(optimizer, "zero_grad", lambda: None)),
+        F.cross_entropy,
+    ),
+}
+
+
+def sgd_step(optimizer):
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.data.add_(parameter.grad, alpha=-0.02)
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_aside_where_the_numbers_would_be_others(name, by_kernel):
+    build, criterion = ASIDE[name]
+    torch.manual_seed(0)
+    nets = [model.Net("group", dropout=0)]
+    nets.append(copy.deepcopy(nets[0]))
+    utils.train(nets[0], loader_of(24, 8), build(nets[0]), criterion=criterion, **QUIET)
+    plain_loop(nets[1], loader_of(24, 8), build(nets[1]), criterion=criterion)
+    assert by_kernel == {False: 3}
+    for actual, expected in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2e-3)
+
+
+def test_what_changes_in_the_middle_of_an_epoch_counts_from_there(by_kernel):
+    net = model.Net("group", dropout=0)
+    optimizer, seen = sgd(net), []
+
+    def rate(step):
+        if step == 3:
+            net.C4.conv.weight.register_hook(seen.append)
+        return 1
+
+    utils.train(net, loader_of(48, 8), optimizer, LambdaLR(optimizer, rate), **QUIET)
+    assert by_kernel == {False: 1 + 3, True: 2} and len(seen) == 3
+
+
+def test_shares_of_classes_and_other_labels_are_pytorchs(by_kernel):
+    images, labels = next(iter(loader_of(8, 8)))
+    shares, net = F.one_hot(labels, 10).float(), model.Net("group")
+    utils.train(net, [(images, shares)] * 3, sgd(net), **QUIET)
+    assert by_kernel == {False: 3}
+    for bad, message in (
+        (labels + 5, "labels run from"),
+        (labels[:5], "expected int64"),
+        (labels.int(), "expected int6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            utils.train(net, [(images, labels), (images, bad)], sgd(net), **QUIET)
+
+
+def test_a_loss_that_is_huge_stops_before_the_weights_are_spoilt(by_kernel):
+    net, images = model.Net("group", dropout=0), torch.randn(4, 3, 16, 16)
+    optimizer, before = torch.optim.SGD(net.parameters(), 0.0), copy.deepcopy(net.state_dict())
+    with pytest.raises(FloatingPointError, match="not finite from batch 2 on.*the images themselves"):
+        utils.train(net, [(images, torch.arange(4))] * 2 + [(images * torch.nan, torch.arange(4))], optimizer, **QUIET)
+    assert by_kernel == {False: 1, True: 1}
+    torch.testing.assert_close(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("N, K", [(1, 10), (7, 10), (3, 1), (5, 33)])
+def test_the_cross_entropy_is_the_definitions(N, K, scale):
+    logits, labels = torch.randn(N, K) * scale, torch.randint(K, (N,))
+    loss, gradient = torch.empty(()), torch.empty(N, K)
+    tensors = [each.data_ptr() for each in (logits, labels, gradient, loss)]
+    assert library().functions.cross_entropy(N, K, *tensors)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)
+    labels[-1] = K
+    assert not library().functions.cross_entropy(N, K, *tensors)
