@@ -419,7 +419,7 @@ def build_optimizer(model, recipe):
         groups = [weights, others] if recipe.weight_decay else model.parameters()
         fused = next(model.parameters()).device.type in ("cuda", "cpu")
         return torch.optim.SGD(groups, **settings, fused=fused)
-    from pytorch_optimizer import Muon  # takes a second to import, and brings a hundred other optimizers
+    from normkit.muon import Muon  # which takes a second to import
 
     return Muon([weights | {"use_muon": True} | settings, others | {"use_muon": False, "lr": recipe.adamw_lr}])
 

@@ -10,6 +10,7 @@ checkpoint   Checkpoint: all that a run needs to go on as if it had never stoppe
 identity     what makes a run, a data set or a function that one, as text
 randomness   seeds, and the state of every generator that training draws from
 optim        what the loop has to know of optimizers and schedulers that are not its own
+muon         Muon, its matrices in the number type that the hardware multiplies
 device       device, precision, memory format, and the self-check of norms
 placement    on Macs, whether the GPU or the CPU trains a network faster
 backend      what computes a network: its modules, the fused kernel, or torch.compile

@@ -9,6 +9,7 @@ from helpers import QUIET, same, scramble
 
 import model
 import utils
+from normkit import muon
 from normkit.data import Data
 from normkit.synthetic import make_synthetic
 
@@ -101,6 +102,24 @@ def test_muon_steps_along_a_nearly_orthogonal_matrix():
     gradient, moved = (torch.linalg.svdvals(t) for t in (net.C4.conv.weight.grad.flatten(1), step))
     assert gradient.max() > 8 * gradient.min()
     assert moved.max() < 1.8 * moved.min()
+
+
+def test_muons_matrices_are_in_the_number_type_of_the_hardware(monkeypatch):
+    """Float32 where there are no instructions for bfloat16: the iteration's own numbers, which the library rounds."""
+    gradients = torch.randn(3, 32, 16, 3, 3)
+    group = {"ns_steps": 5, "ns_coeffs": ((3.4445, -4.775, 2.0315),)}
+    expected = []
+    for x in gradients.double().flatten(2):
+        x = x / x.norm()
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        expected.append(x)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        monkeypatch.setattr(muon, "choose_precision", lambda _, device, dtype=dtype: dtype)
+        for actual, exact in zip(muon.Muon._orthogonalize(group, list(gradients)), expected):
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 9, 10, 25, 100])

@@ -14,7 +14,7 @@ from normkit.fused.module import Fused
 
 CROSS_ENTROPY = F.cross_entropy
 # Modules of optimizers that keep no gradient after step(): its memory is written again for the next batch.
-OPTIMIZERS = "torch.optim.", "pytorch_optimizer.optimizer.muon."
+OPTIMIZERS = "torch.optim.", "normkit.muon"
 
 
 class FusedLoss:
