@@ -24,6 +24,7 @@ style        colours and style of all pictures
 predictions  the logits that pictures are given, checked
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do
+norms        more norms to compare the three with, each for one line in model.NORMS
 probes       gradients, likeness of activations and range of the loss, measured in training
 robustness   calibration, and accuracy on corrupted images
 exercises    checks of the notebook's exercises

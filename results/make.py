@@ -17,7 +17,6 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import torch
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -29,10 +28,11 @@ import model  # noqa: E402
 import utils  # noqa: E402
 from normkit import plots, probes  # noqa: E402
 from normkit.data import train_val_split  # noqa: E402
+from normkit.norms import MORE_NORMS  # noqa: E402
 from normkit.study import grid, run_many  # noqa: E402
 
 NORMS = list(model.NORMS)
-model.NORMS["none"] = torch.nn.Identity
+model.NORMS.update(MORE_NORMS)
 
 # Of the best recipe, when the trials began.
 START = utils.get_recipe("best", lr=0.02, weight_decay=0.0, adamw_lr=0.003)
@@ -148,7 +148,16 @@ def learning_rates(data):
     return grid(seed=range(3), norm=[*NORMS, "none"], lr=rates, epochs=4, step_size=3), data
 
 
-STUDIES = (trials, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates)
+def league(data):
+    """Eight norms, and none, in four epochs of both recipes; classic lowers its rate before the last one."""
+    recipes = {"recipe": "best"}, {"recipe": "classic", "step_size": 3}
+    runs = grid(seed=range(3), norm=[*NORMS, *MORE_NORMS], epochs=4)
+    return [run | recipe for run in runs for recipe in recipes], data
+
+
+STUDIES = (
+    trials, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates, league
+)  # fmt: skip
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = {study: getattr(plots, f"plot_{study}") for study in ("seeds", "batch_sizes", "groups", "learning_rates")}
 

@@ -1,0 +1,73 @@
+"""Norms beside the kit's three, for a comparison under the same training: a builder(channels, num_groups) each."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
+
+
+class RMSNorm(nn.Module):
+    """Layer norm without its mean: each image is divided by the root of its mean square, over channels and pixels.
+
+    Zhang and Sennrich 2019, with a scale and a shift for each channel as the kit's norms have.
+    """
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels)), eps
+
+    def forward(self, x):
+        rms = (x.square().mean((1, 2, 3), keepdim=True) + self.eps).sqrt()
+        return x / rms * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class PixelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel by itself, as in transformers and ConvNeXt (Liu et al. 2022)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Batch norm in training over 16 images at a time, whatever the batch size (Hoffer et al. 2017)."""
+
+    images = 16
+
+    def forward(self, x):
+        parts = x.split(self.images) if self.training else [x]
+        return torch.cat([super(GhostBatchNorm, self).forward(part) for part in parts])
+
+
+class Standardised(nn.Module):
+    """Filters with mean 0, and with variance 1 over their number of weights, so that they keep a signal's size."""
+
+    def forward(self, weight):
+        filters = weight.flatten(1)
+        return F.layer_norm(filters, filters.shape[1:]).div(filters.shape[1] ** 0.5).view_as(weight)
+
+
+class StandardisingGroupNorm(nn.GroupNorm):
+    """Group norm behind a convolution whose filters are standardised (Qiao et al. 2019)."""
+
+
+def standardise(block, name, norm):
+    """Called by PyTorch where a module becomes part of another: there the norm meets its convolution."""
+    if isinstance(norm, StandardisingGroupNorm) and isinstance(getattr(block, "conv", None), nn.Conv2d):
+        parametrize.register_parametrization(block.conv, "weight", Standardised())
+
+
+def standardising_group_norm(channels, num_groups):
+    if not any(hook is standardise for hook in nn.modules.module._global_module_registration_hooks.values()):
+        register_module_module_registration_hook(standardise)
+    return StandardisingGroupNorm(num_groups, channels)
+
+
+MORE_NORMS = {
+    "none": nn.Identity,
+    "instance": lambda channels, num_groups: nn.GroupNorm(channels, channels),
+    "RMS": lambda channels, num_groups: RMSNorm(channels),
+    "pixel": lambda channels, num_groups: PixelNorm(channels),
+    "standardised": standardising_group_norm,
+    "ghost": lambda channels, num_groups: GhostBatchNorm(channels),
+}
