@@ -75,12 +75,13 @@ class Loader:
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
         order, views = order.to(self.device), views.to(self.device)
+        labels = self.labels[order]
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = slice(start, start + self.batch_size)
             images = self.images.index_select(0, order[batch])
             if self.augment:
                 images = shift_and_flip(images, self.views.index_select(0, views[batch]))
-            yield images.float().sub_(self.mean).mul_(self.scale), self.labels[order[batch]]
+            yield images.float().sub_(self.mean).mul_(self.scale), labels[batch]
         self.epoch += 1
 
     def set_epoch(self, epoch):

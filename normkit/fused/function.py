@@ -37,7 +37,7 @@ def forward_pass(call, x, parameters):
     """Returns the last layer's output, channels_last, and what backward_pass takes: structs, activations, inputs."""
     plan = call.plan
     out = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu", memory_format=torch.channels_last)
-    inputs = [x, *parameters, *(draw_dropout_scale(layer, x.shape[0]) for layer in call.blocks)]
+    inputs = [x, *parameters, *draw_dropout_scales(call.blocks, x.shape[0])]
     structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
     params.set_addresses(structs, plan.inputs, inputs)
     statistics = [each for layer in call.blocks for each in running_stats(layer.norm)]
@@ -176,10 +176,15 @@ def running_stats(norm):
     return statistics["running_mean"], statistics["running_var"]
 
 
-def draw_dropout_scale(layer, N):
-    """Returns (N, K), 0 or 1 / (1 - p), from the numbers that the layer's nn.Dropout2d would draw, or None for 1."""
-    dropout, K = layer.dropout, layer.conv._parameters["weight"].shape[0]
-    if not dropout.training or not dropout.p:
-        return None
-    scale = torch.empty(N, K, dtype=torch.float32, device="cpu")
-    return scale.bernoulli_(1 - dropout.p).div_(1 - dropout.p) if dropout.p < 1 else scale.zero_()
+def draw_dropout_scales(blocks, N):
+    """Returns each block's (N * K), 0 or 1 / (1 - p), of the numbers its nn.Dropout2d would draw, or None for all 1."""
+    drop = [block.dropout.p if block.dropout.training else 0 for block in blocks]
+    if not any(drop):
+        return [None] * len(blocks)
+    sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
+    scales = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)
+    for scale, p in zip(scales, drop):
+        if p:
+            scale.bernoulli_(1 - p) if p < 1 else scale.zero_()
+    torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
+    return [scale if p else None for scale, p in zip(scales, drop)]
