@@ -134,7 +134,7 @@ def train(
     loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
     sound, total = torch.ones((), dtype=torch.bool, device=device), 0
     closure_needed = optim.needs_closure(optimizer)
-    fused_loss = FusedLoss(network, optimizer, criterion, compute_dtype)
+    fused_loss = FusedLoss(network, criterion, compute_dtype)
     network.train()
     optim.set_mode(optimizer, "train")
 
@@ -150,7 +150,8 @@ def train(
 
     def backward(loss):
         optimizer.zero_grad()
-        loss.backward()
+        if not fused_loss.backward():
+            loss.backward()
         return loss
 
     def closure():
@@ -172,8 +173,7 @@ def train(
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
-            if not fused_loss.backward():
-                backward(loss)
+            backward(loss)
             optimizer.step(closure) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()

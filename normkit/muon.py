@@ -15,8 +15,11 @@ class Muon(pytorch_optimizer.Muon):
 
     @staticmethod
     def _orthogonalize(group, updates):
-        """Returns the nearest orthogonal matrix to each of the updates, which have one shape."""
+        """Returns the nearest orthogonal matrix to each of the updates."""
         dtype = choose_precision("auto", updates[0].device)
+        own = group.get("ns_method", "newton_schulz") == "newton_schulz" and len({each.shape for each in updates}) == 1
+        if dtype == torch.bfloat16 or not own:
+            return pytorch_optimizer.Muon._orthogonalize(group, updates)
         matrices = torch.stack([update.flatten(1) for update in updates])
         steps, weights = group["ns_steps"], group["ns_coeffs"]
         return zero_power_via_newton_schulz_5(matrices, num_steps=steps, weights=weights, dtype=dtype).unbind()

@@ -1,4 +1,4 @@
-"""The loss and its gradients without autograd: the numbers of a plain loop, and aside where they would be others."""
+"""The loss and its gradients without autograd: the numbers of a plain loop, or else the plain loop itself."""
 
 import collections
 import copy
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import QUIET, THREE, stand_in
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR
 
 import model
 import utils
@@ -77,7 +77,7 @@ def test_an_epoch_is_the_plain_loops(norm, name, by_kernel):
         optimizer = OPTIMIZERS[name](net.parameters())
         loss = epoch(net, loader_of(37, 8), optimizer, OneCycleLR(optimizer, 0.01, 6, cycle_momentum=False))
         losses.append(getattr(loss, "loss", loss))
-    assert by_kernel == {True: 4, False: 1}  # the last one of five images
+    assert by_kernel == {True: 5}  # the last one of five images
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for (name, actual), expected in zip(nets[0].state_dict().items(), nets[1].state_dict().values()):
         if norm == "batch" and name.endswith(("conv.bias", "c3.bias", "c6.bias", "running_mean")):
@@ -98,21 +98,22 @@ def test_gradients_are_those_of_autograd_with_dropout_and_one_image(precision, b
         utils.train(net, loader_of(17, 8), torch.optim.SGD(net.parameters(), 0.0), criterion=criterion,
                     precision=precision, **QUIET)  # fmt: skip
         gradients.append([parameter.grad for parameter in net.parameters()])
-    assert by_kernel == {False: 4, True: 2}
+    assert by_kernel == {False: 3, True: 3}
     largest = max(float(each.abs().max()) for each in gradients[0])
     for actual, expected in zip(*gradients):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * largest)
 
 
-class Stepping(torch.optim.SGD):
+class Remembering(torch.optim.SGD):
     """An optimizer of one's own, that keeps the gradients of the step before."""
 
     kept = ()
 
     def step(self, closure=None):
-        for parameter, before in zip(self.param_groups[0]["params"], self.kept):
+        parameters = self.param_groups[0]["params"]
+        for parameter, before in zip(parameters, self.kept):
             parameter.data.add_(before, alpha=-0.01)
-        self.kept = [parameter.grad for parameter in self.param_groups[0]["params"]]
+        self.kept = [parameter.grad for parameter in parameters]
         return super().step(closure)
 
 
@@ -124,12 +125,12 @@ def sgd(net):
     return torch.optim.SGD(net.parameters(), 0.05, 0.9)
 
 
-def hooked(register):
-    """Returns what builds an optimizer, and then calls register(net, optimizer)."""
+def after(change):
+    """Returns what changes a network, builds an optimizer, and lets change(net, optimizer) do its part."""
 
     def build(net):
         optimizer = sgd(net)
-        register(net, optimizer)
+        change(net, optimizer)
         return optimizer
 
     return build
@@ -143,60 +144,125 @@ def clip(optimizer, args, kwargs):
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
 
 
-ASIDE = {  # what a loop may bring -> its optimizer, its criterion
-    "label smoothing": (sgd, nn.CrossEntropyLoss(label_smoothing=0.2)),
-    "weights of the classes": (sgd, nn.CrossEntropyLoss(torch.arange(10.0))),
-    "a class that is ignored": (sgd, nn.CrossEntropyLoss(ignore_index=3)),
-    "a function": (sgd, smoothed),
-    "another loss": (sgd, nn.MultiMarginLoss()),
-    "an optimizer of one's own": (lambda net: Stepping(net.parameters(), 0.05), F.cross_entropy),
-    "a frozen layer": (hooked(lambda net, _: net.C4.requires_grad_(False)), F.cross_entropy),
-    "a hook of a weight": (hooked(lambda net, _: net.C4.conv.weight.register_hook(lambda g: g / 2)), F.cross_entropy),
-    "a hook after a weight": (
-        hooked(lambda net, _: net.C4.conv.weight.register_post_accumulate_grad_hook(halve_gradient)),
-        F.cross_entropy,
-    ),
-    "a hook before the step": (hooked(lambda _, optimizer: optimizer.register_step_pre_hook(clip)), F.cross_entropy),
-    "a step that is replaced": (
-        hooked(lambda _, optimizer: setattr(optimizer, "step", functools.partial(sgd_step, optimizer))),
-        F.cross_entropy,
-    ),
-    "a zero_grad that is replaced": (
-        hooked(lambda _, optimizer: setattr(optimizer, "zero_grad", lambda: None)),
-        F.cross_entropy,
-    ),
-}
-
-
-def sgd_step(optimizer):
+def plain_step(optimizer):
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.data.add_(parameter.grad, alpha=-0.02)
 
 
-@pytest.mark.parametrize("name", ASIDE)
-def test_aside_where_the_numbers_would_be_others(name, by_kernel):
-    build, criterion = ASIDE[name]
+def tie(net):
+    net.C9.conv.weight = net.C8.conv.weight
+    return sgd(net)
+
+
+LOOPS = {  # what a loop may bring -> its optimizer, its criterion, whether the kernel computes it
+    "label smoothing": (sgd, nn.CrossEntropyLoss(label_smoothing=0.2), False),
+    "weights of the classes": (sgd, nn.CrossEntropyLoss(torch.arange(10.0)), False),
+    "a class that is ignored": (sgd, nn.CrossEntropyLoss(ignore_index=3), False),
+    "a function": (sgd, smoothed, False),
+    "another loss": (sgd, nn.MultiMarginLoss(), False),
+    "the module": (sgd, nn.CrossEntropyLoss(), True),
+    "a hook of a weight": (
+        after(lambda net, _: net.C4.conv.weight.register_hook(lambda g: g / 2)), F.cross_entropy, False
+    ),
+    "a hook after a weight": (
+        after(lambda net, _: net.C4.conv.weight.register_post_accumulate_grad_hook(halve_gradient)),
+        F.cross_entropy,
+        False,
+    ),
+    "an optimizer that keeps gradients": (lambda net: Remembering(net.parameters(), 0.05), F.cross_entropy, True),
+    "an optimizer with a closure": (lambda net: torch.optim.LBFGS(net.parameters(), 0.1, 2), F.cross_entropy, True),
+    "a frozen layer": (after(lambda net, _: net.C4.requires_grad_(False)), F.cross_entropy, True),
+    "tied weights": (tie, F.cross_entropy, True),
+    "the last layer alone": (lambda net: torch.optim.SGD(net.C10.parameters(), 0.1), F.cross_entropy, True),
+    "a hook before the step": (after(lambda _, each: each.register_step_pre_hook(clip)), F.cross_entropy, True),
+    "a step that is replaced": (
+        after(lambda _, each: setattr(each, "step", functools.partial(plain_step, each))), F.cross_entropy, True
+    ),
+    "gradients that add up": (after(lambda _, each: setattr(each, "zero_grad", lambda: None)), F.cross_entropy, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_whatever_a_loop_brings_the_numbers_are_the_plain_loops(name, by_kernel):
+    build, criterion, computed = LOOPS[name]
     torch.manual_seed(0)
     nets = [model.Net("group", dropout=0)]
     nets.append(copy.deepcopy(nets[0]))
     utils.train(nets[0], loader_of(24, 8), build(nets[0]), criterion=criterion, **QUIET)
-    plain_loop(nets[1], loader_of(24, 8), build(nets[1]), criterion=criterion)
-    assert by_kernel == {False: 3}
-    for actual, expected in zip(nets[0].parameters(), nets[1].parameters()):
+    assert by_kernel[computed] == 3
+    optimizer = build(nets[1])
+    for images, labels in loader_of(24, 8):
+
+        def closure(images=images, labels=labels, net=nets[1], optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = criterion(net(images), labels)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(*[closure] * isinstance(optimizer, torch.optim.LBFGS))
+    for actual, expected in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-2, atol=1e-2)
+
+
+def at_step(number, change):
+    """A schedule that does nothing but call change() after so many batches."""
+
+    class Schedule:
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            if self.steps == number:
+                change()
+
+    return Schedule()
 
 
 def test_what_changes_in_the_middle_of_an_epoch_counts_from_there(by_kernel):
-    net = model.Net("group", dropout=0)
-    optimizer, seen = sgd(net), []
+    net, criterion, seen = model.Net("group", dropout=0), nn.CrossEntropyLoss(), []
+    changes = {
+        "a hook": lambda: net.C4.conv.weight.register_hook(seen.append),
+        "a setting of the criterion": lambda: setattr(criterion, "label_smoothing", 0.1),
+    }
+    for change in changes.values():
+        by_kernel.clear()
+        utils.train(net, loader_of(48, 8), sgd(net), at_step(2, change), criterion=criterion, **QUIET)
+        assert by_kernel == {True: 2, False: 4}
+        net.C4.conv.weight._backward_hooks.clear()
+    assert len(seen) == 4
 
-    def rate(step):
-        if step == 3:
-            net.C4.conv.weight.register_hook(seen.append)
-        return 1
 
-    utils.train(net, loader_of(48, 8), optimizer, LambdaLR(optimizer, rate), **QUIET)
-    assert by_kernel == {False: 1 + 3, True: 2} and len(seen) == 3
+@pytest.mark.parametrize(
+    "owner, name", [(F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")]
+)
+def test_what_is_replaced_for_all_is_called(owner, name, by_kernel, monkeypatch):
+    original, calls = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *args, **how: calls.append(1) or original(*args, **how))
+    net = model.Net("group")
+    utils.train(net, loader_of(16, 8), sgd(net), criterion=nn.CrossEntropyLoss(), **QUIET)
+    assert len(calls) == 2 and by_kernel == {False: 2}
+
+
+def test_each_batch_has_gradients_of_its_own(by_kernel):
+    net, kept = model.Net("group"), []
+    schedule = at_step(0, None)
+    schedule.step = lambda: kept.append(net.C10.weight.grad)
+    utils.train(net, loader_of(24, 8), sgd(net), schedule, **QUIET)
+    assert by_kernel == {True: 3} and len({each.data_ptr() for each in kept}) == 3
+
+
+def test_labels_of_any_strides_and_others_beside_them(by_kernel):
+    """A column of a table; and its copy lives as long as it is read."""
+    results = []
+    for strided in (False, True):
+        torch.manual_seed(0)
+        net = model.Net("batch", dropout=0.2)
+        batches = [(x, torch.stack([y, y], 1)[:, 0] if strided else y) for x, y in loader_of(40, 8)]
+        results.append(utils.train(net, batches, sgd(net), **QUIET))
+        assert int(net.C1.norm.num_batches_tracked) == 5
+    assert results[0] == results[1] and by_kernel == {True: 10}
 
 
 def test_shares_of_classes_and_other_labels_are_pytorchs(by_kernel):
@@ -211,6 +277,10 @@ def test_shares_of_classes_and_other_labels_are_pytorchs(by_kernel):
     ):
         with pytest.raises(ValueError, match=message):
             utils.train(net, [(images, labels), (images, bad)], sgd(net), **QUIET)
+    batch_norm = model.Net("batch")
+    with pytest.raises(ValueError, match="labels run from -100"):
+        utils.train(batch_norm, [(images, labels - 100)], sgd(batch_norm), **QUIET)
+    assert int(batch_norm.C1.norm.num_batches_tracked) == 1  # as in any loop: the network ran once
 
 
 def test_a_loss_that_is_huge_stops_before_the_weights_are_spoilt(by_kernel):
@@ -218,7 +288,7 @@ def test_a_loss_that_is_huge_stops_before_the_weights_are_spoilt(by_kernel):
     optimizer, before = torch.optim.SGD(net.parameters(), 0.0), copy.deepcopy(net.state_dict())
     with pytest.raises(FloatingPointError, match="not finite from batch 2 on.*the images themselves"):
         utils.train(net, [(images, torch.arange(4))] * 2 + [(images * torch.nan, torch.arange(4))], optimizer, **QUIET)
-    assert by_kernel == {False: 1, True: 1}
+    assert by_kernel == {True: 2}
     torch.testing.assert_close(net.state_dict(), before)
 
 
@@ -228,11 +298,9 @@ def test_the_cross_entropy_is_the_definitions(N, K, scale):
     logits, labels = torch.randn(N, K) * scale, torch.randint(K, (N,))
     loss, gradient = torch.empty(()), torch.empty(N, K)
     tensors = [each.data_ptr() for each in (logits, labels, gradient, loss)]
-    assert library().functions.cross_entropy(N, K, *tensors)
+    library().functions.cross_entropy(N, K, *tensors)
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, labels)
     expected.backward()
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)
-    labels[-1] = K
-    assert not library().functions.cross_entropy(N, K, *tensors)

@@ -1,9 +1,11 @@
+import copy
 import math
 import random
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from helpers import QUIET, same, scramble
 
@@ -120,6 +122,19 @@ def test_muons_matrices_are_in_the_number_type_of_the_hardware(monkeypatch):
         for actual, exact in zip(muon.Muon._orthogonalize(group, list(gradients)), expected):
             assert actual.dtype == dtype
             torch.testing.assert_close(actual.double(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
+
+
+def test_the_librarys_other_ways_to_orthogonalise_stay():
+    """Matrices of several shapes in one batch, and the variant of the iteration."""
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 10), (10, 40))]
+    group = {"params": parameters, "use_muon": True}
+    for options in ({"use_adjusted_lr": True}, {"ns_method": "gram_newton_schulz"}):
+        twins = copy.deepcopy(parameters)
+        for kind, each in ((muon.Muon, parameters), (pytorch_optimizer.Muon, twins)):
+            for p in each:
+                p.grad = torch.ones_like(p) * torch.arange(p.shape[1])
+            kind([group | {"params": each} | options], 0.1).step()
+        torch.testing.assert_close(parameters, twins, rtol=0, atol=0.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 9, 10, 25, 100])

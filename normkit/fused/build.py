@@ -200,6 +200,6 @@ def load(path):
     functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
     functions.backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     functions.cross_entropy.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 4
-    functions.cross_entropy.restype = ctypes.c_bool
+    functions.cross_entropy.restype = None
     functions.forward.restype = functions.backward.restype = ctypes.c_int64
     return functions

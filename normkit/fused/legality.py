@@ -158,6 +158,8 @@ def of_network(net):
             yield f"{name_of(module, net)} has a hook"
         if not REPLACED.isdisjoint(module.__dict__):
             yield f"{name_of(module, net)} has a forward, weight or bias of its own"
+    if not isinstance(net.skip, NUMBERS):
+        yield f"the network has skip={net.skip!r}"
     width, widths = 3, []
     for layer in layers_of(net):
         for module, reason in of_layer(layer, width):
@@ -216,8 +218,8 @@ def of_norm(norm, K):
         elif not is_number(norm.momentum):
             yield norm, f"has momentum={norm.momentum!r}"
         tensors += statistics
-    elif K % norm.num_groups:
-        yield norm, f"has {norm.num_groups} groups for {K} channels"
+    elif not is_number(norm.num_groups) or K % norm.num_groups:
+        yield norm, f"has {norm.num_groups!r} groups for {K} channels"
     if not is_number(norm.eps) or not norm.eps > 0:
         yield norm, f"has eps={norm.eps!r}"
     yield from of_tensors(norm, *tensors)

@@ -7,23 +7,19 @@
 
 namespace {
 
-// Writes the loss and dlogits (N, K) of logits (N, K) and labels (N). Returns false, and stops, at a label that is no
-// class.
-inline bool mean_cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits,
+// Writes the loss and dlogits (N, K) of logits (N, K) and labels (N), each from 0 to K - 1.
+inline void mean_cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits,
                                float* loss) {
   double total = 0;
   for (int64_t n = 0; n < N; n++, logits += K, dlogits += K) {
-    const int64_t label = labels[n];
-    if (label < 0 || label >= K) return false;
     const float largest = *std::max_element(logits, logits + K);
     float sum = 0;
     for (int64_t k = 0; k < K; k++) sum += dlogits[k] = std::exp(logits[k] - largest);
     for (int64_t k = 0; k < K; k++) dlogits[k] /= sum * float(N);
-    dlogits[label] -= 1 / float(N);
-    total += std::log(sum) - (logits[label] - largest);
+    dlogits[labels[n]] -= 1 / float(N);
+    total += std::log(sum) - (logits[labels[n]] - largest);
   }
   *loss = float(total / double(N));
-  return true;
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ int64_t backward(bool use_bf16, LayerParams* layers, int64_t count, int64_t thre
                   : Network<float>{layers, count, threads}.backward<float>(activations, workspace);
 }
 
-bool cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits, float* loss) {
-  return mean_cross_entropy(N, K, logits, labels, dlogits, loss);
+void cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits, float* loss) {
+  mean_cross_entropy(N, K, logits, labels, dlogits, loss);
 }
 }

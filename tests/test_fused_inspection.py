@@ -1,0 +1,166 @@
+"""What was found out about a network is remembered no longer than it holds."""
+
+import copy
+import gc
+import pickle
+import re
+
+import pytest
+import torch
+from helpers import QUIET, stand_in
+from torch import nn
+
+import model
+import utils
+from normkit.fused import fuse
+from normkit.fused.build import library
+
+pytestmark = [
+    pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}"),
+    pytest.mark.filterwarnings("ignore:PyTorch's modules ran in place of the fused kernel"),
+]
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class EqualToAll(nn.GroupNorm):
+    """A norm that calls any other norm equal, as one with settings compared by a dataclass may."""
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other):
+        return isinstance(other, nn.GroupNorm)
+
+
+class Doubling(nn.GroupNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Awkward:
+    """What has no answer to ==."""
+
+    def __eq__(self, other):
+        raise ValueError("no truth value")
+
+    __hash__ = None
+
+
+def equal_norm(net, seed):
+    norm = EqualToAll(4, 32)
+    nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(seed))
+    net.C4.norm = norm
+
+
+CHANGES = {  # done to a network that the kernel has computed before
+    "a new weight": lambda net: setattr(net.C4.conv, "weight", nn.Parameter(torch.randn(32, 32, 3, 3))),
+    "a weight's numbers": lambda net: net.C4.conv.weight.data.mul_(2),
+    "a weight's memory": lambda net: setattr(net.C4.conv.weight, "data", torch.randn(32, 32, 3, 3)),
+    "a weight's layout": lambda net: net.to(memory_format=torch.channels_last),
+    "a weight's dtype": lambda net: setattr(net.C4.conv.weight, "data", torch.randn(32, 32, 3, 3).double()),
+    "a weight behind a minus sign": lambda net: setattr(
+        net.C4.conv.weight, "data", torch._neg_view(net.C4.conv.weight.data)
+    ),
+    "another module": lambda net: setattr(net, "C4", copy.deepcopy(net.C5)),
+    "another class": lambda net: setattr(net.C4.norm, "__class__", Doubling),
+    "an equal norm": lambda net: equal_norm(net, 1),
+    "eps": lambda net: setattr(net.C4.norm, "eps", 1.0),
+    "the number of groups": lambda net: setattr(net.C4.norm, "num_groups", 8),
+    "no skips": lambda net: setattr(net, "skip", False),
+    "a hook": lambda net: net.C4.register_forward_hook(lambda module, args, output: output * 2),
+    "dropout of all": lambda net: setattr(net.C4.dropout, "p", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_at_the_next_call(name):
+    net = model.Net("group", dropout=0)
+    fused = fuse(net)
+    for _ in range(2):
+        fused(IMAGES)
+    assert fused.reason is None
+    CHANGES[name](net)
+    try:
+        expected = net(IMAGES)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(IMAGES)
+    else:
+        torch.testing.assert_close(fused(IMAGES), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_number_replaced_by_an_equal_one_is_another_parameter():
+    net = model.Net("group", dropout=0)
+    net.C10 = model.Conv2d(32, 1, 1)
+    fused = fuse(net)
+    fused(IMAGES)
+    net.C10.bias = nn.Parameter(net.C10.bias.detach().clone())
+    fused(IMAGES).sum().backward()
+    assert fused.reason is None and float(net.C10.bias.grad) == 4
+
+
+@pytest.mark.parametrize("attribute, module", [("skip", "the network"), ("num_groups", "C4.norm")])
+def test_settings_that_may_change_in_place_are_the_modules_matter(attribute, module):
+    net = model.Net("group", dropout=0)
+    setattr(net.C4.norm if attribute == "num_groups" else net, attribute, torch.tensor(1))
+    fused = fuse(net)
+    assert fused.reason.startswith(f"{module} has") and torch.equal(fused(IMAGES), net(IMAGES))
+
+
+def test_attributes_of_ones_own_do_no_harm():
+    net = model.Net("group", dropout=0)
+    fused = fuse(net)
+    for value in (Awkward(), torch.arange(3), torch.arange(4)):
+        net.note = value
+        torch.testing.assert_close(fused(IMAGES), net(IMAGES), rtol=1e-3, atol=1e-4)
+    assert fused.reason is None
+
+
+def test_a_network_that_holds_its_own_fused_one_does_not_grow():
+    net = model.Net("group").eval()
+    net.fast = fuse(net)
+    with torch.no_grad():
+        counts = []
+        for _ in range(3):
+            for _ in range(5):
+                net.fast(IMAGES)
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert net.fast.reason is None and counts[2] - counts[1] < 50
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+def with_sparse_buffer():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+    net.register_buffer("table", torch.eye(3).to_sparse_csr())
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Lazy modules")
+@pytest.mark.parametrize("build", [lazy, with_sparse_buffer])
+def test_other_models_are_not_looked_through(build):
+    net = build()
+    assert "the kernel computes model.Net alone" in fuse(net).reason
+    batches = list(utils.get_loaders(stand_in(20, 10), 10, device="cpu")[0])
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    assert utils.train(net, batches, optimizer, **QUIET).total == 20
+
+
+def test_a_lazy_layer_in_the_network_is_the_modules_matter():
+    net = model.Net("group", dropout=0)
+    net.C4.conv = nn.LazyConv2d(32, 3, padding=1)
+    assert fuse(net).reason.startswith("C4.conv")
+
+
+def test_copies_and_pickles_are_networks_of_their_own():
+    fused = fuse(model.Net("group", dropout=0))
+    expected = fused(IMAGES)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(twin(IMAGES), expected)
+        with torch.no_grad():
+            twin.model.C4.conv.weight.mul_(2)
+        torch.testing.assert_close(twin(IMAGES), twin.model(IMAGES), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(twin(IMAGES), expected)
+    torch.testing.assert_close(fused(IMAGES), expected)
