@@ -60,7 +60,7 @@ def standardise(block, name, norm):
 def standardising_group_norm(channels, num_groups):
     if not any(hook is standardise for hook in nn.modules.module._global_module_registration_hooks.values()):
         register_module_module_registration_hook(standardise)
-    return StandardisingGroupNorm(num_groups, channels)
+    return StandardisingGroupNorm(channels if num_groups == "channels" else num_groups, channels)
 
 
 MORE_NORMS = {

@@ -70,6 +70,7 @@ def test_standardised_filters_have_mean_0_and_keep_a_signals_size(monkeypatch):
     torch.testing.assert_close(filters.square().sum(1), torch.ones(32), rtol=0, atol=1e-2)
     assert not hasattr(other.C4.conv, "parametrizations") and type(other.C4.norm) is nn.GroupNorm
     assert sum(parameter.numel() for parameter in net.parameters()) == 48_178
+    assert model.Net("standardised", num_groups="channels").C4.norm.num_groups == 32
 
 
 @pytest.mark.parametrize("name", MORE_NORMS)

@@ -14,7 +14,7 @@ from normkit.fused.module import Fused
 # What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
 CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")
 CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
-CROSS_ENTROPY = F.cross_entropy if F.cross_entropy.__code__.co_filename == F.__file__ else None
+IS_ORIGINAL = getattr(getattr(F.cross_entropy, "__code__", None), "co_filename", None) == F.__file__
 SETTINGS = vars(nn.CrossEntropyLoss())
 
 
@@ -75,8 +75,8 @@ def is_cross_entropy(criterion):
     if any(getattr(owner, name) is not original for owner, name, original in CALLED):
         return False
     if type(criterion) is nn.CrossEntropyLoss:
-        return CROSS_ENTROPY is not None and vars(criterion) == SETTINGS
-    return criterion is CROSS_ENTROPY
+        return IS_ORIGINAL and vars(criterion) == SETTINGS
+    return IS_ORIGINAL and criterion is F.cross_entropy
 
 
 def are_classes(labels, N, classes):
