@@ -20,6 +20,6 @@ class Muon(pytorch_optimizer.Muon):
         own = group.get("ns_method", "newton_schulz") == "newton_schulz" and len({each.shape for each in updates}) == 1
         if dtype == torch.bfloat16 or not own:
             return pytorch_optimizer.Muon._orthogonalize(group, updates)
-        matrices = torch.stack([update.flatten(1) for update in updates])
+        matrices = torch.stack([update.reshape(len(update), -1) for update in updates])
         steps, weights = group["ns_steps"], group["ns_coeffs"]
         return zero_power_via_newton_schulz_5(matrices, num_steps=steps, weights=weights, dtype=dtype).unbind()

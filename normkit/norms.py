@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.nn.utils import parametrize
 
 
 class RMSNorm(nn.Module):
@@ -39,12 +38,13 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return torch.cat([super(GhostBatchNorm, self).forward(part) for part in parts])
 
 
-class Standardised(nn.Module):
-    """Filters with mean 0, and with variance 1 over their number of weights, so that they keep a signal's size."""
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are standardised: mean 0 and length 1, so that they keep a signal's size."""
 
-    def forward(self, weight):
+    def _conv_forward(self, x, weight, bias):
         filters = weight.flatten(1)
-        return F.layer_norm(filters, filters.shape[1:]).div(filters.shape[1] ** 0.5).view_as(weight)
+        filters = F.layer_norm(filters, filters.shape[1:], eps=1e-10) / filters.shape[1] ** 0.5
+        return super()._conv_forward(x, filters.view_as(weight), bias)
 
 
 class StandardisingGroupNorm(nn.GroupNorm):
@@ -53,8 +53,8 @@ class StandardisingGroupNorm(nn.GroupNorm):
 
 def standardise(block, name, norm):
     """Called by PyTorch where a module becomes part of another: there the norm meets its convolution."""
-    if isinstance(norm, StandardisingGroupNorm) and isinstance(getattr(block, "conv", None), nn.Conv2d):
-        parametrize.register_parametrization(block.conv, "weight", Standardised())
+    if isinstance(norm, StandardisingGroupNorm) and type(getattr(block, "conv", None)) is nn.Conv2d:
+        block.conv.__class__ = StandardisedConv2d
 
 
 def standardising_group_norm(channels, num_groups):

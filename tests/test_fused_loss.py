@@ -253,6 +253,29 @@ def test_each_batch_has_gradients_of_its_own(by_kernel):
     assert by_kernel == {True: 3} and len({each.data_ptr() for each in kept}) == 3
 
 
+def test_a_gradient_is_a_tensor_of_its_own(by_kernel):
+    net = model.Net("group")
+    utils.train(net, loader_of(8, 8), sgd(net), **QUIET)
+    for parameter in net.parameters():
+        assert not parameter.grad._is_view() and parameter.grad.untyped_storage().nbytes() == 4 * parameter.numel()
+    assert by_kernel == {True: 1}
+
+
+def test_a_weight_that_is_computed_from_another(by_kernel):
+    net, own = model.Net("group"), torch.randn(32, 32, 3, 3, requires_grad=True)
+    with torch.nn.utils.stateless._reparametrize_module(net, {"C4.conv.weight": own * 0.1}):
+        utils.train(net, loader_of(8, 8), sgd(net.C10), **QUIET)
+    assert by_kernel == {False: 1} and own.grad.abs().sum() > 0
+
+
+def test_labels_behind_a_minus_sign(by_kernel):
+    images, labels = next(iter(loader_of(8, 8)))
+    net = model.Net("group")
+    batches = [(images, torch._neg_view(-labels)), (images, torch._efficientzerotensor(8, dtype=torch.int64))]
+    utils.train(net, batches, sgd(net), **QUIET)
+    assert by_kernel == {False: 2}
+
+
 def test_labels_of_any_strides_and_others_beside_them(by_kernel):
     """A column of a table; and its copy lives as long as it is read."""
     results = []

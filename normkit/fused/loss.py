@@ -1,7 +1,5 @@
 """The loss of a batch and its gradients, by the kernel alone."""
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +45,7 @@ class FusedLoss:
         if self.saved is None:
             return False
         (plan, structs, activations, _, dlogits, parameters), self.saved = self.saved, None
-        gradients = empty_like_all(parameters)
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
         backward_pass(plan, structs, activations, gradients, dlogits)
         for parameter, gradient in zip(parameters, gradients):
             if parameter.requires_grad:
@@ -65,7 +63,7 @@ class FusedLoss:
             and not (images.requires_grad or torch.is_anomaly_enabled() or torch.is_autocast_enabled("cpu"))
             and are_classes(labels, len(images), inspection.classes)
             and any(each.requires_grad for each in inspection.parameters)
-            and not any(each._backward_hooks or each._post_accumulate_grad_hooks for each in inspection.parameters)
+            and not any(is_watched(each) for each in inspection.parameters)
         )
         return inspection if possible else None
 
@@ -79,19 +77,16 @@ def is_cross_entropy(criterion):
     return IS_ORIGINAL and criterion is F.cross_entropy
 
 
+def is_watched(parameter):
+    """Whether somebody waits for a parameter's gradient: a hook, or what the parameter was computed from."""
+    return parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf
+
+
 def are_classes(labels, N, classes):
     """Whether labels are int64 (N,) on the CPU, each a class."""
     if type(labels) is not torch.Tensor or labels.device.type != "cpu" or labels.dtype != torch.int64:
         return False
-    if labels.shape != (N,) or labels.layout != torch.strided:
+    if labels.shape != (N,) or labels.layout != torch.strided or labels.is_neg() or labels._is_zerotensor():
         return False
     low, high = labels.aminmax()
     return 0 <= int(low) and int(high) < classes
-
-
-def empty_like_all(tensors):
-    """Returns a float32 tensor of the shape and strides of each, without values, all in one piece of memory."""
-    sizes = [tensor.numel() for tensor in tensors]
-    memory = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
-    offsets = itertools.accumulate(sizes, initial=0)
-    return [memory.as_strided(each.shape, each.stride(), offset) for each, offset in zip(tensors, offsets)]
