@@ -155,6 +155,18 @@ def test_the_table_of_rates_by_batch_size():
             assert said == pytest.approx(of_size.loc[of_size["norm"] == norm, "test_acc"].tolist(), abs=0.051)
 
 
+def test_the_league_of_norms():
+    rows = rows_of("league")
+    last, seconds = rows[rows["epoch"] == 4], rows.groupby("norm")["seconds"].min()
+    for norm, *cells, time in table_in(RESULTS, "| norm | classic | best | seconds"):
+        for recipe, cell in zip(("classic", "best"), cells, strict=True):
+            of_norm = last[(last["norm"] == norm) & (last["recipe"] == recipe)].sort_values("seed")
+            assert cell == " / ".join(f"{accuracy:.1f}" for accuracy in of_norm["test_acc"])
+        kernel = (last.loc[last["norm"] == norm, "backend"] == "fused").all()
+        assert time == f"{seconds[norm]:.0f}, {'kernel' if kernel else 'modules'}"
+    assert f"{len(last)} of the study's 54 runs" in RESULTS and f"{len(last)} of its 54 runs" in RESULTS
+
+
 def test_what_is_said_of_batch_sizes_and_groups():
     means = last_epochs(rows_of("batch_sizes")).groupby(["batch_size", "norm"])["test_acc"].mean().unstack()
     lead = means["batch"] - means[["group", "layer"]].max(axis=1)
