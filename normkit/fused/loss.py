@@ -36,7 +36,7 @@ class FusedLoss:
         dlogits, loss = torch.empty_like(logits), torch.empty((), dtype=torch.float32, device="cpu")
         tensors = logits, labels.contiguous(), dlogits, loss
         library().functions.cross_entropy(*logits.shape[:2], *[tensor.data_ptr() for tensor in tensors])
-        self.saved = call.plan, *saved, dlogits, inspection.parameters
+        self.saved = call.plan, *saved, dlogits, inspection.parameters  # the inputs, too: structs hold their addresses
         return logits.flatten(1), loss
 
     @torch.no_grad()
