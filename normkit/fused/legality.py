@@ -37,6 +37,13 @@ CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 REPLACED = {"forward", "_call_impl", "_conv_forward", "weight", "bias"}  # what an instance may have of its own
 
 
+def replaced(called):
+    """Yields the names of those that are no longer what they were: (owner, name, what it was) each."""
+    for owner, name, original in called:
+        if getattr(owner, name) is not original:
+            yield f"{owner.__name__}.{name}"
+
+
 def mark_of_code(function):
     """Returns a checksum of what a function does, without its comments and its docstring; None without its source."""
     try:
@@ -130,9 +137,8 @@ def of_code():
     """What the kernel stands in for, in model.py and in PyTorch."""
     for name in EDITED:
         yield f"{name} in model.py is another one than the kernel was written for"
-    for owner, name, original in CALLED:
-        if getattr(owner, name) is not original:
-            yield f"{owner.__name__}.{name} was replaced"
+    for name in replaced(CALLED):
+        yield f"{name} was replaced"
 
 
 def of_network(net):

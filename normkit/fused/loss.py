@@ -6,7 +6,7 @@ from torch import nn
 
 from normkit.fused.build import library
 from normkit.fused.function import backward_pass, forward_pass
-from normkit.fused.legality import reason_against
+from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
 
 # What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
@@ -70,7 +70,7 @@ class FusedLoss:
 
 def is_cross_entropy(criterion):
     """Whether a criterion is the plain mean cross-entropy."""
-    if any(getattr(owner, name) is not original for owner, name, original in CALLED):
+    if any(replaced(CALLED)):
         return False
     if type(criterion) is nn.CrossEntropyLoss:
         return IS_ORIGINAL and vars(criterion) == SETTINGS
