@@ -18,12 +18,12 @@ from tqdm import tqdm
 from model import Net
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
-from normkit.backend import BACKENDS, choose_backend, plain_model
+from normkit.backend import BACKENDS, choose_backend, fast_loss, plain_model
 from normkit.checkpoint import Checkpoint, seed_in
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
-from normkit.fused import FusedLoss, fuse
+from normkit.fused import fuse
 from normkit.identity import settings_of
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
@@ -69,19 +69,19 @@ class Loader:
         return (math.floor if self.drop_last else math.ceil)(len(self.labels) / self.batch_size)
 
     def __iter__(self):
-        N = len(self.labels)
+        N, B = len(self.labels), self.batch_size
         # Drawn on the CPU for the whole epoch: the same on every device, and no small transfers on the way.
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
-        order, views = order.to(self.device), views.to(self.device)
-        labels = self.labels[order]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            images = self.images.index_select(0, order[batch])
+        kept = slice(len(self) * B)  # all, or with drop_last the whole batches
+        size = max(1, (64 if self.device.type == "cpu" else 1024) // B) * B  # several small batches at once, in cache
+        for chosen, seen in zip(order[kept].to(self.device).split(size), views[kept].to(self.device).split(size)):
+            images = self.images.index_select(0, chosen)
             if self.augment:
-                images = shift_and_flip(images, self.views.index_select(0, views[batch]))
-            yield images.float().sub_(self.mean).mul_(self.scale), labels[batch]
+                images = shift_and_flip(images, self.views.index_select(0, seen))
+            images = images.float().sub_(self.mean).mul_(self.scale)
+            yield from zip(images.split(B), self.labels[chosen].split(B))
         self.epoch += 1
 
     def set_epoch(self, epoch):
@@ -134,7 +134,7 @@ def train(
     loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
     sound, total = torch.ones((), dtype=torch.bool, device=device), 0
     closure_needed = optim.needs_closure(optimizer)
-    fused_loss = FusedLoss(network, criterion, compute_dtype)
+    fast = fast_loss(network, criterion, compute_dtype)
     network.train()
     optim.set_mode(optimizer, "train")
 
@@ -150,7 +150,7 @@ def train(
 
     def backward(loss):
         optimizer.zero_grad()
-        if not fused_loss.backward():
+        if not fast.backward():
             loss.backward()
         return loss
 
@@ -164,7 +164,7 @@ def train(
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
             images = checks.check_images(images, device, dtype)
-            logits, loss = fused_loss.forward(images, labels)
+            logits, loss = fast.forward(images, labels)
             if loss is None:
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
@@ -483,7 +483,7 @@ def run(
             model.to(memory_format=memory_format)
         batch_size = recipe.batch_size
         train_loader, test_loader = get_loaders(data, batch_size, recipe.augment, device, seed)
-        test_loader.batch_size = max(batch_size, 64)  # evaluation does not depend on it, and small batches take long
+        test_loader.batch_size = max(batch_size, 64 if device.type == "cpu" else 2000)  # small batches take long
         if self_check or (self_check is None and device.type == "mps"):
             check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
         optimizer = build_optimizer(model, recipe)

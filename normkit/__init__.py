@@ -13,7 +13,8 @@ optim        what the loop has to know of optimizers and schedulers that are not
 muon         Muon, its matrices in the number type that the hardware multiplies
 device       device, precision, memory format, and the self-check of norms
 placement    on Macs, whether the GPU or the CPU trains a network faster
-backend      what computes a network: its modules, the fused kernel, or torch.compile
+backend      what computes a network: its modules, the fused kernel, CUDA graphs, or torch.compile
+graph        Graphed: on a GPU, training steps that are started in one call
 fused        fuse(): the kernel for CPUs; see fused/README.md
 environment  check_setup: what the kit runs on, and what is missing
 engine       compute: many tasks on whatever joblib is set to, a dask cluster too

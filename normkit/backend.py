@@ -1,10 +1,11 @@
-"""What computes a network: its modules, the fused kernel, or torch.compile."""
+"""What computes a network: its modules, the fused kernel, CUDA graphs, or torch.compile."""
 
 import torch
 from torch import nn
 
 from normkit.checks import check_choice, check_model, device_of
-from normkit.fused import Fused, fuse
+from normkit.fused import Fused, FusedLoss, fuse
+from normkit.graph import Graphed, GraphedLoss
 
 BACKENDS = ("auto", "eager", "fused", "compile")
 
@@ -12,21 +13,32 @@ BACKENDS = ("auto", "eager", "fused", "compile")
 def choose_backend(backend, model):
     """Returns a callable that computes the model, and a line that says which it is and why not a faster one.
 
-    "auto": the fused kernel where it can be, else the model itself. "fused": raises ValueError where it cannot be.
-    Of a Fused or Compiled, the model in it counts; but a Compiled is kept by "auto" and "compile".
+    "auto": the fused kernel on a CPU, CUDA graphs on a GPU, where they can be, else the model itself. "fused": raises
+    ValueError where it cannot be. "compile": torch.compile, on a GPU in CUDA graphs.
+    Of what an earlier call returned, the model in it counts; but a compiled one is kept by "auto" and "compile".
     backend None: what was chosen before, and is called as it is.
     """
     if backend is None:
         return model, ""
     check_choice("backend", backend, BACKENDS)
     check_model(model)
-    if isinstance(model, Compiled) and backend in ("auto", "compile"):
-        return model, "torch.compile"
-    model = plain_model(model)
+    if backend in ("auto", "compile") and is_compiled(model):
+        return model, compiled_line(model)
+    given, model = model, plain_model(model)
     if backend == "eager":
         return model, "eager: PyTorch's modules"
     if backend == "compile":
-        return Compiled(model), "torch.compile"
+        graphed = Graphed(model)
+        compiled = Compiled(model, in_graphs=graphed.reason is None)
+        graphed.compiled.append(compiled)
+        network = graphed if graphed.reason is None else compiled
+        return network, compiled_line(network)
+    device = device_of(model)
+    if backend == "auto" and device is not None and device.type == "cuda":
+        graphed = given if isinstance(given, Graphed) else Graphed(model)
+        if graphed.reason is None:
+            return graphed, "CUDA graphs of PyTorch's modules"
+        return model, f"eager: PyTorch's modules (no CUDA graphs: {graphed.reason})"
     fused = fuse(model)
     if fused.reason is None:
         fused.required = backend == "fused"
@@ -36,25 +48,40 @@ def choose_backend(backend, model):
     return model, f"eager: PyTorch's modules (no fused kernel: {fused.reason})"
 
 
+def is_compiled(network):
+    return isinstance(network, Compiled) or isinstance(network, Graphed) and bool(network.compiled)
+
+
+def compiled_line(network):
+    return "torch.compile" if isinstance(network, Compiled) else "torch.compile, in CUDA graphs of whole steps"
+
+
 def plain_model(network):
-    """Returns the model that a Fused or Compiled computes, or else what was given."""
-    return network.model if isinstance(network, Fused | Compiled) else network
+    """Returns the model that a Fused, Graphed or Compiled computes, or else what was given."""
+    return network.model if isinstance(network, Fused | Graphed | Compiled) else network
+
+
+def fast_loss(network, criterion, dtype):
+    """Returns what computes the loss of a batch and its gradients without autograd's detours, where it can."""
+    return (GraphedLoss if isinstance(network, Graphed) else FusedLoss)(network, criterion, dtype)
 
 
 class Compiled(nn.Module):
     """Calls what torch.compile makes of the model, on CUDA as graphs that are launched whole.
 
-    Where it cannot be compiled, says so once and calls the model itself; reason is then what went wrong.
+    in_graphs: it becomes part of larger graphs. Where it cannot be compiled, says so once and calls the model itself;
+    reason is then what went wrong.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, in_graphs=False):
         super().__init__()
         self.model = model
         self.training = getattr(model, "training", False)  # a frozen ScriptModule has no mode
         self.reason = None
         torch.compiler.reset()  # what it keeps of earlier models would soon fill its limit, and then it stops compiling
         device = device_of(model)
-        mode = "reduce-overhead" if device is not None and device.type == "cuda" else "default"
+        own_graphs = device is not None and device.type == "cuda" and not in_graphs
+        mode = "reduce-overhead" if own_graphs else "default"
         self.compiled = [torch.compile(model, mode=mode, dynamic=False)]  # in a list, so as not to be a submodule
 
     def forward(self, images):

@@ -13,21 +13,22 @@ from normkit.fused.layers import layers_of
 class Inspection:
     """The conditions on a network, gone through once; is_current() tells in half the time whether they hold.
 
-    reason: why the kernel cannot compute the network, or None. Only then are there the layers' parameters, the number
-    of classes, and frozen: whether a batch norm is in evaluation mode.
+    reason: why no kernel or graph can stand in for the network on that kind of device, or None. Only then are there the
+    modules, the layers' parameters, the number of classes, and frozen: whether a batch norm is in evaluation mode.
     """
 
-    def __init__(self, net):
-        self.reason = next(legality.of_network(net), None)
+    def __init__(self, net, device_type="cpu"):
+        self.reason = next(legality.of_network(net, device_type), None)
         if self.reason is not None:
             return
         self.net = net
-        modules = modules_of(net)
+        self.modules = modules = modules_of(net)
         self.types = list(map(type, modules))
         self.attributes = [copy_attributes(module) for module in modules]
         self.tensors = tensors_of(modules)
         self.layouts = layouts_of(self.tensors)
-        self.reason = next(legality.of_network(net), None)  # once more: another thread may have changed it meanwhile
+        # Once more: another thread may have changed it meanwhile.
+        self.reason = next(legality.of_network(net, device_type), None)
         layers = layers_of(net)
         self.parameters = [parameter for layer in layers for parameter in layer.parameters()]
         self.classes = len(self.parameters[-1])

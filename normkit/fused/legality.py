@@ -141,8 +141,11 @@ def of_code():
         yield f"{name} was replaced"
 
 
-def of_network(net):
-    """model.Net with its own kinds of modules, in float32 on the CPU, and nobody watching them."""
+PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
+
+
+def of_network(net, device_type="cpu"):
+    """model.Net with its own kinds of modules, in float32 on a kind of device, and nobody watching them."""
     if type(net) is not model.Net:
         again = " as it was before model was reloaded" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
@@ -164,6 +167,10 @@ def of_network(net):
             yield f"{name_of(module, net)} has a hook"
         if not REPLACED.isdisjoint(module.__dict__):
             yield f"{name_of(module, net)} has a forward, weight or bias of its own"
+    for module in (*parts, *children.values()):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.device.type != device_type:
+                yield f"{name_of(module, net)} is on {tensor.device}: {PLACES[device_type]}"
     if not isinstance(net.skip, NUMBERS):
         yield f"the network has skip={net.skip!r}"
     width, widths = 3, []
@@ -239,8 +246,6 @@ def of_tensors(module, *tensors):
             yield module, "lacks a weight or a bias"
         elif type(tensor) not in (torch.Tensor, nn.Parameter):
             yield module, f"holds a {type(tensor).__name__}"
-        elif not tensor.is_cpu:
-            yield module, f"is on {tensor.device}: the kernel is for CPUs"
         elif tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             yield module, f"is {tensor.dtype}, {tensor.layout}: the kernel takes float32, strided"
         elif not (tensor.is_contiguous() or tensor.dim() == 4 and is_channels_last(tensor)):

@@ -54,18 +54,26 @@ class FusedLoss:
 
     def inspect(self, images, labels):
         """Returns the network's Inspection, or None where PyTorch has to compute the batch."""
-        if not isinstance(self.network, Fused) or not is_cross_entropy(self.criterion):
+        if not isinstance(self.network, Fused):
             return None
         inspection = self.network.inspect()
         possible = (
             not (inspection.reason or reason_against(images, inspection.frozen))
-            and torch.is_grad_enabled()
-            and not (images.requires_grad or torch.is_anomaly_enabled() or torch.is_autocast_enabled("cpu"))
+            and is_plain_step(self.criterion, images, inspection.parameters)
             and are_classes(labels, len(images), inspection.classes)
-            and any(each.requires_grad for each in inspection.parameters)
-            and not any(is_watched(each) for each in inspection.parameters)
         )
         return inspection if possible else None
+
+
+def is_plain_step(criterion, images, parameters):
+    """Whether a step takes cross-entropy and its gradients, and nobody watches autograd do it."""
+    return (
+        is_cross_entropy(criterion)
+        and torch.is_grad_enabled()
+        and not (images.requires_grad or torch.is_anomaly_enabled() or torch.is_autocast_enabled(images.device.type))
+        and any(each.requires_grad for each in parameters)
+        and not any(is_watched(each) for each in parameters)
+    )
 
 
 def is_cross_entropy(criterion):

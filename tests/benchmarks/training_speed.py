@@ -1,6 +1,6 @@
 """How fast the kit trains, beside the loop that the assignment's solutions use, in one run and one table.
 
-    python tests/benchmarks/training_speed.py [--device cpu] [--norm batch group layer] [--compile] [--json FILE]
+    python tests/benchmarks/training_speed.py [--device cpu] [--norm batch group layer] [--compile] [--only NAME ...]
 
 Each contender lives in a process of its own, so that none profits from another's settings. They train in
 turn, several rounds of one pass over the same images; the table shows medians, and the spread between rounds.
@@ -8,6 +8,7 @@ turn, several rounds of one pass over the same images; the table shows medians, 
 
 import argparse
 import json
+import math
 import multiprocessing
 import platform
 import statistics
@@ -183,8 +184,8 @@ def race(contenders, norm, data, batch_size, device, rounds):
 
 def rows_of(norm, seconds, images):
     epoch = {contender: statistics.median(times) * FULL_EPOCH / images for contender, times in seconds.items()}
-    usual = min(epoch[contender] for contender in seconds if contender.startswith("usual"))
-    floor = epoch["floor: one resident batch"]
+    usual = min((epoch[contender] for contender in seconds if contender.startswith("usual")), default=math.nan)
+    floor = epoch.get("floor: one resident batch", math.nan)
     for contender, times in seconds.items():
         yield {
             "norm": norm,
@@ -223,6 +224,7 @@ def main():
     parser.add_argument("--images", type=positive, default=6400, help="images in a pass (default 6400)")
     parser.add_argument("--data", choices=["synthetic", "cifar10"], default="synthetic")
     parser.add_argument("--compile", action="store_true", help="the kit's network compiled by torch.compile, too")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=positive, default=3, help="counted passes of each contender (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
@@ -238,13 +240,14 @@ def main():
     }
     for key, value in about.items():
         print(f"{key}: {value}")
-    contenders = [name for name in CONTENDERS if args.compile or name != "kit, compiled"]
+    contenders = args.only or [name for name in CONTENDERS if args.compile or name != "kit, compiled"]
     rows = []
     for norm in args.norm:
         seconds = race(contenders, norm, data, args.batch_size, args.device, args.rounds)
         rows += rows_of(norm, seconds, len(data.train_labels))
         print("\n" + pd.DataFrame(rows[-len(contenders) :]).to_string(index=False))
-        print(f"loader's share of training with augmentation: {loaders_share(seconds)} %", flush=True)
+        if {"loader alone, augmentation", "kit, augmentation"} <= seconds.keys():
+            print(f"loader's share of training with augmentation: {loaders_share(seconds)} %", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 

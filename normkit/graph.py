@@ -1,0 +1,203 @@
+"""A training step on CUDA in one launch: forward pass, loss and backward pass, kept as a CUDA graph.
+
+A step of the kit's network is some 300 small operations. Python takes three times as long to start them one by one as
+the GPU to do them; a graph is started at once, by one call.
+"""
+
+import collections
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from normkit.device import autocast
+from normkit.fused.inspection import Inspection, tensors_of
+from normkit.fused.legality import of_call, of_code
+from normkit.fused.loss import is_plain_step
+from normkit.randomness import generators_preserved
+
+DEVICE = "cuda"
+MOST = 4  # graphs that are kept, each with the memory of its activations
+
+
+class Graphed(nn.Module):
+    """Calls the model, or what it was compiled to, and keeps the graphs of its training steps, for GraphedLoss.
+
+    reason: why there can be no graph, in words, or None.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.training = getattr(model, "training", False)
+        self.compiled = []  # one Compiled of the model, or none; in a list, as each parameter is to have one name alone
+        self.graphs = collections.OrderedDict()  # the latest last; of None where there was one batch alone
+        self.inspection = Inspection(model, DEVICE)
+        self.reason = self.inspection.reason or next(of_code(), None)
+        if self.reason is None and not torch.get_device_module(DEVICE).is_available():
+            self.reason = "there is no CUDA device"
+
+    def __getstate__(self):  # for copies and pickles, which make graphs of their own
+        return self.__dict__ | {"inspection": None, "graphs": collections.OrderedDict()}
+
+    def forward(self, images):
+        compiled = self.compiled if self.training else []  # to compile evaluation takes longer than to evaluate
+        return (compiled or [self.model])[0](images)
+
+    def inspect(self):
+        """Returns an Inspection of the network as it is now; graphs of what it was before are given up."""
+        if self.inspection is None or not self.inspection.is_current():
+            self.graphs.clear()
+            self.inspection = Inspection(self.model, DEVICE)
+        return self.inspection
+
+
+class GraphedLoss:
+    """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a graph.
+
+    The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
+    nothing. Where a graph might give another result, or somebody watches the step, forward returns None, None and has
+    done nothing.
+    """
+
+    def __init__(self, network, criterion, dtype):
+        self.network, self.criterion, self.dtype, self.graph = network, criterion, dtype, None
+
+    def forward(self, images, labels):
+        """Returns logits (N, K) and the mean loss of images (N, 3, H, W) and labels, int64 (N,); not to be kept."""
+        graph = self.find_graph(images, labels)
+        if graph is None:
+            return None, None
+        self.graph = graph
+        return graph.launch(images, labels)
+
+    @torch.no_grad()
+    def backward(self):
+        """Adds the gradients of forward's loss to .grad, and returns whether there was one."""
+        if self.graph is None:
+            return False
+        graph, self.graph = self.graph, None
+        gradients = torch._foreach_mul(graph.gradients, 1)  # the next step writes to the same places
+        for parameter, gradient in zip(graph.parameters, gradients):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return True
+
+    def find_graph(self, images, labels):
+        """Returns the StepGraph of such a batch, or None where PyTorch has to compute it step by step."""
+        network = self.network
+        if not isinstance(network, Graphed) or network.reason is not None:
+            return None
+        inspection = network.inspect()
+        if inspection.reason is not None or any(True for condition in (of_code, of_call) for _ in condition()):
+            return None
+        parameters = inspection.parameters
+        if not are_plain(images, labels, parameters[0].device) or not is_plain_step(self.criterion, images, parameters):
+            return None
+        graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, settings())
+        seen, graph = key in graphs, graphs.pop(key, None)
+        if seen and (graph is None or not graph.is_current()):
+            try:
+                graph = StepGraph(network, inspection, images, labels, self.dtype)
+            except Exception as error:  # CUDA, cuDNN and what compiled the model each have errors of their own
+                network.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"No CUDA graph, goes on step by step. {network.reason}", flush=True)
+                return None
+        graphs[key] = graph
+        while len(graphs) > MOST:
+            graphs.popitem(last=False)
+        return graph
+
+
+class StepGraph:
+    """What a training step does up to the gradients, recorded for batches of one shape."""
+
+    def __init__(self, network, inspection, images, labels, dtype):
+        self.tensors = tensors_of(inspection.modules)
+        self.addresses = addresses_of(self.tensors)
+        self.images, self.labels, self.dtype = images.clone(), labels.clone(), dtype
+        # Parameters of its own, in the same memory: autograd joins a recording with every stream on which a parameter
+        # was used before, as long as somebody keeps a loss of that, and only what is recorded may be joined.
+        aliases = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in network.parameters()}
+        named = {name: aliases[id(each)] for name, each in network.named_parameters()}
+        self.parameters = [each for each in inspection.parameters if each.requires_grad]
+        inputs = [aliases[id(each)] for each in self.parameters]
+        self.record(network, named, inputs)
+
+    def record(self, network, named, inputs):
+        """Records a step; the weights, running statistics and generators stay as they are."""
+        device = self.images.device
+        with torch.cuda.device(device), generators_preserved(device):
+            self.warm_up(network, named, inputs)
+            self.graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(device)
+            try:
+                # Other threads, such as a DataLoader's that pins memory, may go on meanwhile.
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self.logits, self.loss, self.gradients = self.compute(network, named, inputs)
+            except Exception:
+                replace_generator(device, state)
+                raise
+
+    def compute(self, network, named, inputs):
+        """Returns logits, loss, gradients."""
+        with autocast(self.images.device, self.dtype):
+            logits = functional_call(network, named, (self.images,)).float()
+        loss = F.cross_entropy(logits, self.labels)
+        gradients = torch.autograd.grad(loss, inputs)
+        return logits.detach(), loss.detach(), gradients
+
+    def warm_up(self, network, named, inputs):
+        """Computes two steps, of which nothing stays, so that what is set up at first use is there."""
+        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.compute(network, named, inputs)
+        current.wait_stream(side)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def is_current(self):
+        """Whether the tensors that were recorded are where they were, and the same of them are trained."""
+        return self.addresses == addresses_of(self.tensors)
+
+    def launch(self, images, labels):
+        """Returns logits and loss of a batch, which the next one overwrites."""
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.logits, self.loss
+
+
+def replace_generator(device, state):
+    """Gives the device a new random generator: one that a recording has failed with believes to be recorded still."""
+    generator = torch.Generator(device)
+    generator.set_state(state)
+    torch.cuda.default_generators[device.index].graphsafe_set_state(generator.graphsafe_get_state())
+
+
+def addresses_of(tensors):
+    return [(each.data_ptr(), each.requires_grad) for each in tensors if each is not None]
+
+
+def are_plain(images, labels, device):
+    """Whether a batch is what a graph takes: dense tensors on the device, int64 (N,) labels."""
+    return all(
+        type(each) is torch.Tensor
+        and each.device == device
+        and each.layout == torch.strided
+        and not (each.is_neg() or each._is_zerotensor())
+        for each in (images, labels)
+    ) and (images.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, images.shape[:1])
+
+
+def settings():
+    """Returns what else decides how PyTorch computes a step."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+    )

@@ -1,0 +1,371 @@
+"""Steps as CUDA graphs: the numbers of a plain loop, or else the plain loop itself.
+
+Without a GPU a stand-in takes a graph's place, which computes what was to be recorded anew at each launch: so all but
+CUDA itself is tested everywhere.
+"""
+
+import collections
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import QUIET, THREE, stand_in
+from torch import nn
+
+import model
+import utils
+from normkit import graph
+from normkit.backend import Compiled, choose_backend, plain_model
+from normkit.graph import Graphed, GraphedLoss, StepGraph
+
+
+class Recomputed:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    def __init__(self, step, *call):
+        self.step, self.call = step, call
+
+    def replay(self):
+        step = self.step
+        if not hasattr(step, "logits"):
+            step.logits, step.loss, step.gradients = step.compute(*self.call)
+        else:
+            for place, value in zip((step.logits, step.loss, *step.gradients), flat(step.compute(*self.call))):
+                place.copy_(value)
+
+
+def flat(outputs):
+    logits, loss, gradients = outputs
+    return logits, loss, *gradients
+
+
+def recompute(self, *call):
+    self.graph = Recomputed(self, *call)
+
+
+@pytest.fixture
+def device(device, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(graph, "DEVICE", "cpu")
+        monkeypatch.setattr(StepGraph, "record", recompute)
+    # Else two runs of the same on a GPU differ by rounding.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield device
+
+
+@pytest.fixture
+def by_graph(monkeypatch):
+    """Counts the batches that a graph computed (True) and those that went step by step (False)."""
+    counts, backward = collections.Counter(), GraphedLoss.backward
+
+    def counting(self):
+        done = backward(self)
+        counts[done] += 1
+        return done
+
+    monkeypatch.setattr(GraphedLoss, "backward", counting)
+    return counts
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Collects the batch sizes for which a graph was recorded."""
+    sizes, record = [], StepGraph.record
+
+    def recording(self, *call):
+        sizes.append(len(self.images))
+        record(self, *call)
+
+    monkeypatch.setattr(StepGraph, "record", recording)
+    return sizes
+
+
+def loader_of(size, batch_size, device):
+    return utils.get_loaders(stand_in(size, 10), batch_size, device=device)[0]
+
+
+def net_on(device, norm="batch", dropout=0.0):
+    torch.manual_seed(0)
+    return model.Net(norm, dropout=dropout).to(device)
+
+
+def plain_loop(net, loader, optimizer, criterion=F.cross_entropy):
+    net.train()
+    for images, labels in loader:
+        optimizer.zero_grad()
+        criterion(net(images), labels).backward()
+        optimizer.step()
+
+
+def train(net, loader, optimizer, **options):
+    return utils.train(net, loader, optimizer, **{"precision": "float32", "backend": None} | options, **QUIET)
+
+
+def assert_same(net, expected, rtol=1e-2, atol=5e-3):
+    for (name, one), other in zip(net.state_dict().items(), expected.state_dict().values()):
+        if not name.endswith(("conv.bias", "c3.bias", "c6.bias", "running_mean")):  # batch norm subtracts what they add
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def muon(parameters):
+    return utils.build_optimizer(nn.ParameterList(parameters), utils.RECIPES["best"])
+
+
+OPTIMIZERS = {
+    "SGD": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "fused SGD": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3),
+    "Muon": muon,
+}
+
+
+@pytest.mark.parametrize("norm", THREE)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_epochs_are_the_plain_loops(norm, name, device, by_graph, recorded):
+    nets = net_on(device, norm), net_on(device, norm)
+    for net, epoch in zip(nets, (train, plain_loop)):
+        optimizer, loader = OPTIMIZERS[name](net.parameters()), loader_of(37, 8, device)
+        network = Graphed(net) if epoch is train else net
+        for _ in range(2):
+            epoch(network, loader, optimizer)
+    assert by_graph == {True: 8, False: 2} and recorded == [8, 5]  # the first of each size goes step by step
+    assert_same(*nets)
+
+
+def test_a_loader_whose_batches_all_differ_records_nothing(device, by_graph, recorded):
+    batches = [(torch.randn(n, 3, 8, 8, device=device), torch.arange(n, device=device) % 10) for n in range(1, 12)]
+    network = Graphed(net_on(device))
+    train(network, batches, torch.optim.SGD(network.parameters(), 0.01))
+    assert by_graph == {False: 11} and not recorded and len(network.graphs) == graph.MOST
+
+
+def test_few_graphs_are_kept(device, recorded):
+    batches = [(torch.randn(n, 3, 8, 8, device=device), torch.arange(n, device=device)) for n in range(1, 8)] * 2
+    batches.sort(key=lambda batch: len(batch[0]))
+    network = Graphed(net_on(device, "layer"))
+    train(network, batches, torch.optim.SGD(network.parameters(), 0.01))
+    assert recorded == list(range(1, 8))
+    assert [len(each.images) for each in network.graphs.values()] == [4, 5, 6, 7]
+
+
+CHANGES = {
+    "dropout": lambda net: setattr(net.C4.dropout, "p", 0.5),
+    "momentum of running averages": lambda net: setattr(net.C1.norm, "momentum", 0.5),
+    "a frozen filter": lambda net: net.C5.conv.weight.requires_grad_(False),
+    "weights elsewhere": lambda net: setattr(net.C2.conv.weight, "data", net.C2.conv.weight.data.clone() * 0.5),
+    "a new parameter": lambda net: setattr(net.C2.conv, "bias", nn.Parameter(net.C2.conv.bias.detach() + 0.1)),
+    "statistics elsewhere": lambda net: setattr(net.C7.norm, "running_var", net.C7.norm.running_var + 1),
+    "a norm in evaluation": lambda net: net.C3.norm.eval(),
+    "a forward hook": lambda net: net.C3.register_forward_hook(lambda module, args, output: output * 0.5),
+    "a hook of a gradient": lambda net: net.C3.conv.weight.register_hook(lambda gradient: gradient * 0.5),
+    "another norm": lambda net: setattr(net.C4, "norm", nn.InstanceNorm2d(32).to(net.C10.weight.device)),
+    "another convolution": lambda net: setattr(net.C8, "conv", copy.deepcopy(net.C9.conv)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_between_steps_is_followed(name, device):
+    """A loader that changes the network in mid-epoch stands for whoever does so."""
+    losses = []
+    for wrap in (Graphed, lambda net: net):
+        net = net_on(device)
+        network, optimizer = wrap(net), torch.optim.SGD(net.parameters(), 0.02)
+        batches = list(loader_of(64, 8, device))
+
+        class Changing:
+            def __len__(self):
+                return len(batches)  # noqa: B023
+
+            def __iter__(self):
+                yield from batches[:4]  # noqa: B023
+                torch.manual_seed(1)
+                CHANGES[name](net)  # noqa: B023
+                yield from batches[4:]  # noqa: B023
+
+        losses.append(train(network, Changing(), optimizer).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def doubled(logits, labels):
+    return 2 * F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(label_smoothing=0.2), doubled])
+def test_another_criterion_goes_step_by_step(criterion, device, by_graph):
+    nets = net_on(device, "group"), net_on(device, "group")
+    train(Graphed(nets[0]), loader_of(24, 8, device), torch.optim.SGD(nets[0].parameters(), 0.01), criterion=criterion)
+    plain_loop(nets[1], loader_of(24, 8, device), torch.optim.SGD(nets[1].parameters(), 0.01), criterion)
+    assert by_graph == {False: 3}
+    assert_same(*nets)
+
+
+class Remembering(torch.optim.SGD):
+    """Goes along the gradients of the step before as well, and adds to what is in .grad."""
+
+    kept = ()
+
+    def zero_grad(self, set_to_none=False):
+        super().zero_grad(set_to_none=False)
+
+    def step(self, closure=None):
+        parameters = self.param_groups[0]["params"]
+        with torch.no_grad():
+            for parameter, before in zip(parameters, self.kept):
+                parameter.add_(before, alpha=-0.005)
+        self.kept = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = parameter.grad.clone()
+        return super().step(closure)
+
+
+def test_gradients_belong_to_whoever_keeps_them(device, by_graph):
+    nets = net_on(device, "layer"), net_on(device, "layer")
+    losses = []
+    for net, network in zip(nets, (Graphed(nets[0]), nets[1])):
+        optimizer, batches = Remembering(net.parameters(), 0.01), loader_of(40, 8, device)
+        losses.append(train(network, batches, optimizer).loss)
+    assert by_graph == {True: 4, False: 1}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert_same(*nets)
+
+
+def test_what_cannot_be_recorded_goes_on_step_by_step(device, monkeypatch, capsys):
+    """As when an operation has to wait for the GPU."""
+    cross_entropy = F.cross_entropy
+
+    def waiting(logits, labels):
+        loss = cross_entropy(logits, labels)
+        if device.type == "cpu":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        loss.item()
+        return loss
+
+    def record(self, *call):
+        with monkeypatch.context() as patch:
+            patch.setattr(graph.F, "cross_entropy", waiting)
+            if device.type == "cpu":
+                self.compute(*call)
+            patch.setattr(StepGraph, "warm_up", lambda *args: None)
+            original(self, *call)
+
+    original = StepGraph.record
+    monkeypatch.setattr(StepGraph, "record", record)
+    dropout = 0.1 if device.type == "cuda" else 0  # the stand-in does not give back what it has drawn
+    nets = net_on(device, dropout=dropout), net_on(device, dropout=dropout)
+    network, losses = Graphed(nets[0]), []
+    for net, each in zip(nets, (network, nets[1])):
+        torch.manual_seed(0)
+        losses.append(train(each, loader_of(40, 8, device), torch.optim.SGD(net.parameters(), 0.01)).loss)
+    printed = capsys.readouterr().out
+    assert printed.count("No CUDA graph, goes on step by step. ") == 1 and "captur" in printed
+    assert "captur" in network.reason and not any(network.graphs.values())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_dropout_and_statistics_go_on_as_without_graphs(device):
+    """Recording draws no random number and moves no running average."""
+    states, ends = [], []
+    for wrap in (Graphed, lambda net: net):
+        net = net_on(device, dropout=0.3)
+        train(wrap(net), loader_of(50, 8, device), torch.optim.SGD(net.parameters(), 0.0))
+        states.append({name: each for name, each in net.state_dict().items() if "running" in name or "num_" in name})
+        ends.append(torch.rand(3, device=device))
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+    assert torch.equal(*ends)
+
+
+def test_evaluation_and_copies(device):
+    net = net_on(device, dropout=0.3)
+    network = Graphed(net)
+    loader, optimizer = list(loader_of(32, 8, device)), torch.optim.SGD(net.parameters(), 0.01)
+    train(network, loader, optimizer)
+    logits, _ = utils.predict(network, loader, backend=None, precision="float32")
+    expected, _ = utils.predict(net, loader, backend="eager", precision="float32")
+    torch.testing.assert_close(logits, expected)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert not twin.graphs and twin.reason is None
+        before = [each.clone() for each in net.parameters()]
+        train(twin, loader, torch.optim.SGD(twin.parameters(), 0.01))
+        assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_a_compiled_step_is_recorded_and_the_parameters_stay(device, monkeypatch, by_graph):
+    compile, calls = torch.compile, []
+
+    def counting(traced, inputs):
+        calls.append(len(inputs))
+        return traced.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **how: compile(model, backend=counting, **how))
+    nets = net_on(device), net_on(device)
+    network, parameters = Graphed(nets[0]), list(nets[0].parameters())
+    network.compiled.append(Compiled(nets[0], in_graphs=True))
+    train(network, loader_of(32, 8, device), torch.optim.SGD(nets[0].parameters(), 0.01))
+    assert by_graph == {True: 3, False: 1} and len(calls) == 1  # what is recorded is not compiled once more
+    assert all(one is other for one, other in zip(parameters, nets[0].parameters(), strict=True))
+    plain_loop(nets[1], loader_of(32, 8, device), torch.optim.SGD(nets[1].parameters(), 0.01))
+    assert_same(*nets)
+    utils.predict(network, loader_of(32, 8, device), backend=None)
+    assert len(calls) == 1  # evaluation runs the modules
+
+
+def test_no_graph_says_why(device):
+    assert "Sequential" in Graphed(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).to(device)).reason
+    assert "is a InstanceNorm2d" in Graphed(change(net_on(device), "another norm")).reason
+    assert Graphed(net_on(device)).reason is None
+    assert "is on meta" in Graphed(net_on(torch.device("meta"))).reason
+
+
+def change(net, name):
+    CHANGES[name](net)
+    return net
+
+
+# --------------------------------------------------------------------------------- with a GPU
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@GPU
+def test_the_backend_on_a_gpu():
+    net = net_on("cuda")
+    network, line = choose_backend("auto", net)
+    assert isinstance(network, Graphed) and line == "CUDA graphs of PyTorch's modules" and plain_model(network) is net
+    assert choose_backend("auto", network)[0] is network
+    assert choose_backend("eager", network)[0] is net
+    compiled, line = choose_backend("compile", network)
+    assert isinstance(compiled.compiled[0], Compiled) and line == "torch.compile, in CUDA graphs of whole steps"
+    assert choose_backend("auto", compiled)[0] is compiled and plain_model(compiled) is net
+    other = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).cuda()
+    network, line = choose_backend("auto", other)
+    assert network is other and line.startswith("eager: PyTorch's modules (no CUDA graphs: the model is a Sequential")
+
+
+@GPU
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("recipe", ["classic", "best"])
+def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(backend, recipe, data, norm, tmp_path):
+    how = {"recipe": recipe, "batch_size": 16, "device": "cuda", "backend": backend, **QUIET}
+    whole = utils.run(norm, data, 3, checkpoint=tmp_path / "whole", **how).history
+
+    def stop(history):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    utils.run(norm, data, 3, checkpoint=tmp_path / "parts", on_epoch=stop, **how)
+    parts = utils.run(norm, data, 3, checkpoint=tmp_path / "parts", **how).history
+    for one, other in zip(whole, parts, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=2e-2)
+        assert one["test_loss"] == pytest.approx(other["test_loss"], rel=5e-2)
+
+
+@GPU
+@pytest.mark.slow
+def test_a_compiled_step_in_a_graph_has_the_metrics_of_the_modules(norm, data):
+    how = {"epochs": 2, "batch_size": 66, "device": "cuda", "dropout": 0, "precision": "float32", **QUIET}
+    runs = [utils.run(norm, data.first(198, 66), backend=backend, **how).history for backend in ("compile", "eager")]
+    for one, other in zip(*runs, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
