@@ -164,7 +164,7 @@ def train(
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
             images = checks.check_images(images, device, dtype)
-            logits, loss = fast.forward(images, labels)
+            logits, labels, loss = fast.forward(images, labels)
             if loss is None:
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)

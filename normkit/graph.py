@@ -14,7 +14,7 @@ from torch.func import functional_call
 from normkit.device import autocast
 from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
-from normkit.fused.loss import is_plain_step
+from normkit.fused.loss import are_classes, are_labels, is_plain_step
 from normkit.randomness import generators_preserved
 
 DEVICE = "cuda"
@@ -57,20 +57,21 @@ class GraphedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a graph.
 
     The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
-    nothing. Where a graph might give another result, or somebody watches the step, forward returns None, None and has
-    done nothing.
+    nothing. Where a graph might give another result, or somebody watches the step, forward returns None for logits and
+    loss and has done nothing.
     """
 
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.graph = network, criterion, dtype, None
+        self.labels_checked = False
 
     def forward(self, images, labels):
-        """Returns logits (N, K) and the mean loss of images (N, 3, H, W) and labels, int64 (N,); not to be kept."""
-        graph = self.find_graph(images, labels)
-        if graph is None:
-            return None, None
-        self.graph = graph
-        return graph.launch(images, labels)
+        """Returns logits (N, K), labels and the mean loss of images (N, 3, H, W) and labels, int64 (N,).
+
+        They lie on the network's device, and the next step overwrites them.
+        """
+        self.graph = self.find_graph(images, labels)
+        return (None, labels, None) if self.graph is None else self.graph.launch(images, labels)
 
     @torch.no_grad()
     def backward(self):
@@ -94,6 +95,10 @@ class GraphedLoss:
         parameters = inspection.parameters
         if not are_plain(images, labels, parameters[0].device) or not is_plain_step(self.criterion, images, parameters):
             return None
+        if labels.is_cpu or not self.labels_checked:  # on a GPU in the first batch alone, as one has to wait for it
+            if not are_classes(labels, inspection.classes):
+                return None
+            self.labels_checked = True
         graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, settings())
         seen, graph = key in graphs, graphs.pop(key, None)
         if seen and (graph is None or not graph.is_current()):
@@ -115,7 +120,7 @@ class StepGraph:
     def __init__(self, network, inspection, images, labels, dtype):
         self.tensors = tensors_of(inspection.modules)
         self.addresses = addresses_of(self.tensors)
-        self.images, self.labels, self.dtype = images.clone(), labels.clone(), dtype
+        self.images, self.labels, self.dtype = images.clone(), labels.to(images.device, copy=True), dtype
         # Parameters of its own, in the same memory: autograd joins a recording with every stream on which a parameter
         # was used before, as long as somebody keeps a loss of that, and only what is recorded may be joined.
         aliases = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in network.parameters()}
@@ -134,7 +139,7 @@ class StepGraph:
                 # Other threads, such as a DataLoader's that pins memory, may go on meanwhile.
                 with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self.logits, self.loss, self.gradients = self.compute(network, named, inputs)
-            except Exception:
+            except BaseException:  # an interrupt, too
                 replace_generator(device, state)
                 raise
 
@@ -164,11 +169,11 @@ class StepGraph:
         return self.addresses == addresses_of(self.tensors)
 
     def launch(self, images, labels):
-        """Returns logits and loss of a batch, which the next one overwrites."""
+        """Returns logits, labels and loss of a batch, which the next one overwrites."""
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
-        return self.logits, self.loss
+        return self.logits, self.labels, self.loss
 
 
 def replace_generator(device, state):
@@ -183,21 +188,20 @@ def addresses_of(tensors):
 
 
 def are_plain(images, labels, device):
-    """Whether a batch is what a graph takes: dense tensors on the device, int64 (N,) labels."""
-    return all(
-        type(each) is torch.Tensor
-        and each.device == device
-        and each.layout == torch.strided
-        and not (each.is_neg() or each._is_zerotensor())
-        for each in (images, labels)
-    ) and (images.dtype, labels.dtype, labels.shape) == (torch.float32, torch.int64, images.shape[:1])
+    """Whether a batch is what a graph takes: float32 images on the device, int64 (N,) labels there or on the CPU."""
+    return (
+        type(images) is torch.Tensor
+        and (images.dtype, images.device, images.layout) == (torch.float32, device, torch.strided)
+        and not (images.is_neg() or images._is_zerotensor())
+        and are_labels(labels, len(images))
+        and (labels.is_cpu or labels.device == device)
+    )
 
 
 def settings():
     """Returns what else decides how PyTorch computes a step."""
-    cudnn = torch.backends.cudnn
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision),
+        (torch.are_deterministic_algorithms_enabled(), matmul.allow_bf16_reduced_precision_reduction),
     )

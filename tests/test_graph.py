@@ -135,6 +135,41 @@ def test_epochs_are_the_plain_loops(norm, name, device, by_graph, recorded):
     assert_same(*nets)
 
 
+def test_a_loader_of_batches_on_the_cpu(device, by_graph):
+    nets = net_on(device, "group"), net_on(device, "group")
+    batches = [(images.cpu(), labels.cpu()) for images, labels in loader_of(32, 8, device)]
+    metrics = [train(net, batches, torch.optim.SGD(net.parameters(), 0.01)) for net in (Graphed(nets[0]), nets[1])]
+    assert by_graph == {True: 3, False: 1} and metrics[0].correct == metrics[1].correct
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("where", ["cpu", "device"])
+@pytest.mark.parametrize("wrong", [-1, 10])
+def test_a_label_that_is_no_class_is_an_error(where, wrong, device):
+    """On a GPU labels are looked at in the first batch; here that is of a second epoch, so that there is a graph."""
+    network = Graphed(net_on(device))
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4).to(device if where == "device" else "cpu")
+    train(network, [(images, labels)] * 3, optimizer)
+    labels[2] = wrong
+    with pytest.raises(ValueError, match="labels run from .*the network tells 0 to 9 apart"):
+        train(network, [(images, labels)] * 3, optimizer)
+
+
+def test_settings_that_decide_how_a_step_is_computed(device, recorded):
+    """A graph of float32 products is none of TF32's; either of PyTorch's two ways to set that can be read."""
+    network = Graphed(net_on(device))
+    optimizer, batches = torch.optim.SGD(network.parameters(), 0.01), loader_of(32, 8, device)
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for epoch, precision in enumerate(["ieee", "tf32", "ieee"]):
+            matmul.fp32_precision = precision
+            train(network, batches, optimizer)
+            assert len(recorded) == min(epoch + 1, 2)
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_loader_whose_batches_all_differ_records_nothing(device, by_graph, recorded):
     batches = [(torch.randn(n, 3, 8, 8, device=device), torch.arange(n, device=device) % 10) for n in range(1, 12)]
     network = Graphed(net_on(device))

@@ -20,24 +20,24 @@ class FusedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, without autograd.
 
     Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
-    somebody watches it, forward returns None, None and has done nothing.
+    somebody watches it, forward returns None for logits and loss and has done nothing.
     """
 
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.saved = network, criterion, dtype, None
 
     def forward(self, images, labels):
-        """Returns logits (N, K) and the mean loss of images (N, 3, H, W) and labels, int64 (N,)."""
+        """Returns logits (N, K), labels and the mean loss of images (N, 3, H, W) and labels, int64 (N,)."""
         inspection = self.inspect(images, labels)
         if inspection is None:
-            return None, None
+            return None, labels, None
         call = inspection.prepare_call(self.dtype, True, images.shape, True, torch.get_num_threads())
         logits, *saved = forward_pass(call, images.float().contiguous(), inspection.parameters)
         dlogits, loss = torch.empty_like(logits), torch.empty((), dtype=torch.float32, device="cpu")
         tensors = logits, labels.contiguous(), dlogits, loss
         library().functions.cross_entropy(*logits.shape[:2], *[tensor.data_ptr() for tensor in tensors])
         self.saved = call.plan, *saved, dlogits, inspection.parameters  # the inputs, too: structs hold their addresses
-        return logits.flatten(1), loss
+        return logits.flatten(1), labels, loss
 
     @torch.no_grad()
     def backward(self):
@@ -60,7 +60,9 @@ class FusedLoss:
         possible = (
             not (inspection.reason or reason_against(images, inspection.frozen))
             and is_plain_step(self.criterion, images, inspection.parameters)
-            and are_classes(labels, len(images), inspection.classes)
+            and are_labels(labels, len(images))
+            and labels.is_cpu
+            and are_classes(labels, inspection.classes)
         )
         return inspection if possible else None
 
@@ -90,11 +92,16 @@ def is_watched(parameter):
     return parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf
 
 
-def are_classes(labels, N, classes):
-    """Whether labels are int64 (N,) on the CPU, each a class."""
-    if type(labels) is not torch.Tensor or labels.device.type != "cpu" or labels.dtype != torch.int64:
-        return False
-    if labels.shape != (N,) or labels.layout != torch.strided or labels.is_neg() or labels._is_zerotensor():
-        return False
+def are_labels(labels, N):
+    """Whether labels are int64 (N,), in a tensor whose memory holds them."""
+    return (
+        type(labels) is torch.Tensor
+        and (labels.dtype, labels.shape, labels.layout) == (torch.int64, (N,), torch.strided)
+        and not (labels.is_neg() or labels._is_zerotensor())
+    )
+
+
+def are_classes(labels, classes):
+    """Whether each of the labels (N,) is a class; on a GPU one waits for that."""
     low, high = labels.aminmax()
     return 0 <= int(low) and int(high) < classes
