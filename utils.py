@@ -74,14 +74,15 @@ class Loader:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
-        kept = slice(len(self) * B)  # all, or with drop_last the whole batches
-        size = max(1, (64 if self.device.type == "cpu" else 1024) // B) * B  # several small batches at once, in cache
-        for chosen, seen in zip(order[kept].to(self.device).split(size), views[kept].to(self.device).split(size)):
-            images = self.images.index_select(0, chosen)
+        order, views = (each[: len(self) * B].to(self.device) for each in (order, views))
+        # Gathered for several small batches at once, as far as a processor's cache reaches.
+        some = max(1, (64 if self.device.type == "cpu" else 1024) * 32 * 32 // self.views.shape[1] // B) * B
+        for chosen, seen in zip(order.split(some), views.split(some)) if len(order) else ():
+            images, labels = self.images.index_select(0, chosen), self.labels[chosen]
             if self.augment:
                 images = shift_and_flip(images, self.views.index_select(0, seen))
-            images = images.float().sub_(self.mean).mul_(self.scale)
-            yield from zip(images.split(B), self.labels[chosen].split(B))
+            for pixels, classes in zip(images.split(B), labels.split(B)):
+                yield pixels.float().sub_(self.mean).mul_(self.scale), classes
         self.epoch += 1
 
     def set_epoch(self, epoch):
@@ -481,8 +482,7 @@ def run(
         memory_format = choose_memory_format(memory_format, model, device, dtype)
         if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
             model.to(memory_format=memory_format)
-        batch_size = recipe.batch_size
-        train_loader, test_loader = get_loaders(data, batch_size, recipe.augment, device, seed)
+        train_loader, test_loader = get_loaders(data, batch_size := recipe.batch_size, recipe.augment, device, seed)
         test_loader.batch_size = max(batch_size, 64 if device.type == "cpu" else 2000)  # small batches take long
         if self_check or (self_check is None and device.type == "mps"):
             check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))

@@ -5,6 +5,7 @@ the GPU to do them; a graph is started at once, by one call.
 """
 
 import collections
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,10 @@ from normkit.device import autocast
 from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
 from normkit.fused.loss import are_classes, are_labels, is_plain_step
-from normkit.randomness import generators_preserved
 
 DEVICE = "cuda"
 MOST = 4  # graphs that are kept, each with the memory of its activations
+RECORDED = weakref.WeakSet()  # the networks that may have some
 
 
 class Graphed(nn.Module):
@@ -45,6 +46,12 @@ class Graphed(nn.Module):
         compiled = self.compiled if self.training else []  # to compile evaluation takes longer than to evaluate
         return (compiled or [self.model])[0](images)
 
+    def give_up(self, reason):
+        """Goes on without graphs, and says why."""
+        self.reason = reason
+        self.graphs.clear()
+        print(f"No CUDA graph, goes on step by step. {reason}", flush=True)
+
     def inspect(self):
         """Returns an Inspection of the network as it is now; graphs of what it was before are given up."""
         if self.inspection is None or not self.inspection.is_current():
@@ -58,7 +65,7 @@ class GraphedLoss:
 
     The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
     nothing. Where a graph might give another result, or somebody watches the step, forward returns None for logits and
-    loss and has done nothing.
+    loss and has done nothing. (Hooks on autograd's AccumulateGrad nodes cannot be seen.)
     """
 
     def __init__(self, network, criterion, dtype):
@@ -79,7 +86,9 @@ class GraphedLoss:
         if self.graph is None:
             return False
         graph, self.graph = self.graph, None
-        gradients = torch._foreach_mul(graph.gradients, 1)  # the next step writes to the same places
+        # New ones, as the next step writes to the same places; laid out as the parameters are, as autograd does.
+        gradients = [torch.empty_like(parameter) for parameter in graph.parameters]
+        torch._foreach_copy_(gradients, graph.gradients)
         for parameter, gradient in zip(graph.parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return True
@@ -101,13 +110,16 @@ class GraphedLoss:
             self.labels_checked = True
         graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, settings())
         seen, graph = key in graphs, graphs.pop(key, None)
-        if seen and (graph is None or not graph.is_current()):
+        if graph is not None and not graph.is_current():
+            if graph.launches < 2:
+                return network.give_up("its tensors are replaced again and again")
+            graph = None  # whose memory the next one may take
+        if seen and graph is None:
             try:
+                RECORDED.add(network)
                 graph = StepGraph(network, inspection, images, labels, self.dtype)
             except Exception as error:  # CUDA, cuDNN and what compiled the model each have errors of their own
-                network.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                print(f"No CUDA graph, goes on step by step. {network.reason}", flush=True)
-                return None
+                return network.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         graphs[key] = graph
         while len(graphs) > MOST:
             graphs.popitem(last=False)
@@ -121,48 +133,55 @@ class StepGraph:
         self.tensors = tensors_of(inspection.modules)
         self.addresses = addresses_of(self.tensors)
         self.images, self.labels, self.dtype = images.clone(), labels.to(images.device, copy=True), dtype
+        self.launches = 0
         # Parameters of its own, in the same memory: autograd joins a recording with every stream on which a parameter
         # was used before, as long as somebody keeps a loss of that, and only what is recorded may be joined.
         aliases = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in network.parameters()}
-        named = {name: aliases[id(each)] for name, each in network.named_parameters()}
-        self.parameters = [each for each in inspection.parameters if each.requires_grad]
-        inputs = [aliases[id(each)] for each in self.parameters]
-        self.record(network, named, inputs)
+        # Each module once, whatever its names: else functional_call would leave the aliases where it put them.
+        named = {
+            f"{name}.{part}": aliases[id(each)]
+            for name, module in network.named_modules()
+            for part, each in module._parameters.items()
+            if each is not None
+        }
+        self.parameters = [each for each in dict.fromkeys(inspection.parameters) if each.requires_grad]
+        self.record(network, named, [aliases[id(each)] for each in self.parameters])
 
     def record(self, network, named, inputs):
-        """Records a step; the weights, running statistics and generators stay as they are."""
+        """Records a step; the weights, running statistics and the device's generator stay as they are."""
         device = self.images.device
-        with torch.cuda.device(device), generators_preserved(device):
-            self.warm_up(network, named, inputs)
-            self.graph, state = torch.cuda.CUDAGraph(), torch.cuda.get_rng_state(device)
+        state, buffers = torch.cuda.get_rng_state(device), [(buffer, buffer.clone()) for buffer in network.buffers()]
+        with torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
             try:
-                # Other threads, such as a DataLoader's that pins memory, may go on meanwhile.
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self.logits, self.loss, self.gradients = self.compute(network, named, inputs)
-            except BaseException:  # an interrupt, too
-                replace_generator(device, state)
-                raise
+                with torch.cuda.stream(side):
+                    for _ in range(2):  # so that what is set up at first use is there
+                        self.compute(network, named, inputs)
+                    self.capture(network, named, inputs, side, state)
+            finally:
+                current.wait_stream(side)
+                torch.cuda.set_rng_state(state, device)
+                for buffer, before in buffers:
+                    buffer.detach().copy_(before)
+
+    def capture(self, network, named, inputs, stream, state):
+        """Has CUDA write down a step in place of computing it; other threads, such as a DataLoader's, may go on."""
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits, self.loss, self.gradients = self.compute(network, named, inputs)
+        except BaseException:  # an interrupt, too
+            replace_generator(self.images.device, state)
+            raise
 
     def compute(self, network, named, inputs):
         """Returns logits, loss, gradients."""
         with autocast(self.images.device, self.dtype):
-            logits = functional_call(network, named, (self.images,)).float()
+            logits = functional_call(network, named, (self.images,), tie_weights=False).float()
         loss = F.cross_entropy(logits, self.labels)
         gradients = torch.autograd.grad(loss, inputs)
         return logits.detach(), loss.detach(), gradients
-
-    def warm_up(self, network, named, inputs):
-        """Computes two steps, of which nothing stays, so that what is set up at first use is there."""
-        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.compute(network, named, inputs)
-        current.wait_stream(side)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
     def is_current(self):
         """Whether the tensors that were recorded are where they were, and the same of them are trained."""
@@ -170,6 +189,7 @@ class StepGraph:
 
     def launch(self, images, labels):
         """Returns logits, labels and loss of a batch, which the next one overwrites."""
+        self.launches += 1
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
@@ -177,10 +197,15 @@ class StepGraph:
 
 
 def replace_generator(device, state):
-    """Gives the device a new random generator: one that a recording has failed with believes to be recorded still."""
+    """Gives the device a new random generator: one that a recording has failed with believes to be recorded still.
+
+    Graphs draw from the generator that they were recorded with, so all are to be recorded anew.
+    """
     generator = torch.Generator(device)
     generator.set_state(state)
     torch.cuda.default_generators[device.index].graphsafe_set_state(generator.graphsafe_get_state())
+    for network in RECORDED:
+        network.graphs.clear()
 
 
 def addresses_of(tensors):

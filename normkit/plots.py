@@ -296,6 +296,39 @@ def plot_seeds(rows, ax=None):
 
 
 @styled
+def plot_league(rows):
+    """Last-epoch test accuracy of many norms, a line each: runs (dots), their mean and standard deviation (bars).
+
+    rows: of study.run_many. Each recipe, and each value of a setting that was swept as well, has a panel of its own. A
+    run that diverged counts as chance, one image in ten guessed right.
+    """
+    last = last_epochs(rows, "norm", "data")
+    data, seeds = about(last)
+    last, names = separated(last)
+    last = last.fillna({"test_acc": CHANCE})
+    norms = last.groupby("norm", observed=True)["test_acc"].mean().sort_values().index
+    groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
+    size = (5.5 * len(groups), 1.2 + 0.42 * len(norms))
+    figure, axes = subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+    for ax, (group, runs) in zip(axes[0], groups):
+        for norm, each in runs.groupby("norm", observed=True):
+            place, values, color = norms.get_loc(norm), each["test_acc"], colors[norm]
+            ax.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
+            deviation = values.std() if values.count() > 1 else 0.0
+            ax.errorbar(values.mean(), place, xerr=deviation, color=color, fmt="|", markersize=16, capsize=4)
+            text = {"va": "center", "color": color, "fontweight": "bold", "fontsize": 10}
+            end = (max(values.max(), values.mean() + deviation), place)
+            ax.annotate(f"{values.mean():.1f}", end, (9, 0), textcoords="offset points", **text)
+        ax.set_yticks(range(len(norms)), norms)
+        ax.grid(axis="y", visible=False)
+        ax.margins(x=0.14)
+        said = [f"{value} recipe" if name == "recipe" else f"{name} {value}" for name, value in group.items()]
+        ax.set(xlabel="test accuracy, %", title=", ".join(said))
+    figure.suptitle(f"{data}: {seeds}, last epoch")
+    return figure
+
+
+@styled
 def plot_batch_sizes(rows, ax=None):
     """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of study.run_many."""
     ax, last = axes_or_new(ax, (7.5, 4.2)), last_epochs(rows, "norm", "batch_size", "data")

@@ -159,7 +159,8 @@ STUDIES = (
     trials, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates, league
 )  # fmt: skip
 STUDIES = {study.__name__: study for study in STUDIES}
-PICTURES = {study: getattr(plots, f"plot_{study}") for study in ("seeds", "batch_sizes", "groups", "learning_rates")}
+PICTURES = "seeds", "batch_sizes", "groups", "learning_rates", "league"
+PICTURES = {study: getattr(plots, f"plot_{study}") for study in PICTURES}
 
 
 def why(data, batches=34, rates=(0.05, 0.1, 0.2, 0.4)):

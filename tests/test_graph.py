@@ -186,6 +186,55 @@ def test_few_graphs_are_kept(device, recorded):
     assert [len(each.images) for each in network.graphs.values()] == [4, 5, 6, 7]
 
 
+def tie(net):
+    net.C8.conv.weight = net.C9.conv.weight
+    return net
+
+
+def share(net):
+    net.C9.norm, net.head, net.stages = net.C8.norm, net.C10, nn.ModuleList([net.C1, net.C2])
+    return net
+
+
+@pytest.mark.parametrize("change", [tie, share])
+def test_parameters_of_several_names(change, device, recorded):
+    nets = [change(net_on(device, "group")) for _ in range(2)]
+    parameters = list(nets[0].parameters())
+    train(Graphed(nets[0]), loader_of(48, 8, device), torch.optim.SGD(nets[0].parameters(), 0.01))
+    plain_loop(nets[1], loader_of(48, 8, device), torch.optim.SGD(nets[1].parameters(), 0.01))
+    assert all(one is other for one, other in zip(parameters, nets[0].parameters(), strict=True)) and recorded == [8]
+    assert_same(*nets, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_are_laid_out_as_their_parameters(fused, device):
+    """Of images in another layout, which the convolutions' gradients take from them."""
+    nets = net_on(device, "layer"), net_on(device, "layer")
+    batches = [(images.to(memory_format=torch.channels_last), labels) for images, labels in loader_of(48, 8, device)]
+    train(Graphed(nets[0]), batches, torch.optim.SGD(nets[0].parameters(), 0.01, momentum=0.9, fused=fused))
+    plain_loop(nets[1], batches, torch.optim.SGD(nets[1].parameters(), 0.01, momentum=0.9))
+    assert all(each.grad.stride() == each.stride() for each in nets[0].parameters())
+    assert_same(*nets, rtol=1e-4, atol=1e-5)
+
+
+class Replacing(torch.optim.SGD):
+    """Puts new tensors in place of the weights at each step."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter.data - 0.01 * parameter.grad
+
+
+def test_a_graph_that_no_step_would_use_again_is_not_recorded_again(device, recorded, capsys):
+    nets = net_on(device, "layer"), net_on(device, "layer")
+    network = Graphed(nets[0])
+    train(network, loader_of(48, 8, device), Replacing(nets[0].parameters(), 0.01))
+    plain_loop(nets[1], loader_of(48, 8, device), torch.optim.SGD(nets[1].parameters(), 0.01))
+    assert recorded == [8] and "replaced again and again" in network.reason
+    assert capsys.readouterr().out == f"No CUDA graph, goes on step by step. {network.reason}\n"
+    assert_same(*nets, rtol=1e-4, atol=1e-5)
+
+
 CHANGES = {
     "dropout": lambda net: setattr(net.C4.dropout, "p", 0.5),
     "momentum of running averages": lambda net: setattr(net.C1.norm, "momentum", 0.5),
@@ -275,7 +324,7 @@ def test_what_cannot_be_recorded_goes_on_step_by_step(device, monkeypatch, capsy
         loss = cross_entropy(logits, labels)
         if device.type == "cpu":
             raise RuntimeError("operation not permitted when stream is capturing")
-        loss.item()
+        loss.item()  # while warming up, too, and only then allowed
         return loss
 
     def record(self, *call):
@@ -283,7 +332,6 @@ def test_what_cannot_be_recorded_goes_on_step_by_step(device, monkeypatch, capsy
             patch.setattr(graph.F, "cross_entropy", waiting)
             if device.type == "cpu":
                 self.compute(*call)
-            patch.setattr(StepGraph, "warm_up", lambda *args: None)
             original(self, *call)
 
     original = StepGraph.record

@@ -104,3 +104,23 @@ def test_unknown_device(data):
     for device in ("tpu", "cuda:99" if not torch.cuda.is_available() else "mps"):
         with pytest.raises(ValueError, match=f"{device}.*choose .*cpu"):
             utils.get_loaders(data, device=device)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("augment", [True, False])
+def test_batches_are_tensors_of_their_own(data, batch_size, augment):
+    """Whoever changes one in place, or lets gradients in, changes no other, though several are gathered at once."""
+    loader = utils.get_loaders(data.first(60), batch_size, augment, device="cpu")[0]
+    expected = [images for images, _ in loader]
+    loader.set_epoch(0)
+    noise = torch.nn.Parameter(torch.ones(3, 16, 16))
+    for (images, _), before in zip(loader, expected, strict=True):
+        assert torch.equal(images, before) and images.untyped_storage().nbytes() == images.nbytes
+        images += noise
+        images.detach_().resize_(70, 3, 16, 16).zero_()
+
+
+def test_a_loader_that_has_become_empty_yields_nothing(data):
+    loader = utils.get_loaders(data.first(40), 8, device="cpu")[0]
+    loader.drop_last, loader.batch_size = True, 100
+    assert len(loader) == 0 and list(loader) == []

@@ -288,6 +288,20 @@ def test_learning_rates_show_which_runs_diverged():
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0.01", "1"] and "2 seeds each" in ax.get_title()
 
 
+def test_the_league_has_a_panel_for_each_recipe_and_the_best_norm_on_top():
+    rows = study(norm=["none", "batch", "ghost"], recipe=["classic", "best"], seed=range(3))
+    places = {"none": 20.0, "batch": 80.0, "ghost": 50.0}
+    rows["test_acc"] = rows["norm"].astype(str).map(places) + rows["seed"].astype(int)
+    rows.loc[(rows["norm"] == "none") & (rows["seed"] == 0), "test_acc"] = None
+    classic, best = plots.plot_league(rows).axes
+    assert [text.get_text() for text in classic.get_yticklabels()] == ["none", "ghost", "batch"]
+    assert (classic.get_title(), best.get_title()) == ("classic recipe", "best recipe")
+    for ax in (classic, best):
+        assert sorted(text.get_text() for text in ax.texts) == ["17.7", "51.0", "81.0"]  # (10 + 21 + 22) / 3
+        dots = {tuple(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"}
+        assert dots == {(10, 21, 22), (50, 51, 52), (80, 81, 82)}
+
+
 SETTINGS = [
     {"figure.autolayout": True},
     {"figure.constrained_layout.use": True},
