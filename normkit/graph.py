@@ -1,7 +1,7 @@
 """A training step on CUDA in one launch: forward pass, loss and backward pass, kept as a CUDA graph.
 
-A step of the kit's network is some 300 small operations. Python takes three times as long to start them one by one as
-the GPU to do them; a graph is started at once, by one call.
+A step of the kit's network is some 300 small operations. Python takes seven times as long to start them one by one as
+an H200 to do them; a graph is started at once, by one call.
 """
 
 import collections
@@ -17,7 +17,7 @@ from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
 from normkit.fused.loss import are_classes, are_labels, is_plain_step
 
-DEVICE = "cuda"
+DEVICE = "cuda"  # the kind of device that graphs are for
 MOST = 4  # graphs that are kept, each with the memory of its activations
 RECORDED = weakref.WeakSet()  # the networks that may have some
 

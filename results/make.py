@@ -209,8 +209,10 @@ anatomy.plot_norm_sets(layers).savefig("results/norms.png")
 def pack_picture(data):
     """Makes the PNG of an output as small as it can be without loss."""
     if "image/png" in data:
-        packed = io.BytesIO()
-        Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).save(packed, "PNG", optimize=True)
+        picture, packed = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))), io.BytesIO()
+        if picture.mode == "RGBA" and picture.getextrema()[3] == (255, 255):
+            picture = picture.convert("RGB")
+        picture.save(packed, "PNG", optimize=True)
         data["image/png"] = base64.b64encode(packed.getvalue()).decode()
 
 

@@ -164,7 +164,26 @@ def test_the_league_of_norms():
             assert cell == " / ".join(f"{accuracy:.1f}" for accuracy in of_norm["test_acc"])
         kernel = (last.loc[last["norm"] == norm, "backend"] == "fused").all()
         assert time == f"{seconds[norm]:.0f}, {'kernel' if kernel else 'modules'}"
-    assert f"{len(last)} of the study's 54 runs" in RESULTS and f"{len(last)} of its 54 runs" in RESULTS
+    assert len(last) == 54 and set(last.groupby(["norm", "recipe"]).size()) == {3}
+    classic, best = (
+        last[last["recipe"] == recipe].groupby("norm")["test_acc"].mean() for recipe in ("classic", "best")
+    )
+    lead, regained = classic["batch"] - classic["group"], classic["standardised"] - classic["group"]
+    missing = classic["batch"] - classic["none"], best["batch"] - best["none"]
+    said = " ".join(RESULTS.split())
+    assert f"is {lead:.1f} points ahead of group norm, standardised filters make up for {regained:.1f} of them" in said
+    assert f"costs {missing[0]:.1f} points with the classic recipe" in said and f"and {missing[1]:.1f} with" in said
+    assert abs(classic["batch"] - classic["ghost"]) < 0.3  # "within 0.3 points"
+    near = ["ghost", "standardised", "group", "layer", "RMS"]
+    assert (best["batch"] - best[near]).between(0, 1).all()  # "within a point"
+    assert not (best["batch"] - best.drop(["batch", *near])).between(0, 1).any()
+    assert abs(classic["RMS"] - classic["layer"]) < 1 > abs(best["RMS"] - best["layer"])  # "its equal"
+    cells = text_between("## More norms", "## Your own model")
+    assert f"bring group norm {regained:.1f} of batch norm's {lead:.1f} points" in cells
+    assert f"Having none costs {missing[1]:.1f} points" in cells
+    readme = " ".join(README.split())
+    assert "bring group norm most of that lead" in readme and regained > lead / 2
+    assert "no norm costs seven points" in readme and round(missing[1]) == 7
 
 
 def test_what_is_said_of_batch_sizes_and_groups():
