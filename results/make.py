@@ -115,6 +115,15 @@ def batch_rates(data):
     return [run | settings for settings in scaled for run in grid(norm=NORMS, epochs=3)], train_val_split(data)
 
 
+def trials_by_norm(data):
+    """Trials for each norm by itself, of the whole length, on training images held out: warm-up, rates, batch size."""
+    best = {"recipe": "best", "epochs": 20}
+    higher = {"warmup": 0.05, "lr": 0.1, "adamw_lr": 0.03}
+    tried = [{"warmup": 0.05}, higher, *[{"warmup": 0.05} | at_batch_size(size, 0.5) for size in (64, 32)], {}]
+    runs = [run | best | changes for seed in (0, 1) for changes in tried for run in grid(seed=seed, norm=NORMS)]
+    return runs, train_val_split(data)
+
+
 def batch_sizes(data):
     """Wu and He's question, with the classic recipe: its learning rate in proportion to the batch size.
 
@@ -156,7 +165,7 @@ def league(data):
 
 
 STUDIES = (
-    trials, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates, league
+    trials, trials_by_norm, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates, league
 )  # fmt: skip
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = "seeds", "batch_sizes", "groups", "learning_rates", "league"

@@ -155,6 +155,13 @@ def test_the_table_of_rates_by_batch_size():
             assert said == pytest.approx(of_size.loc[of_size["norm"] == norm, "test_acc"].tolist(), abs=0.051)
 
 
+def test_how_long_the_studies_took():
+    for name, _, _, hours in table_in(RESULTS, "| name | what | rows"):
+        studies = [study for study in re.findall(r"`(\w+)`", name) if study not in ("notebook", "why")]
+        for study, said in zip(studies, hours.split(", ")):
+            assert float(said) == pytest.approx(rows_of(study)["seconds"].sum() / 3600, abs=0.051)
+
+
 def test_the_league_of_norms():
     rows = rows_of("league")
     last, seconds = rows[rows["epoch"] == 4], rows.groupby("norm")["seconds"].min()
