@@ -165,7 +165,8 @@ def league(data):
 
 
 STUDIES = (
-    trials, trials_by_norm, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups, learning_rates, league
+    trials, trials_by_norm, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups,
+    learning_rates, league
 )  # fmt: skip
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = "seeds", "batch_sizes", "groups", "learning_rates", "league"
