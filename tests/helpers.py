@@ -1,5 +1,6 @@
 """What several files of tests share."""
 
+import collections
 import dataclasses
 import functools
 import random
@@ -49,6 +50,19 @@ def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
     """utils.fit with plain SGD unless told otherwise, and in silence."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
     return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
+
+
+def count_backward(kind, monkeypatch):
+    """Counts, of the batches, those that kind, FusedLoss or GraphedLoss, computed (True) and those it left (False)."""
+    counts, backward = collections.Counter(), kind.backward
+
+    def counting(self):
+        done = backward(self)
+        counts[done] += 1
+        return done
+
+    monkeypatch.setattr(kind, "backward", counting)
+    return counts
 
 
 def everything(loader):

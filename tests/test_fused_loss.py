@@ -1,13 +1,12 @@
 """The loss and its gradients without autograd: the numbers of a plain loop, or else the plain loop itself."""
 
-import collections
 import copy
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, THREE, stand_in
+from helpers import QUIET, THREE, count_backward, stand_in
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -21,16 +20,7 @@ pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel
 
 @pytest.fixture
 def by_kernel(monkeypatch):
-    """Counts, of the batches, those that were computed without autograd (True) and with it (False)."""
-    counts, backward = collections.Counter(), FusedLoss.backward
-
-    def counting(self):
-        done = backward(self)
-        counts[done] += 1
-        return done
-
-    monkeypatch.setattr(FusedLoss, "backward", counting)
-    return counts
+    return count_backward(FusedLoss, monkeypatch)
 
 
 def plain_loop(net, loader, optimizer, scheduler=None, criterion=F.cross_entropy):

@@ -4,7 +4,6 @@ Without a GPU a stand-in takes a graph's place, which computes what was to be re
 CUDA itself is tested everywhere.
 """
 
-import collections
 import copy
 import functools
 import pickle
@@ -12,7 +11,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, THREE, stand_in
+from helpers import QUIET, THREE, count_backward, stand_in
 from torch import nn
 
 import model
@@ -58,16 +57,7 @@ def device(device, monkeypatch):
 
 @pytest.fixture
 def by_graph(monkeypatch):
-    """Counts the batches that a graph computed (True) and those that went step by step (False)."""
-    counts, backward = collections.Counter(), GraphedLoss.backward
-
-    def counting(self):
-        done = backward(self)
-        counts[done] += 1
-        return done
-
-    monkeypatch.setattr(GraphedLoss, "backward", counting)
-    return counts
+    return count_backward(GraphedLoss, monkeypatch)
 
 
 @pytest.fixture
