@@ -155,6 +155,14 @@ def test_the_table_of_rates_by_batch_size():
             assert said == pytest.approx(of_size.loc[of_size["norm"] == norm, "test_acc"].tolist(), abs=0.051)
 
 
+def test_the_further_trials():
+    last = last_epochs(rows_of("trials_by_norm"))
+    assert f"{len(last)} of its 30 runs" in RESULTS
+    table = table_in(RESULTS[RESULTS.index("Further trials, each norm by itself") :], "| settings")
+    cells = [cell for line in table for cell in line[1:] if cell]
+    assert cells == [f"{run.test_acc:.2f} / {run.test_loss:.3f}" for run in last.itertuples()]
+
+
 def test_how_long_the_studies_took():
     for name, _, _, hours in table_in(RESULTS, "| name | what | rows"):
         studies = [study for study in re.findall(r"`(\w+)`", name) if study not in ("notebook", "why")]
