@@ -27,6 +27,7 @@ from normkit.synthetic import make_synthetic
 
 NORMS = list(model.NORMS)
 THREE = ["batch", "group", "layer"]  # that the kit compares, whatever else is in NORMS
+PICTURES = 19  # that the notebook shows, beside one for each norm
 QUIET = {"progress": False}
 AUTO_LINE = "fused: one kernel for the whole network"  # of a network in float32 on the CPU
 if library().reason is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from helpers import notebook_on_few_images
+from helpers import PICTURES, notebook_on_few_images
 from nbconvert import PythonExporter
 
 import model
@@ -30,7 +30,7 @@ def test_runs_from_start_to_end(tmp_path):
     nbformat.write(notebook_on_few_images(tmp_path / "images"), tmp_path / "S8.ipynb")
     done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", cwd=ROOT, progress_bar=False)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
-    assert len(outputs(done, "image/png")) == 19 + norms and len(outputs(done, "text/html")) == 6
+    assert len(outputs(done, "image/png")) == PICTURES + norms and len(outputs(done, "text/html")) == 6
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
     assert text.count("Epoch 1") == text.count("Test set: Average loss") == norms + 2  # and two of one's own
     assert text.count("Nothing filled in yet.") == 7
