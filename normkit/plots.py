@@ -276,8 +276,7 @@ def plot_seeds(rows, ax=None):
     pitch = len(norms) + 0.8
     ax = axes_or_new(ax, (max(7.5, 0.9 * pitch * len(groups)), 4))
     for i, (group, runs) in enumerate(groups):
-        said = [f"{value} recipe" if name == "recipe" else f"{name} {value}" for name, value in group.items()]
-        captions.append("\n".join(textwrap.fill(line, 30) for line in said))
+        captions.append("\n".join(textwrap.fill(line, 30) for line in captions_of(group)))
         for norm, each in runs.groupby("norm", sort=False, observed=True):
             place, values, color = i * pitch + norms.index(norm), each["test_acc"], colors[norm]
             dots = place + np.linspace(-0.15, 0.15, len(values))
@@ -293,6 +292,11 @@ def plot_seeds(rows, ax=None):
     ax.margins(x=0.08, y=0.25)
     ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
     return ax.figure
+
+
+def captions_of(group):
+    """Returns the settings of a group of runs in words."""
+    return [f"{value} recipe" if name == "recipe" else f"{name} {value}" for name, value in group.items()]
 
 
 @styled
@@ -322,8 +326,7 @@ def plot_league(rows):
         ax.set_yticks(range(len(norms)), norms)
         ax.grid(axis="y", visible=False)
         ax.margins(x=0.14)
-        said = [f"{value} recipe" if name == "recipe" else f"{name} {value}" for name, value in group.items()]
-        ax.set(xlabel="test accuracy, %", title=", ".join(said))
+        ax.set(xlabel="test accuracy, %", title=", ".join(captions_of(group)))
     figure.suptitle(f"{data}: {seeds}, last epoch")
     return figure
 
