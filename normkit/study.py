@@ -101,8 +101,11 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
                 failures.append(f"{key}: {failure}")
             else:
                 add_rows(file, rows)
-                remove_checkpoint(paths[key])
+                for each in (paths[key], paths[key].with_name(paths[key].name + ".previous")):
+                    each.unlink(missing_ok=True)
             bar.update()
+    with contextlib.suppress(OSError):  # there is none, or it holds what failed or others are at
+        checkpoints.rmdir()  # not before: a run that was about to write its first would find no folder
     if failures:
         raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
     order = {key: place for place, key in enumerate(planned)}
@@ -113,16 +116,6 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
 def describe_error(error):
     """Returns an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def remove_checkpoint(path):
-    """Removes a finished run's checkpoint, and the folder with the last one."""
-    for file in (path, path.with_name(path.name + ".previous")):
-        file.unlink(missing_ok=True)
-    try:
-        path.parent.rmdir()
-    except OSError:
-        pass  # others are unfinished
 
 
 def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):

@@ -254,6 +254,19 @@ def test_the_callers_engine_computes_the_same(small, tmp_path, engine):
     assert rows["train_loss"].tolist() == pytest.approx(expected["train_loss"].tolist(), rel=1e-3)
 
 
+def test_the_folder_of_checkpoints_stays_until_the_last_run_is_done(small, tmp_path, monkeypatch):
+    """Else a run that has found it there, and is about to write, fails, as another one's end removes it."""
+    file, folder, found = tmp_path / "study.csv", tmp_path / "study.csv.unfinished", []
+
+    def looking(**keywords):
+        found.append(folder.exists())
+        return utils.run(**keywords)
+
+    monkeypatch.setattr(study, "run", looking)
+    run_many([FEW | {"norm": "layer", "seed": seed} for seed in range(3)], small, file)
+    assert found == [False, True, True] and not folder.exists()
+
+
 @pytest.mark.parametrize("mapped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_data_is_not_sent_with_each_task(tmp_path, monkeypatch, mapped):
     data, sizes = make_synthetic(train_size=600, test_size=20), []
