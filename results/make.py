@@ -119,7 +119,7 @@ def trials_by_norm(data):
     """Trials for each norm by itself, of the whole length, on training images held out: warm-up, rates, batch size."""
     best = {"recipe": "best", "epochs": 20}
     higher = {"warmup": 0.05, "lr": 0.1, "adamw_lr": 0.03}
-    tried = [{"warmup": 0.05}, higher, *[{"warmup": 0.05} | at_batch_size(size, 0.5) for size in (64, 32)], {}]
+    tried = [{"warmup": 0.05}, {}, {"warmup": 0.05} | at_batch_size(64, 0.5), higher]
     runs = [run | best | changes for seed in (0, 1) for changes in tried for run in grid(seed=seed, norm=NORMS)]
     return runs, train_val_split(data)
 
