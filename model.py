@@ -128,8 +128,7 @@ class Conv2d(nn.Conv2d):
 @torch.fx.wrap  # a step of its own where torch.fx traces, which could not decide the if
 def check_images(images):
     """Returns the images, if they have a shape that the network takes."""
-    if images.dim() != 4 or images.shape[1] != 3 or any(size < 8 or size % 4 for size in images.shape[2:]):
-        raise ValueError(
-            f"images of shape {tuple(images.shape)}: expected (N, 3, H, W) with H and W multiples of 4 and at least 8"
-        )
+    shape = list(images.shape)
+    if len(shape) != 4 or shape[1] != 3 or shape[2] < 8 or shape[3] < 8 or shape[2] % 4 or shape[3] % 4:
+        raise ValueError(f"images of shape {shape}: expected (N, 3, H, W) with H and W multiples of 4 and at least 8")
     return images

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from model import Net
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
-from normkit.backend import BACKENDS, choose_backend, fast_loss, plain_model
+from normkit.backend import BACKENDS, choose_backend, evaluating, fast_loss, plain_model
 from normkit.checkpoint import Checkpoint, seed_in
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.data import check_data
@@ -27,7 +27,7 @@ from normkit.fused import fuse
 from normkit.identity import settings_of
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, generators_preserved, is_stateful, objects_of, seed_everything
+from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, is_stateful, seed_everything
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -143,7 +143,7 @@ def train(
         if not sound:
             raise FloatingPointError(
                 f"the loss is {'huge' if loss.isfinite() else 'not finite'} from batch {int(sound_batches)} on, "
-                f"at learning rate {float(optimizer.param_groups[0]['lr']):g}; first seen in "
+                f"at learning rate {optim.rate_of(optimizer.param_groups[0]):g}; first seen in "
                 f"{checks.first_non_finite(plain_model(network), images)}"
             )
         accuracy = 100 * correct.item() / total
@@ -202,19 +202,15 @@ def predict(model, loader, *, precision="auto", backend="auto"):
     """Returns logits (N, classes) and labels over a loader; the model's mode and weights stay as they are."""
     network, _ = choose_backend(backend, model)
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
-    network.eval()
+    checks.check_iterable(loader)
     batches = []
-    try:
-        with checks.oom_advice(loader):
-            for batch_id, batch in enumerate(loader):
-                images, labels = checks.check_batch(batch)
-                logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
-                labels = checks.check_labels(labels, logits, batch_id)
-                batches.append((logits.clone(), labels))  # a CUDA graph writes its next output to the same place
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(network), checks.oom_advice(loader):
+        for batch_id, batch in enumerate(loader):
+            images, labels = checks.check_batch(batch)
+            logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
+            labels = checks.check_labels(labels, logits, batch_id)
+            # Copies: a CUDA graph, and many a loader, writes what comes next to the same place.
+            batches.append((logits.clone(), labels.clone()))
     if not batches:
         raise ValueError("the loader yields no images")
     return tuple(torch.cat(parts) for parts in zip(*batches))
@@ -264,14 +260,13 @@ def fit(
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
-    stateless = {name: part for name, part in parts.items() if not is_stateful(part)}
-    parts = {name: part for name, part in parts.items() if name not in stateless}
-    with_epochs = [each for _, each in objects_of(loader=train_loader) if callable(getattr(each, "set_epoch", None))]
+    loaders = {"loader": train_loader, "test_loader": test_loader}
+    everything, parts = loaders | parts, {name: part for name, part in parts.items() if is_stateful(part)}
+    with_epochs = epoch_takers(train_loader)
     history, source = History(), None
     if checkpoint is not None:
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
-        random_state = RandomState(device, loader=train_loader, **stateless)
-        loaders = {"loader": train_loader, "test_loader": test_loader}
+        random_state = RandomState(device, **everything)
         about = (model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
         settings = functools.partial(settings_of, *about)
         checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
@@ -288,12 +283,12 @@ def fit(
         on_epoch(history)
 
     def one_epoch(epoch):
-        start, lr = time.perf_counter(), float(optimizer.param_groups[0].get("lr", math.nan))
+        start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
         before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         for each in with_epochs:
             each.set_epoch(epoch - 1)  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
-            log(f"Adjusting learning rate of group {i} to {float(group.get('lr', math.nan)):.4e}.")
+            log(f"Adjusting learning rate of group {i} to {optim.rate_of(group):.4e}.")
         log(f"Epoch {epoch}", flush=True)
         per_batch = scheduler if scheduler_step == "batch" else None
         try:
@@ -366,9 +361,12 @@ class Recipe:
     head_gain: float = 3.0
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if getattr(value, "shape", None) == ():  # a scalar of NumPy's or torch's
-                object.__setattr__(self, name, value.item())
+        for each in fields(self):  # one text for one recipe: 1, 1.0 and NumPy's or torch's 1 are the same rate
+            value, kind = getattr(self, each.name), type(each.default)
+            value = value.item() if getattr(value, "shape", None) == () else value
+            if type(value) is int and (kind is float or kind is bool and value in (0, 1)):
+                value = kind(value)
+            object.__setattr__(self, each.name, value)
         checks.check_choice("optimizer", self.optimizer, ["sgd", "muon"])
         checks.check_choice("schedule", self.schedule, ["step", "onecycle"])
         for name in ("batch_size", "step_size"):

@@ -6,9 +6,11 @@ synthetic    make_synthetic, the built-in stand-in for CIFAR-10
 augment      every way to shift and flip an image
 files        files of tensors and plain values, written atomically
 checks       the errors for bad input, in training and elsewhere
+checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
 identity     what makes a run, a data set or a function that one, as text
 randomness   seeds, and the state of every generator that training draws from
+attributes   what moves, while training goes on, in objects of somebody's own
 optim        what the loop has to know of optimizers and schedulers that are not its own
 muon         Muon, its matrices in the number type that the hardware multiplies
 device       device, precision, memory format, and the self-check of norms

@@ -1,5 +1,7 @@
 """What computes a network: its modules, the fused kernel, CUDA graphs, or torch.compile."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -59,6 +61,19 @@ def compiled_line(network):
 def plain_model(network):
     """Returns the model that a Fused, Graphed or Compiled computes, or else what was given."""
     return network.model if isinstance(network, Fused | Graphed | Compiled) else network
+
+
+@contextlib.contextmanager
+def evaluating(network):
+    """Puts a network into evaluation mode, and each module back into its own, by what train() of its class does."""
+    modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:  # parents before what they hold
+            if module.training != mode:
+                module.train(mode)
 
 
 def fast_loss(network, criterion, dtype):

@@ -1,5 +1,6 @@
 """All that a run needs to go on as if it had never stopped, in one file of tensors and plain values."""
 
+import copy
 import io
 import itertools
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from normkit.files import read_state, to_bytes, write_state
 
-VERSION = 3  # of the file
+VERSION = 4  # of the file
 
 
 class Checkpoint:
@@ -77,13 +78,26 @@ class Checkpoint:
             if damaged:
                 print(f"{damaged[0]} is damaged: going back to {path}, one epoch earlier", flush=True)
             self.compare(path, state)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+            self.load(path, state)
             self.settings = state["settings"]
             return state["history"], path
         if damaged:
             raise ValueError(f"{' and '.join(damaged)} damaged: delete to start from the first epoch")
         return [], None
+
+    def load(self, path, state):
+        """Brings every part to a state; where one does not fit, raises ValueError and leaves all as they were."""
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # each kind of part has errors of its own
+            for each, part in self.parts.items():
+                part.load_state_dict(before[each])
+            raise ValueError(
+                f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
+                f"name another file, or delete {self.names()} to start from the first epoch"
+            ) from error
 
     def names(self):
         """Returns the names of the files that are there, in words."""

@@ -71,6 +71,15 @@ def length_of(loader):
         raise TypeError(f"the loader is a {type(loader).__name__} without a length{of}") from None
 
 
+def check_iterable(loader):
+    """Raises TypeError unless a loader can be iterated over."""
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            f"the loader is a {type(loader).__name__}, which yields no batches: give a DataLoader, a list of "
+            "batches, or one of get_loaders(data)"
+        )
+
+
 def check_criterion(criterion):
     """Raises TypeError unless a criterion can be called with logits and labels."""
     if isinstance(criterion, type) or not callable(criterion):
@@ -104,6 +113,8 @@ def check_loss(loss, criterion, needs_grad=True):
         raise ValueError(
             f"the criterion has reduction={criterion.reduction!r}: expected 'mean', the mean loss of the batch"
         )
+    if needs_grad and not loss.requires_grad and not torch.is_grad_enabled():
+        raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")
     if needs_grad and not loss.requires_grad:
         raise ValueError("the loss does not depend on any parameter that is trained: are all of them frozen?")
     return loss
@@ -164,7 +175,10 @@ def check_labels(labels, logits, batch_id=0):
                 advice = "; of two classes, give the network two outputs" if classes == 1 else ""
                 raise ValueError(f"labels as shares run from {low:g} to {high:g}: each row has to add up to 1{advice}")
         elif not 0 <= low <= high < classes:
-            raise ValueError(f"labels run from {low} to {high}: the network tells 0 to {classes - 1} apart")
+            raise ValueError(
+                f"labels run from {low} to {high}: the network tells 0 to {classes - 1} apart. Leave images without a "
+                "class out of the data set; no metric counts them right"
+            )
     return labels.to(logits.device)
 
 
@@ -190,7 +204,7 @@ def dtype_of(model):
 
 
 def first_non_finite(model, images):
-    """Returns the name of the first module whose output for these images is not finite."""
+    """Returns the first module whose output for these images is not finite, in words, as far as it can be told."""
     if not images.isfinite().all():
         return "the images themselves"
     found = []
@@ -203,10 +217,13 @@ def first_non_finite(model, images):
         return hook
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(record(name)) for name, module in leaves]
+    hooks = []
     try:
+        hooks.extend(module.register_forward_hook(record(name)) for name, module in leaves)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # else each hook would be compiled too
             model(images)
+    except Exception:  # of a network that takes no hooks, or fails with such weights
+        return f"module {found[0]}" if found else "the network"
     finally:
         for hook in hooks:
             hook.remove()

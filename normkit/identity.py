@@ -1,7 +1,6 @@
 """What makes a run that run, as text: settings, code and data, told apart from those of another one."""
 
 import functools
-import re
 import sys
 import types
 import zlib
@@ -9,16 +8,17 @@ import zlib
 import numpy as np
 import torch
 
+from normkit.checksum import ADDRESS, crc32_of
 from normkit.files import is_plain, plain
 from normkit.randomness import LIBRARIES, closed_over, objects_of, parts_of
 
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions in a text, another in each process
 
 
 def settings_of(model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype):
     """Returns what identifies a run in its checkpoint, as text by name. loaders: by name."""
     settings = {"model": ADDRESS.sub("", str(model)), "optimizer": plain_lines(optimizer, *optimizer.param_groups)}
+    settings["parameter list"] = "\n".join(parameter_lines(model, optimizer))
     if scheduler is not None:
         settings["scheduler"] = plain_lines(scheduler, getattr(scheduler, "state_dict", dict)())
         settings["scheduler_step"] = scheduler_step
@@ -38,6 +38,18 @@ def plain_lines(part, *states):
     return "\n".join([type(part).__name__, *lines])
 
 
+def parameter_lines(model, optimizer):
+    """Yields a line for each parameter of the optimizer, in its order, then for those of the model that it lacks."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [(f"group {i}", group["params"]) for i, group in enumerate(optimizer.param_groups)]
+    held = {id(parameter) for _, parameters in groups for parameter in parameters}
+    groups.append(("no group", [parameter for parameter in model.parameters() if id(parameter) not in held]))
+    for group, parameters in groups:
+        for parameter in parameters:
+            name, frozen = names.get(id(parameter), "another's"), "" if parameter.requires_grad else ", frozen"
+            yield f"{name} {tuple(parameter.shape)}{frozen}, in {group}"
+
+
 def name_of(value):
     """Returns the name of a function or class, or of what an object is an instance of."""
     return getattr(value, "__name__", type(value).__name__)
@@ -55,13 +67,6 @@ def data_mark(loaders):
                     seen.add(id(part))  # a loader and its data set may hold the same images
                     checksum = crc32_of(part, checksum)
     return f"CRC-32 {checksum:08x}"
-
-
-def crc32_of(array, checksum=0):
-    """Returns the CRC-32 of an array's values, going on from a checksum."""
-    if torch.is_tensor(array):
-        array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return zlib.crc32(repr(array).encode() if array.dtype.hasobject else np.ascontiguousarray(array), checksum)
 
 
 def mark_of(value):

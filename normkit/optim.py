@@ -3,9 +3,9 @@
 import copy
 import inspect
 import math
-import types
 import warnings
 
+from torch import Tensor
 from torch.optim import lr_scheduler
 
 
@@ -14,6 +14,11 @@ def needs_closure(optimizer):
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     return required or closure is not None and hasattr(optimizer, "first_step")
+
+
+def rate_of(group):
+    """Returns the learning rate of a parameter group, NaN where it has none."""
+    return math.nan if group.get("lr") is None else float(group["lr"])
 
 
 def set_mode(optimizer, mode):
@@ -33,7 +38,7 @@ def check_optimizer(optimizer, model, scheduler=None):
         raise ValueError(
             "the optimizer holds none of the model's parameters: build it from model.parameters(), after the model"
         )
-    steered = getattr(scheduler, "optimizer", optimizer)
+    steered = getattr(scheduler, "optimizer", None) or optimizer
     if not any(id(p) in trained for group in steered.param_groups for p in group["params"]):
         raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
 
@@ -49,9 +54,8 @@ def is_torchs(scheduler):
     """Whether a scheduler is one of torch's, and holds no functions of somebody's own."""
     inner = getattr(scheduler, "_schedulers", [])
     attributes = getattr(scheduler, "__dict__", {})
-    functions = [value for value in attributes.values() if isinstance(value, types.FunctionType)]
-    functions += attributes.get("lr_lambdas", [])
-    own = [each for each in functions if getattr(each, "__module__", "") != lr_scheduler.__name__]
+    own = [name for name, value in attributes.items() if callable(value) and name != "_scale_fn_ref"]  # CyclicLR's
+    own += attributes.get("lr_lambdas", [])
     return type(scheduler).__module__ == lr_scheduler.__name__ and not own and all(map(is_torchs, inner))
 
 
@@ -66,7 +70,10 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
     """
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         if scheduler_step == "batch":
-            raise ValueError("ReduceLROnPlateau waits for an epoch's metrics: choose scheduler_step='epoch'")
+            raise ValueError(
+                "ReduceLROnPlateau waits for an epoch's metrics: choose scheduler_step='epoch' in fit; after train, "
+                "step it with what that returns"
+            )
         return
     needed = [
         name
@@ -93,7 +100,7 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
             while done < min(steps, MAX_STEPS_CHECKED):
                 done += 1
                 scheduler.step()
-                rates = [float(group["lr"]) for group in groups]
+                rates = [rate_of(group) for group in groups]
                 if not all(0 <= rate < math.inf for rate in rates):
                     raise ValueError(f"the learning rate becomes {rates}")
     except Exception as error:  # each scheduler fails in its own way
@@ -104,4 +111,8 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
     finally:
         scheduler.load_state_dict(state)
         for group, values in zip(groups, saved):
-            group.update(values)
+            for key, value in values.items():
+                if isinstance(group[key], Tensor):  # in place: whoever gave it may hold it, too
+                    group[key].copy_(value)
+                else:
+                    group[key] = value

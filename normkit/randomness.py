@@ -2,18 +2,20 @@
 
 import collections
 import contextlib
-import copy
 import functools
+import inspect
 import itertools
 import operator
 import random
+import re
 import secrets
+import threading
 import types
 
 import numpy as np
 import torch
 
-from normkit.files import is_plain
+from normkit.attributes import MovingAttributes, attributes_of
 
 
 def check_seed(seed):
@@ -41,25 +43,31 @@ def seed_everything(seed):
 class RandomState:
     """What is random about training, as state_dict and load_state_dict.
 
-    That is the state of the global generators, of a device's, and what moves in parts that are given by name, such as
-    loaders: generators, samplers with a state_dict, and counters of somebody's own, plain values that change while
-    training goes on. note: what of it no file can hold, in words, or "".
+    That is the state of the global generators, of a device's, and what moves in parts that are given by name: loaders
+    and whatever else somebody has written, with generators, samplers and counters in them. What a part has in a
+    state_dict of its own is left to that.
     """
 
     def __init__(self, device=None, **parts):
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
-        owners = dict(objects_of(**parts))
-        self.owners = {where: owner for where, owner in owners.items() if not isinstance(owner, torch.nn.Module)}
-        self.start, self.moved = counters_of(self.owners), set()
-        lost = "; ".join(lost_in(self.owners))
-        self.note = f". Its order may differ from an uninterrupted run's: {lost}" if lost else ""
+        self.saved = {name for name, part in parts.items() if is_stateful(part)}  # by themselves
+        self.owners = dict(objects_of(**parts))
+        own = {where: owner for where, owner in self.owners.items() if is_somebodys(owner)}
+        unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
+        self.attributes = MovingAttributes(unsaved)
+
+    @property
+    def note(self):
+        """What a resumed run may have lost, in words, or ""."""
+        lost = "; ".join([*lost_in(self.owners), *(f"{each} cannot be kept" for each in self.attributes.lost)])
+        return f". It may differ from an uninterrupted run: {lost}" if lost else ""
 
     def stateful(self):
         """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
         for where, owner in self.owners.items():
             if isinstance(owner, GENERATORS):
                 yield where, functools.partial(read, owner), functools.partial(write, owner)
-            elif is_stateful(owner):
+            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and root_of(where) not in self.saved:
                 yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
@@ -67,9 +75,7 @@ class RandomState:
         state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
         if self.device is not None:
             state["device"] = torch.get_device_module(self.device).get_rng_state()
-        counters = counters_of(self.owners)
-        self.moved |= {place for place in counters if counters[place] != self.start.get(place, counters[place])}
-        state["counters"] = {" ".join(place): counters[place] for place in self.moved if place in counters}
+        state["attributes"] = self.attributes.state_dict()
         return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
     def load_state_dict(self, state):
@@ -81,12 +87,7 @@ class RandomState:
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
                 write_state(state[f"state of {where}"])
-        counters = counters_of(self.owners)
-        for place, value in state["counters"].items():
-            where, name = place.rsplit(" ", 1)
-            if (where, name) in counters:
-                setattr(self.owners[where], name, value)
-                self.moved.add((where, name))
+        self.attributes.load_state_dict(state["attributes"])
 
 
 def read(generator):
@@ -108,9 +109,10 @@ def write(generator, state):
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
 LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 PASSED_OVER = (torch.Tensor, np.ndarray, type, types.ModuleType, str, bytes, int, float, type(None))
-MOST = 1000  # objects looked at
+MOST = 10_000  # objects looked at, in a fifth of a second
 
 
 def objects_of(**roots):
@@ -118,7 +120,8 @@ def objects_of(**roots):
     waiting, seen = collections.deque(roots.items()), set()
     while waiting and len(seen) < MOST:
         where, owner = waiting.popleft()
-        if id(owner) in seen or isinstance(owner, PASSED_OVER):
+        empty = isinstance(owner, list | tuple | dict) and not owner
+        if id(owner) in seen or empty or isinstance(owner, PASSED_OVER):
             continue
         seen.add(id(owner))
         yield where, owner
@@ -157,22 +160,28 @@ def closed_over(function):
     return values
 
 
-def attributes_of(owner):
-    """Returns an object's attributes by name, those in slots too."""
-    slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
-    return {name: getattr(owner, name) for name in slots if hasattr(owner, name)} | getattr(owner, "__dict__", {})
-
-
 def is_somebodys(owner):
     """Whether an object is of a class that is neither the kit's nor a library's."""
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
 
 
-def counters_of(owners):
-    """Returns the plain values of the objects of somebody's own, by (where, name). owners: objects by where."""
-    owners = {where: owner for where, owner in owners.items() if is_somebodys(owner) and not is_stateful(owner)}
-    found = {(where, name): value for where, owner in owners.items() for name, value in attributes_of(owner).items()}
-    return {place: copy.deepcopy(value) for place, value in found.items() if is_plain(value)}
+def root_of(where):
+    """Returns the name of the part under which an object was found."""
+    return re.split(r"[.\[ ]", where)[0]
+
+
+def epoch_takers(loader):
+    """Returns the parts of a loader, such as samplers, whose set_epoch(epoch) is to be called before each epoch."""
+    return [each for _, each in objects_of(loader=loader) if takes_one(getattr(each, "set_epoch", None))]
+
+
+def takes_one(method):
+    """Whether a method can be called with one value."""
+    try:
+        inspect.signature(method).bind(0)
+    except (TypeError, ValueError):  # it is none, takes others, or does not tell
+        return False
+    return True
 
 
 def is_stateful(owner):
@@ -181,6 +190,8 @@ def is_stateful(owner):
 
 def lost_in(owners):
     """Yields what the order or augmentation of loaders depends on and no file can hold, in words."""
+    if len(owners) == MOST:
+        yield f"they hold more than {MOST:,} objects, of which the rest was not looked at"
     for where, found in owners.items():
         if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
@@ -188,12 +199,16 @@ def lost_in(owners):
             yield f"{where} has persistent workers: what they draw begins anew"
 
 
+ONE_AT_A_TIME = threading.RLock()  # for threads share the generators
+
+
 @contextlib.contextmanager
 def generators_preserved(device=None):
-    """Gives the global generators, and the device's, back as they were."""
-    state = RandomState(device)
-    before = state.state_dict()
-    try:
-        yield
-    finally:
-        state.load_state_dict(before)
+    """Gives the global generators, and the device's, back as they were; other threads that draw from them wait."""
+    with ONE_AT_A_TIME:
+        state = RandomState(device)
+        before = state.state_dict()
+        try:
+            yield
+        finally:
+            state.load_state_dict(before)

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import sys
 import tempfile
-import threading
 import zlib
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from normkit.device import choose_precision
 from normkit.engine import compute
 from normkit.identity import mark_of
 from normkit.placement import choose_device
+from normkit.randomness import generators_preserved
 from normkit.rows import add_rows, find_done, read_rows
 from utils import get_recipe, run
 
@@ -26,7 +26,6 @@ from utils import get_recipe, run
 CHOICES = ("precision", "memory_format", "backend")
 HOW = {"device", "progress", "checkpoint", "on_epoch", "self_check", *CHOICES}
 COMPRESSED = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar"}
-ONE_AT_A_TIME = threading.RLock()  # an engine may have several threads a process, which share torch's generators
 
 
 def grid(**choices):
@@ -133,7 +132,7 @@ def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
         device = f"cuda:{turn % torch.cuda.device_count()}"
     options = {"device": device, "progress": False, "on_epoch": follow}
     options["checkpoint"] = checkpoint if can_write(checkpoint.parent.parent) else None
-    with ONE_AT_A_TIME:
+    with generators_preserved():  # an engine may have several threads a process
         try:
             result = run(data=data, **(keywords | options))
             if result.history.unfinished:

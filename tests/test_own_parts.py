@@ -74,6 +74,34 @@ def test_uint8_images_are_told_how_to_be_normalised():
         utils.test(linear(), [(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))])
 
 
+def test_a_loader_may_write_each_batch_into_the_same_tensors(pairs):
+    class Reusing:
+        images, labels = torch.empty(10, 3, 16, 16), torch.empty(10, dtype=torch.int64)
+
+        def __iter__(self):
+            for images, labels in DataLoader(pairs, 10, drop_last=True):
+                yield self.images.copy_(images), self.labels.copy_(labels)
+
+    net = linear()
+    assert utils.test(net, Reusing()) == utils.test(net, DataLoader(pairs, 10, drop_last=True))
+
+
+def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
+    seen = []
+
+    class Epochs(TensorDataset):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+
+    class Other(TensorDataset):
+        def set_epoch(self, epoch, total):
+            raise AssertionError
+
+    for kind in (Epochs, Other):
+        fit(linear(), (DataLoader(kind(*pairs.tensors), 32), DataLoader(pairs, 64)), epochs=2)
+    assert seen == [0, 1]
+
+
 def test_generators_are_found_wherever_a_loader_keeps_them(pairs):
     def found(loader):
         return [each for _, each in objects_of(loader=loader) if isinstance(each, GENERATORS)]
@@ -225,7 +253,7 @@ def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
         return DataLoader(pairs, 32, sampler=sampler)
 
     assert "may differ" not in run(1, streaming())
-    assert "may differ from an uninterrupted run's: loader.sampler.stream is a cycle" in run(2, streaming())
+    assert "may differ from an uninterrupted run: loader.sampler.stream is a cycle" in run(2, streaming())
     persistent = DataLoader(pairs, 32, num_workers=1, persistent_workers=True)
     assert "persistent workers: what they draw begins anew" in run(3, persistent)
     assert "may differ" not in run(4, DataLoader(pairs, 32))

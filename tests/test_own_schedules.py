@@ -1,5 +1,8 @@
 """Optimizers, schedules and criteria of one's own in the kit's loops, and where they stand in a checkpoint."""
 
+import functools
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -220,6 +223,60 @@ def test_a_scheduler_around_another_and_one_with_a_state_of_its_own_are_left_alo
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: next(given))
     assert [row["lr"] for row in fit(net, loaders, optimizer, scheduler, 3)] == pytest.approx([0.1, 0.05, 0.025])
+
+
+@pytest.mark.parametrize("wrap", ["method", "partial"])
+def test_a_scheduler_whose_step_was_replaced_steps(loaders, wrap):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    step = types.MethodType(lambda self: lr_scheduler.ExponentialLR.step(self), scheduler)
+    scheduler.step = step if wrap == "method" else functools.partial(scheduler.step)
+    assert [row["lr"] for row in fit(net, loaders, optimizer, scheduler, 3)] == [0.1, 0.05, 0.025]
+
+
+def test_a_scale_function_with_a_state_is_called_once_a_step(loaders):
+    def schedule():
+        optimizer, given = torch.optim.SGD(linear().parameters(), 0.1), iter([0, 0.5, 0.25, 1, 1])
+        next_one = types.MethodType(lambda self, x: next(given), optimizer)
+        options = {"scale_fn": next_one, "scale_mode": "iterations"}
+        return optimizer, lr_scheduler.CyclicLR(optimizer, 0.01, 0.11, 1, cycle_momentum=False, **options)
+
+    optimizer, scheduler = schedule()
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    optimizer, scheduler = schedule()
+    net = linear()
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    assert [row["lr"] for row in fit(net, loaders, optimizer, scheduler, 4)] == rates
+
+
+def test_a_rate_that_is_a_tensor_stays_the_one_that_was_given(loaders):
+    net, lr = linear(), torch.tensor(0.1)
+    optimizer = torch.optim.SGD(net.parameters(), lr)
+    fit(net, loaders, optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5), 2)
+    assert optimizer.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(0.025)
+
+
+def test_an_optimizer_may_have_no_rate(loaders):
+    class Own(torch.optim.SGD):
+        def __init__(self, parameters, scale, **rate):
+            torch.optim.Optimizer.__init__(self, parameters, {"scale": scale} | rate)
+
+        @torch.no_grad()
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad * self.param_groups[0]["scale"])
+
+    for rate in ({}, {"lr": None}):
+        net = linear()
+        assert np.isnan(fit(net, loaders, Own(net.parameters(), 0.1, **rate))[0]["lr"])
+        before = [parameter.clone() for parameter in net.parameters()]
+        with pytest.raises(FloatingPointError, match="the loss is huge from batch 1 on, at learning rate nan"):
+            fit(net, loaders, Own(net.parameters(), 1e20, **rate))
+        assert all(map(torch.equal, before, net.parameters()))
 
 
 class Halving:

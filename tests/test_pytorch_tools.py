@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import stand_in
+from helpers import same, stand_in
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -153,6 +153,20 @@ def test_a_trace(net):
 def loss_of(net, parameters, buffers, image, label):
     logits = functional_call(net, (parameters, buffers), (image[None],))
     return F.cross_entropy(logits, label[None])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_script(net, data):
+    scripted = torch.jit.script(net)
+    assert torch.equal(scripted.eval()(IMAGES), net.eval()(IMAGES))
+    with pytest.raises(torch.jit.Error, match="expected \\(N, 3, H, W\\)"):
+        scripted(IMAGES[:, :2])
+    loaders = utils.get_loaders(data, 64, device="cpu")
+    before = {name: value.clone() for name, value in scripted.state_dict().items()}
+    optimizer = torch.optim.SGD(scripted.parameters(), 1e20)
+    with pytest.raises(FloatingPointError, match="at learning rate 1e\\+20; first seen in the network"):
+        utils.fit(scripted, *loaders, optimizer, epochs=1, progress=False)
+    assert same(scripted.state_dict(), before)
 
 
 def test_gradients_of_single_images_by_torch_func(net):

@@ -69,6 +69,17 @@ def test_an_iterator_is_refused_before_it_is_used_up(loaders):
         fit(linear(), (iter(DataLoader(loaders[0].dataset, 32)), loaders[1]), epochs=2)
 
 
+def test_gradients_that_are_switched_off_are_told(loaders):
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(RuntimeError, match="gradients are switched off here: call this outside"):
+            fit(linear(), loaders)
+
+
+def test_what_yields_no_batches_is_told(data):
+    with pytest.raises(TypeError, match="the loader is a Data, which yields no batches: give a DataLoader"):
+        utils.test(linear(), data)
+
+
 def test_complex_logits_are_told(loaders):
     class Complex(nn.Module):
         def forward(self, x):

@@ -1,6 +1,7 @@
 """The promises of the README: nothing changes by looking, and what goes wrong is said."""
 
 import signal
+import threading
 
 import pytest
 import torch
@@ -78,6 +79,53 @@ def test_looking_between_epochs_changes_no_weight(data, norm):
         utils.fit(net, train_loader, loaders[1], torch.optim.SGD(net.parameters(), 0.01), epochs=2, progress=False)
         weights.append(net.state_dict())
     assert same(*weights)
+
+
+def test_runs_in_threads_are_those_of_their_seeds(data):
+    def run(seed):
+        done[seed] = utils.run("group", data, 1 + seed, 50, seed, "cpu", dropout=0.3, progress=False).history[-1][
+            "test_loss"
+        ]
+
+    done = {}
+    threads = [threading.Thread(target=run, args=[seed]) for seed in (0, 1)]
+    before = torch.get_rng_state()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = dict(done)
+    assert torch.equal(torch.get_rng_state(), before)
+    for seed in (0, 1):
+        run(seed)
+    assert done == together
+
+
+class Merging(nn.Linear):
+    """Adds its second factor to the weight in evaluation, and takes it out in training, as low-rank adapters do."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.added, self.merged = nn.Parameter(torch.ones(outputs, 1)), False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            with torch.no_grad():
+                self.weight += self.added * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.added.expand_as(self.weight).T
+
+
+def test_evaluation_ends_with_what_train_of_a_module_does(data):
+    _, loader = utils.get_loaders(data, 64, device="cpu")
+    net = nn.Sequential(nn.Flatten(), Merging(3 * 16 * 16, 10), nn.BatchNorm1d(10).eval())
+    before = net[1].weight.clone()
+    utils.test(net, loader)
+    assert net[1].training and not net[1].merged and not net[2].training
+    assert torch.allclose(net[1].weight, before, atol=1e-6)
 
 
 def test_the_order_of_runs_does_not_matter(data):

@@ -2,16 +2,19 @@
 
 import dataclasses
 import datetime
+import itertools
 import re
 
 import numpy as np
 import pytest
 import torch
 from helpers import fit, linear, run, same
+from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from normkit.checksum import crc32_of
 from normkit.files import read_state
 from normkit.identity import mark_of
 
@@ -90,13 +93,13 @@ def test_a_changed_fit_is_told_apart(pairs, tmp_path, changed):
 def test_stopped_in_an_epoch_the_same_call_with_the_same_objects_goes_on(pairs, tmp_path, epoch, schedule):
     """The stop button in mid-epoch, then the same cell; the first epoch begins anew from where the first call began."""
 
-    class Stopping(DataLoader):
-        passes = 0
+    passes = itertools.count(1)
 
+    class Stopping(DataLoader):
         def __iter__(self):
-            self.passes += 1
+            stops = next(passes) == epoch
             for number, batch in enumerate(super().__iter__()):
-                if self.passes == epoch and number == 2:
+                if stops and number == 2:
                     raise KeyboardInterrupt
                 yield batch
 
@@ -191,6 +194,89 @@ def test_parts_of_somebodys_own_go_on(pairs, tmp_path, own):
 
     whole, _, resumed = fit_for(3), fit_for(2, checkpoint=tmp_path / "c"), fit_for(3, checkpoint=tmp_path / "c")
     assert same(whole, resumed)
+
+
+# A part that has changed: what is in the file is named, and nothing is half loaded.
+CHANGED = {
+    "parameter list has 'scale": lambda: (Scaled("gain"), None),
+    "parameter list has 'linear.weight": lambda: (Scaled("scale"), lambda net: [net.linear.weight]),
+    "parameter list has 'scale (10,), in": lambda: (Scaled("scale"), lambda net: [*net.parameters()][::-1]),
+    "parameter list has 'linear.bias (10,), in": lambda: (Scaled("scale").frozen("linear.bias"), None),
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.linear, self.name = nn.Linear(3 * 16 * 16, 10), name
+        self.register_parameter(name, nn.Parameter(torch.ones(10)))
+
+    def frozen(self, name):
+        self.get_parameter(name).requires_grad_(False)
+        return self
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * getattr(self, self.name)
+
+
+@pytest.mark.parametrize("said", CHANGED)
+def test_a_checkpoint_of_other_parameters_is_refused(pairs, tmp_path, said):
+    def fit_with(net, parameters):
+        optimizer = torch.optim.SGD(parameters(net) if parameters else net.parameters(), 0.01, 0.9)
+        return fit(net, (DataLoader(pairs, 32), DataLoader(pairs, 64)), optimizer, epochs=2, checkpoint=tmp_path / "c")
+
+    fit_with(Scaled("scale"), None)
+    net, parameters = CHANGED[said]()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="is of another run: its parameter list has"):
+        fit_with(net, parameters)
+    assert same(net.state_dict(), before)
+
+
+def test_a_part_that_the_file_does_not_fit_leaves_all_as_they_were(pairs, tmp_path):
+    def fit_with(net, later=None):
+        optimizer = torch.optim.SGD([net[1].weight], 0.01, 0.9)
+        options = {"checkpoint": tmp_path / "c", "on_epoch": lambda history: later and later(optimizer, net, history)}
+        return fit(net, (DataLoader(pairs, 32), DataLoader(pairs, 64)), optimizer, epochs=2, **options)
+
+    def unfreeze(optimizer, net, history):
+        if len(history) == 1:
+            optimizer.add_param_group({"params": [net[1].bias]})
+
+    fit_with(linear(), unfreeze)
+    net = linear(1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match="c does not fit this run's optimizer: .*Build the optimizer as it was, name"):
+        fit_with(net)
+    assert same(net.state_dict(), before)
+
+
+HELD = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "conjugate": lambda: torch.ones(2, dtype=torch.complex64).conj(),
+    "without data": lambda: torch.ones(2, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "objects": lambda: np.array([object(), "a", np.ones(2)], dtype=object),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_data_set_may_hold_any_array(pairs, tmp_path, held):
+    class Holding(TensorDataset):
+        def __init__(self):
+            super().__init__(*pairs.tensors)
+            self.held = HELD[held]()
+
+    for epochs in (1, 2):
+        loaders = (DataLoader(Holding(), 32), DataLoader(pairs, 64))
+        assert len(fit(linear(), loaders, epochs=epochs, checkpoint=tmp_path / "c")) == epochs
+
+
+def test_the_checksum_of_an_array_is_that_of_its_values():
+    images = [Image.new("RGB", (2, 2)) for _ in range(2)]
+    assert crc32_of(np.array(images[:1], dtype=object)) == crc32_of(np.array(images[1:], dtype=object))
+    assert crc32_of(torch.eye(3).to_sparse()) == crc32_of(torch.eye(3)) == crc32_of(np.eye(3, dtype=np.float32))
+    assert crc32_of(np.array(["a", None])) != crc32_of(np.array(["b", None]))
 
 
 def test_a_distributed_sampler_shuffles_each_epoch_anew(pairs):

@@ -60,7 +60,7 @@ MARKS = {
     model.ConvBlock.forward: 0xA2BC5584,
     model.AvgPool2d.forward: 0x7B1EB2A6,
     model.Conv2d.forward: 0x3956F826,
-    model.check_images: 0x0C73CD0B,
+    model.check_images: 0x01569620,
 }
 EDITED = [function.__qualname__ for function, mark in MARKS.items() if mark_of_code(function) != mark]
 

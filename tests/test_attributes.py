@@ -1,0 +1,209 @@
+"""What moves in loaders, criteria and other objects of somebody's own goes on in a resumed run, or is said."""
+
+import collections
+import dataclasses
+import enum
+
+import numpy as np
+import pytest
+import torch
+from helpers import fit, linear, same
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import utils
+from normkit.randomness import RandomState, objects_of
+
+
+@pytest.fixture(scope="module")
+def pairs(loaders):
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
+
+
+class Turning:
+    """A loader that takes the batches in an order of its own, which it changes from pass to pass."""
+
+    def __init__(self, batches, order, turn, **held):
+        self.batches, self.order, self.turn = list(batches), order, turn
+        vars(self).update(held)
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        self.turn(self)
+        return (self.batches[int(i) % len(self.batches)] for i in list(self.order)[:4])
+
+
+def add_one(loader):
+    loader.count += 1
+    loader.order = [int(loader.count) + i for i in range(4)]
+
+
+def count_up(loader):
+    loader.order["first"] += 1
+    loader.order = {loader.order["first"] + i: 0 for i in range(4)} | loader.order
+
+
+class Phase(enum.IntEnum):
+    FIRST, SECOND = 1, 2
+
+
+Step = collections.namedtuple("Step", "number")
+MOVES = {
+    "array": lambda: (np.arange(4), lambda loader: np.random.default_rng(int(loader.order[0])).shuffle(loader.order)),
+    "tensor": lambda: (torch.arange(4), lambda loader: loader.order.add_(1)),
+    "list": lambda: ([0, 1, 2, 3], lambda loader: loader.order.append(loader.order.pop(0))),
+    "deque": lambda: (collections.deque(range(4)), lambda loader: loader.order.rotate(1)),
+    "set": lambda: (set(range(4)), lambda loader: loader.order.add(min(loader.order) + 4) or loader.order.pop()),
+    "NumPy's number": lambda: ([], add_one, {"count": np.int64(0)}),
+    "number of another kind": lambda: (
+        [], lambda loader: add_one(vars(loader).update(count=loader.count + 0.5) or loader), {"count": 0}
+    ),
+    "enum": lambda: (range(4), lambda loader: setattr(loader, "order", range(loader.phase, 9)) or
+                     setattr(loader, "phase", Phase.SECOND), {"phase": Phase.FIRST}),
+    "namedtuple": lambda: (range(4), lambda loader: setattr(loader, "order", range(loader.step.number, 9)) or
+                           setattr(loader, "step", Step(loader.step.number + 1)), {"step": Step(0)}),
+    "dict with defaults": lambda: (collections.defaultdict(int), count_up),
+}  # fmt: skip
+
+
+def fit_turning(pairs, moves, epochs, **options):
+    order, turn, *held = MOVES[moves]()
+    loader = Turning(DataLoader(pairs, 16), order, turn, **(held[0] if held else {}))
+    net = linear()
+    fit(net, (loader, DataLoader(pairs, 64)), epochs=epochs, **options)
+    return net.state_dict(), type(loader.order), vars(loader)
+
+
+@pytest.mark.parametrize("moves", MOVES)
+def test_what_moves_in_a_loader_goes_on(pairs, tmp_path, moves, capsys):
+    whole, kind, attributes = fit_turning(pairs, moves, 3)
+    assert not same(whole, fit_turning(pairs, moves, 1)[0])
+    fit_turning(pairs, moves, 1, checkpoint=tmp_path / "c")
+    resumed, kind_now, attributes_now = fit_turning(pairs, moves, 3, checkpoint=tmp_path / "c")
+    assert same(resumed, whole) and kind_now is kind and "NO CHECKPOINT" not in capsys.readouterr().out
+    for name in ("count", "phase", "step"):
+        assert type(attributes_now.get(name)) is type(attributes.get(name))
+
+
+def test_an_order_that_data_set_and_sampler_share_stays_one(pairs, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Shared:
+        order: list
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, i):
+            return pairs[self.order[i]]
+
+    class Turns(torch.utils.data.Sampler):
+        def __init__(self, order):
+            self.order = order
+
+        def __iter__(self):
+            self.order.append(self.order.pop(0))
+            return iter(range(64))
+
+        def __len__(self):
+            return 64
+
+    def fit_for(epochs, **options):
+        order = list(range(len(pairs)))
+        net, loader = linear(), DataLoader(Shared(order), 16, sampler=Turns(order))
+        fit(net, (loader, DataLoader(pairs, 64)), epochs=epochs, **options)
+        return net.state_dict()
+
+    fit_for(1, checkpoint=tmp_path / "c")
+    assert same(fit_for(3, checkpoint=tmp_path / "c"), fit_for(3))
+
+
+class Annealed(nn.Module):
+    """A criterion that counts, in an attribute and in a buffer that no state_dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("halved", torch.ones(()), persistent=False)
+
+    def forward(self, logits, labels):
+        self.calls += 1
+        self.halved *= 0.5
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=0.5 / self.calls + float(self.halved) / 4)
+
+
+class Noisy(nn.Module):
+    """A layer that draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        return x + torch.randn(x.shape, generator=self.generator) if self.training else x
+
+
+class EveryOther(torch.optim.SGD):
+    """An optimizer that counts its steps beside its state."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps % 3:
+            super().step(closure)
+
+
+@pytest.mark.parametrize("part", ["criterion", "model", "optimizer", "test loader"])
+def test_what_no_state_dict_has_goes_on(pairs, tmp_path, part):
+    def fit_for(epochs, **options):
+        net = nn.Sequential(linear(), Noisy() if part == "model" else nn.Identity())
+        drawn = torch.utils.data.RandomSampler(pairs, num_samples=20, generator=torch.Generator().manual_seed(5))
+        test_loader = DataLoader(pairs, 20, sampler=drawn if part == "test loader" else None)
+        optimizer = (EveryOther if part == "optimizer" else torch.optim.SGD)(net.parameters(), 0.01)
+        criterion = Annealed() if part == "criterion" else nn.CrossEntropyLoss()
+        loaders = (DataLoader(pairs, 32), test_loader)
+        history = fit(net, loaders, optimizer, epochs=epochs, criterion=criterion, **options)
+        return [(row["train_loss"], row["test_loss"]) for row in history]
+
+    fit_for(1, checkpoint=tmp_path / "c")
+    assert fit_for(4, checkpoint=tmp_path / "c") == fit_for(4)
+
+
+def test_a_file_that_a_data_set_opens_on_the_way_is_opened_again(pairs, tmp_path):
+    class Lazy(Dataset):
+        def __init__(self):
+            self.opened, self.file = False, None
+
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, i):
+            if not self.opened:
+                self.file, self.opened = iter(()), True
+                self.file = pairs
+            return self.file[i]
+
+    for epochs in (1, 2):
+        done = fit(linear(), (DataLoader(Lazy(), 8), DataLoader(pairs, 64)), epochs=epochs, checkpoint=tmp_path / "c")
+        assert len(done) == epochs
+
+
+def test_what_moves_and_is_too_large_to_keep_is_told(pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("normkit.attributes.LARGEST", 8)
+    for epochs in (1, 2):
+        loader = Turning(DataLoader(pairs, 16), torch.arange(4), lambda loader: loader.order.add_(1))
+        loaders, net = (loader, DataLoader(pairs, 64)), linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        utils.fit(net, *loaders, optimizer, epochs=epochs, checkpoint=tmp_path / "c")
+    assert "may differ from an uninterrupted run: loader.order cannot be kept" in capsys.readouterr().out
+
+
+def test_generators_are_found_among_many_objects(pairs, monkeypatch):
+    rows = [[("a.png", i)] * 3 for i in range(100)]
+    generator = np.random.default_rng(0)
+    loader = Turning([], rows, None, more={str(i): list(rows) for i in range(30)}, last=[[[generator]]])
+    assert generator in dict(objects_of(loader=loader)).values() and not RandomState(loader=loader).note
+    monkeypatch.setattr("normkit.randomness.MOST", 50)
+    assert "more than 50 objects" in RandomState(loader=loader).note
