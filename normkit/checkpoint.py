@@ -39,6 +39,8 @@ class Checkpoint:
             raise OSError(f"no checkpoints can be written into {self.path.parent}: {error}") from None
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder: name a file for the checkpoint")
+        if self.path.exists() and not self.path.is_file():
+            raise OSError(f"{self.path} is no ordinary file: name another for the checkpoint")
 
     def check_state(self):
         """Raises TypeError where a part's state could not be read again."""
@@ -82,7 +84,10 @@ class Checkpoint:
             self.settings = state["settings"]
             return state["history"], path
         if damaged:
-            raise ValueError(f"{' and '.join(damaged)} damaged: delete to start from the first epoch")
+            files = " and ".join(damaged)
+            raise ValueError(
+                f"{files} damaged, or never a checkpoint: name another file, or delete to start from the first epoch"
+            )
         return [], None
 
     def load(self, path, state):

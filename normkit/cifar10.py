@@ -140,8 +140,8 @@ def is_official(archive):
 def find_elsewhere():
     """Returns the official archive where another tool has put it, and says so; None where there is none."""
     for place in ELSEWHERE:
-        archive = Path(place).expanduser()
-        with contextlib.suppress(OSError):  # what cannot be read is not for us
+        with contextlib.suppress(OSError, RuntimeError):  # it cannot be read, or nobody has a home here
+            archive = Path(place).expanduser()
             if archive.is_file() and is_official(archive):
                 print(f"CIFAR-10: using the official archive that was fetched before, {archive}", flush=True)
                 return archive

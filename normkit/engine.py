@@ -1,13 +1,19 @@
 """Many tasks on whatever engine joblib is set to: processes of this machine, a dask cluster, Ray."""
 
 import contextlib
+import functools
 import pickle
 import queue
+import sys
 import warnings
+from pathlib import Path
 
+import cloudpickle
 import numpy as np
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 from joblib.parallel import get_active_backend
+
+from normkit.randomness import LIBRARIES
 
 
 def compute(function, tasks, data, processes=1):
@@ -89,3 +95,36 @@ def on_joblib(backend, function, tasks, data, processes):
 def call(key, function, data, arguments):
     """Returns the key and the result of a task; its data may have come packed."""
     return key, function(pickle.loads(data) if isinstance(data, np.ndarray) else data, *arguments)
+
+
+class ByValue:
+    """Holds a function or class: sent to another process it takes its code along, and that of its module.
+
+    Sent by name, as is usual, it would be what that process read from its file, or there would be no such name.
+    """
+
+    def __init__(self, value):
+        self.value = value
+
+    def __reduce__(self):
+        function = self.value
+        while isinstance(function, functools.partial):
+            function = function.func
+        module = sys.modules.get(getattr(function, "__module__", type(function).__module__))
+        if module is None or not is_own(module):
+            return unpack, (cloudpickle.dumps(self.value),)
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            return unpack, (cloudpickle.dumps(self.value),)
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def unpack(content):
+    return ByValue(pickle.loads(content))
+
+
+def is_own(module):
+    """Whether a module is a file of somebody's own: not an installed library, nor the kit."""
+    installed = {"site-packages", "dist-packages"} & set(Path(getattr(module, "__file__", None) or "").parts)
+    return module.__name__.partition(".")[0] not in LIBRARIES | {"__main__"} and not installed

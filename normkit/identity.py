@@ -1,5 +1,6 @@
 """What makes a run that run, as text: settings, code and data, told apart from those of another one."""
 
+import ast
 import functools
 import sys
 import types
@@ -72,6 +73,20 @@ def data_mark(loaders):
 def mark_of(value):
     """Returns a mark of what a function, a class or an object is made of, the same in every process."""
     return f"{zlib.crc32(' '.join(text_of(value, set())).encode()):08x}"
+
+
+@functools.cache
+def mark_of_source(source, table, entries):
+    """Returns a checksum of a module's code without comments and docstrings, in the table of that name but entries."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
+            items = zip(node.value.keys, node.value.values)
+            kept = [item for item in items if isinstance(item[0], ast.Constant) and item[0].value in entries]
+            node.value = ast.Dict(*map(list, zip(*kept)) if kept else ([], []))
+    return zlib.crc32(ast.unparse(tree).encode())
 
 
 def text_of(value, seen):

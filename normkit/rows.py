@@ -3,11 +3,32 @@
 import csv
 import io
 import os
+import shutil
+import tempfile
 
 import pandas as pd
 from filelock import FileLock
 
+TEXTS = ["data", "norm", "recipe", "settings", "where", "backend", "diverged"]  # a norm may be called 007
 NUMBERS = ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
+
+
+def check_place(file):
+    """Raises OSError where a study's file could not be written: now, rather than after the first run."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+        if file.exists() and not os.access(file, os.W_OK):
+            raise PermissionError(f"{file.name} is read-only")
+        with lock_of(file):
+            pass
+    except OSError as error:
+        raise OSError(f"no study can be kept as {file}: {error}. Name a file in a folder of your own") from error
+
+
+def lock_of(file):
+    """Returns the lock that whoever writes to a study's file holds."""
+    return FileLock(file.with_name(f".{file.name}.lock"))
 
 
 def find_done(file, epochs):
@@ -35,7 +56,7 @@ def read_rows(file):
     try:
         text = file.read_text(encoding="utf-8")
         check_lines(text)
-        table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
+        table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
     if not {"settings", "epoch"} <= set(table):
@@ -65,13 +86,15 @@ def check_lines(text):
 def add_rows(file, rows):
     """Adds a run's rows, in place of any that it has, to a study's file that others may be writing to as well."""
     written = file.with_name(file.name + ".writing")
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    with lock_of(file):
         kept = [row for row in read_rows(file) if row["settings"] != rows[0]["settings"]]
         try:
             with open(written, "w", newline="", encoding="utf-8") as opened:
                 pd.DataFrame(kept + rows).to_csv(opened, index=False)
                 opened.flush()
                 os.fsync(opened.fileno())
+            if file.exists():
+                shutil.copymode(file, written)
             os.replace(written, file)
         except OSError as error:
             written.unlink(missing_ok=True)

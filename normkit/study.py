@@ -1,30 +1,37 @@
 """Many runs into one file."""
 
 import contextlib
+import inspect
 import itertools
+import numbers
+import os
 import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from model import NORMS, Net
+import model
 from normkit.backend import choose_backend
-from normkit.checks import whole_number
+from normkit.checks import check_epochs, describe, whole_number
+from normkit.data import Data
 from normkit.device import choose_precision
-from normkit.engine import compute
-from normkit.identity import mark_of
+from normkit.engine import ByValue, compute
+from normkit.identity import mark_of, mark_of_source
 from normkit.placement import choose_device
-from normkit.randomness import generators_preserved
-from normkit.rows import add_rows, find_done, read_rows
-from utils import get_recipe, run
+from normkit.randomness import check_seed, generators_preserved
+from normkit.rows import NUMBERS, add_rows, check_place, find_done, read_rows
+from utils import Recipe, get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
 CHOICES = ("precision", "memory_format", "backend")
 HOW = {"device", "progress", "checkpoint", "on_epoch", "self_check", *CHOICES}
+OWN_NORMS = ("batch", "group", "layer")  # which came with model.py
+MARK = 0x28737EE2  # of model.py as it came
 COMPRESSED = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar"}
 
 
@@ -41,21 +48,45 @@ def is_single(choice):
     return isinstance(choice, str) or not hasattr(choice, "__iter__") or getattr(choice, "shape", None) == ()
 
 
-def run_key(keywords, data_line):
-    """Returns the settings of a run in one line; two runs with the same line are the same."""
-    if "norm" not in keywords:
-        raise ValueError(f"a run needs a norm: {', '.join(map(str, NORMS))}")
+class Planned(NamedTuple):
+    """A run that keywords of utils.run ask for. Another process may know other recipes by name, so it has its own."""
+
+    norm: str
+    epochs: int
+    seed: int
+    recipe: Recipe
+    keywords: dict
+
+
+def plan(keywords):
+    """Returns what keywords ask for, checked."""
     settings = {name: value for name, value in keywords.items() if name not in HOW}
-    norm, epochs, seed = settings.pop("norm"), settings.pop("epochs", 20), settings.pop("seed", 0)
-    recipe = get_recipe(settings.pop("recipe", "classic"), **settings)
+    norm, epochs, seed = settings.pop("norm", None), settings.pop("epochs", 20), settings.pop("seed", 0)
+    if not isinstance(norm, str):
+        given = "a run needs a norm" if norm is None else f"norm={norm!r} is not the name of one"
+        raise ValueError(f"{given}: {', '.join(map(str, model.NORMS))}. Of several, grid makes a run each")
+    if seed is None:
+        raise ValueError("seed=None: a study finds its runs again by their seeds; grid(seed=range(5), ...) has five")
+    recipe = get_recipe(settings.pop("recipe", None) or "classic", **settings)
+    return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords)
+
+
+def run_key(planned, data_line):
+    """Returns the settings of a run in one line; two runs with the same line are the same."""
+    norm, epochs, seed, recipe, keywords = planned
     chosen = [f" {name}={keywords[name]}" for name in CHOICES if keywords.get(name, "auto") != "auto"]
     return f"{data_line}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
 
 
 def code_of(norm):
-    """Returns a mark of what a norm of somebody's own is made of, so that another one of its name is another run."""
-    builder = NORMS.get(norm)
-    return "" if builder is None or getattr(builder, "__module__", None) == "model" else f"#{mark_of(builder)}"
+    """Returns a mark of what a norm or a model.py of somebody's own is made of: another code makes another run."""
+    builder, mark = model.NORMS.get(norm), ""
+    if builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model"):
+        mark = f"#{mark_of(builder)}"
+    with contextlib.suppress(OSError):  # there is no source
+        of_model = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
+        mark += f" model#{of_model:08x}" if of_model != MARK else ""
+    return mark
 
 
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):
@@ -69,27 +100,36 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
     """
-    processes, file = whole_number("processes", processes), Path(file).expanduser().absolute()
+    if not isinstance(data, Data) or not isinstance(file, str | os.PathLike):
+        raise TypeError(
+            f"data is a {describe(data)} and file a {describe(file)}: expected run_many(runs, data, file) with what "
+            "load_data returns, and the name of a CSV file"
+        )
+    processes, file = whole_number("processes", processes), Path(file).expanduser().resolve()
     if file.suffix in COMPRESSED:
         raise ValueError(f"{file.name}: a study is added to run by run, so its file is not compressed: name it .csv")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    check_place(file)
     planned, failures = {}, []
     data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
     for keywords in [runs] if isinstance(runs, dict) else runs:
         if not isinstance(keywords, dict):
             raise TypeError(f"runs holds a {type(keywords).__name__}: expected dicts of keywords for run, as of grid")
         try:
-            planned[run_key(keywords, data_line)] = keywords
+            asked = plan(keywords)
+            planned[run_key(asked, data_line)] = asked
         except (KeyError, TypeError, ValueError) as error:
-            asked = " ".join(f"{name}={value}" for name, value in keywords.items())
+            asked = " ".join(f"{name}={value!s:.60}" for name, value in keywords.items())
             failures.append(f"{asked}: {describe_error(error)}")
-    done = find_done(file, {key: keywords.get("epochs", 20) for key, keywords in planned.items()})
-    todo = {key: keywords for key, keywords in planned.items() if key not in done}
+    done = find_done(file, {key: each.epochs for key, each in planned.items()})
+    todo = {key: each for key, each in planned.items() if key not in done}
     checkpoints = file.with_name(file.name + ".unfinished")
     paths = {key: checkpoints / f"{zlib.crc32(key.encode()):08x}" for key in todo}
-    asked = {keywords["norm"] for keywords in todo.values()}
-    norms = {name: builder for name, builder in NORMS.items() if name in asked}  # a notebook may have added them
-    tasks = {key: (key, todo[key], turn, paths[key], norms, keep_diverged) for turn, key in enumerate(todo)}
+    # A notebook may have added the norm, or changed its module since a worker read it.
+    norms = {norm: ByValue(builder) for norm, builder in model.NORMS.items()}
+    tasks = {
+        key: (key, each, norms.get(each.norm), turn, paths[key], keep_diverged)
+        for turn, (key, each) in enumerate(todo.items())
+    }
     with (
         tqdm(total=len(planned), initial=len(done), desc=file.stem, unit="run", file=sys.stdout) as bar,
         contextlib.closing(compute(run_one, tasks, data, processes)) as outcomes,
@@ -109,7 +149,8 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
         raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
     order = {key: place for place, key in enumerate(planned)}
     chosen = [row for row in read_rows(file) if row["settings"] in order]
-    return pd.DataFrame(sorted(chosen, key=lambda row: order[row["settings"]]))  # as asked, epochs in their order
+    table = pd.DataFrame(sorted(chosen, key=lambda row: (order[row["settings"]], row["epoch"])))
+    return table.reindex(columns=[*table, *(name for name in NUMBERS if name not in table)])  # where all diverged
 
 
 def describe_error(error):
@@ -117,9 +158,11 @@ def describe_error(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
+def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     """Returns the rows of a run and None, or None and the error that ended it as text."""
-    NORMS.update(norms)
+    norm, epochs, seed, recipe, keywords = planned
+    if builder is not None:
+        model.NORMS[norm] = builder.value
     finished = []
 
     def follow(history):
@@ -130,14 +173,15 @@ def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
     device = keywords.get("device")
     if device is None and torch.cuda.device_count() > 1:
         device = f"cuda:{turn % torch.cuda.device_count()}"
-    options = {"device": device, "progress": False, "on_epoch": follow}
+    options = {name: keywords[name] for name in HOW if name in keywords}
+    options |= {"device": device, "progress": False, "on_epoch": follow}
     options["checkpoint"] = checkpoint if can_write(checkpoint.parent.parent) else None
     with generators_preserved():  # an engine may have several threads a process
         try:
-            result = run(data=data, **(keywords | options))
+            result = run(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
             if result.history.unfinished:
                 raise KeyboardInterrupt
-            measured = [{name: float(f"{value:.6g}") for name, value in row.items()} for row in result.history]
+            measured = [{name: rounded(value) for name, value in row.items()} for row in result.history]
             measured = [row | {"epoch": int(row["epoch"])} for row in measured]
         except FloatingPointError as error:
             if not keep_diverged:
@@ -145,8 +189,13 @@ def run_one(data, key, keywords, turn, checkpoint, norms, keep_diverged):
             measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
         except (Exception, SystemExit) as error:
             return None, describe_error(error)
-        about = describe_run(keywords, data, device)
+        about = describe_run(planned, data, device)
     return [about | row | {"settings": key} for row in measured], None
+
+
+def rounded(value):
+    """Returns a number in six digits, and what is none, such as a note of somebody's own, as it is."""
+    return float(f"{value:.6g}") if isinstance(value, numbers.Real) else value
 
 
 def can_write(folder):
@@ -158,18 +207,16 @@ def can_write(folder):
     return True
 
 
-def describe_run(keywords, data, device):
+def describe_run(planned, data, device):
     """Returns the columns that the rows of a run have in common: what was asked, on what data and machine."""
-    names = [name for name in keywords if name not in HOW | {"norm", "recipe", "epochs", "seed"}]
-    recipe = get_recipe(keywords.get("recipe", "classic"), **{name: keywords[name] for name in names})
-    asked = {"data": data.name, "recipe": "classic", "epochs": 20, "seed": 0}
-    asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr}
-    scalars = {name: value.item() for name, value in keywords.items() if getattr(value, "shape", None) == ()}
-    asked |= keywords | scalars
-    asked.pop("on_epoch", None)
-    model, backend = Net(keywords["norm"], recipe.num_groups), keywords.get("backend", "auto")
-    device, _ = choose_device(device, model, backend)
+    norm, epochs, seed, recipe, keywords = planned
+    asked = {"data": data.name, "recipe": keywords.get("recipe") or "classic", "epochs": epochs, "seed": seed}
+    asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr, "norm": norm}
+    further = {name: value for name, value in keywords.items() if name not in {*asked, "on_epoch"}}
+    asked |= {name: getattr(recipe, name, value) for name, value in further.items()}  # where it is None, the recipe's
+    net, backend = model.Net(norm, recipe.num_groups), keywords.get("backend", "auto")
+    device, _ = choose_device(device, net, backend)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
-    backend = choose_backend(backend, model.to(device))[1].split(":")[0]
+    backend = choose_backend(backend, net.to(device))[1].split(":")[0]
     where = f"{device}, {precision}, torch {torch.__version__}"
     return asked | {"data_crc32": data.crc32(), "where": where, "backend": backend}

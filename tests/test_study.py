@@ -312,7 +312,7 @@ def test_runs_take_turns_over_the_gpus(small, tmp_path, monkeypatch):
 
 def test_where_the_studys_folder_cannot_be_seen_a_run_has_no_checkpoint(small, tmp_path):
     checkpoint = tmp_path / "of another machine" / "study.csv.unfinished" / "run"
-    rows, failure = study.run_one(small, "key", ONE, 0, checkpoint, {}, False)
+    rows, failure = study.run_one(small, "key", study.plan(ONE), None, 0, checkpoint, False)
     assert len(rows) == 1 and failure is None and not list(tmp_path.iterdir())
 
 

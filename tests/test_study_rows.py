@@ -1,0 +1,215 @@
+"""Which run the rows of a study are of, where they are kept, and what no study can be made of."""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from joblib import parallel_config
+from torch import nn
+
+import model
+import utils
+from normkit import plots, study, tables
+from normkit.data import Data
+from normkit.rows import read_rows
+from normkit.study import grid, run_many
+
+ONE = {"epochs": 1, "batch_size": 50}
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """model.NORMS, to be changed; given back afterwards."""
+    monkeypatch.setattr(model, "NORMS", dict(model.NORMS))
+    return model.NORMS
+
+
+def losses(rows):
+    return rows["train_loss"].tolist()
+
+
+# ---------------------------------------------------------------------- the run that was asked for
+
+
+def test_recipes_of_somebodys_own_reach_other_processes(small, tmp_path, monkeypatch):
+    classic = utils.RECIPES["classic"]
+    recipes = {"classic": classic.replace(lr=0.1), "mine": classic.replace(lr=0.2)}
+    monkeypatch.setattr(utils, "RECIPES", utils.RECIPES | recipes)
+    runs = grid(norm="layer", recipe=list(recipes), **ONE)
+    rows = run_many(runs, small, tmp_path / "s.csv", processes=2)
+    assert rows["lr"].tolist() == rows["base_lr"].tolist() == [0.1, 0.2]
+    assert rows["recipe"].tolist() == ["classic", "mine"]
+
+
+NORM = """
+from torch import nn
+FLAG = True
+def build(channels, num_groups):
+    return nn.BatchNorm2d(channels) if FLAG else nn.Identity()
+"""
+
+
+def test_a_norm_of_a_module_that_was_changed_is_the_changed_one_in_other_processes(small, tmp_path, norms, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "norms_of_mine.py").write_text(NORM)
+    module = importlib.import_module("norms_of_mine")
+    runs, found = grid(norm="mine", seed=range(2), **ONE), []
+    for change in (None, "value", "file"):
+        if change == "value":
+            module.FLAG = False
+        elif change == "file":
+            (tmp_path / "norms_of_mine.py").write_text(
+                NORM.replace("Identity()", "BatchNorm2d(channels, affine=False)")
+            )
+            module = importlib.reload(module)
+            module.FLAG = False
+        norms["mine"] = module.build
+        found.append(losses(run_many(runs, small, tmp_path / "s.csv", processes=2)))
+    assert len({tuple(each) for each in found}) == 3
+    alone = losses(run_many(runs, small, tmp_path / "alone.csv"))
+    assert found[-1] == pytest.approx(alone, rel=1e-3) != pytest.approx(found[0], rel=1e-3)
+    del sys.modules["norms_of_mine"]
+
+
+def test_norms_may_be_another_dictionary(small, tmp_path, monkeypatch):
+    found = []
+    for builder in (nn.BatchNorm2d, lambda channels: nn.Identity()):
+        monkeypatch.setattr(model, "NORMS", model.NORMS | {"mine": lambda channels, _, build=builder: build(channels)})
+        found.append(losses(run_many(grid(norm="mine", **ONE), small, tmp_path / "s.csv")))
+    assert found[0] != found[1]
+
+
+def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, monkeypatch):
+    """The norms are then model's own, and come with the same names."""
+    source = inspect.getsource(model)
+    assert study.code_of("batch") == study.code_of("no such norm") == ""
+    mine = eval("lambda channels, num_groups: nn.Identity()", vars(model))
+    monkeypatch.setitem(model.NORMS, "mine", mine)
+    assert mine.__module__ == "model" and study.code_of("mine").startswith("#")
+    edited = {
+        "a further norm": source.replace("NORMS = {", 'NORMS = {"mine": lambda channels, num_groups: nn.Identity(),'),
+        "a comment": source.replace("    def forward(self, x", "    # mine\n    def forward(self, x"),
+        "a norm": source.replace("nn.BatchNorm2d(channels)", "nn.BatchNorm2d(channels, momentum=0.2)"),
+        "a width": source.replace("block(8, 32)", "block(8, 40)"),
+    }
+    for name, text in edited.items():
+        assert text != source
+        monkeypatch.setattr(inspect, "getsource", lambda module, text=text: text)
+        assert (study.code_of("batch") == "") == (name in ("a further norm", "a comment")), name
+
+
+def test_a_recipe_is_the_same_however_its_numbers_are_written(small, tmp_path):
+    runs = grid(norm=["layer", "batch"], lr=[1, *np.linspace(0.5, 1, 2)], augment=[False, 0], seed=range(2), **ONE)
+    rows = run_many(runs, small, tmp_path / "s.csv")
+    assert len(rows) == 8 and set(rows["augment"]) == {False}
+    assert tables.seeds_table(rows)["seeds"].tolist() == [2, 2, 2, 2]
+    assert utils.get_recipe(dropout=0, nesterov=1) == utils.get_recipe(dropout=0.0, nesterov=True)
+
+
+def test_what_is_left_to_the_recipe_is_in_the_rows(small, tmp_path):
+    rows = run_many(grid(norm="layer", epochs=1, batch_size=None, num_groups=None), small, tmp_path / "s.csv")
+    assert rows["batch_size"].tolist() == [64] and rows["num_groups"].tolist() == [4]
+
+
+def test_names_that_look_like_numbers_stay_names(small, tmp_path, norms):
+    norms |= {name: lambda channels, num_groups: nn.Identity() for name in ("007", "1e2")}
+    data = dataclasses.replace(small, name="2024")
+    rows = run_many(grid(norm=["007", "1e2"], **ONE), data, tmp_path / "s.csv")
+    assert rows["norm"].tolist() == ["007", "1e2"] and set(rows["data"]) == {"2024"}
+    assert len(tables.select(rows, norm="007")) == 1
+    plots.plot_seeds(rows)
+
+
+def test_what_on_epoch_adds_to_a_row_is_kept(small, tmp_path):
+    def note(history):
+        history[-1].update(note="warm", nothing=None)
+
+    rows = run_many(grid(norm="layer", on_epoch=note, **ONE), small, tmp_path / "s.csv")
+    assert rows["note"].tolist() == ["warm"] and rows["test_acc"].notna().all()
+
+
+def test_rows_come_by_epoch_however_the_file_is_sorted(small, tmp_path):
+    run = ONE | {"norm": "layer", "epochs": 3}
+    run_many(run, small, tmp_path / "s.csv")
+    pd.read_csv(tmp_path / "s.csv").sort_values("epoch", ascending=False).to_csv(tmp_path / "s.csv", index=False)
+    assert run_many(run, small, tmp_path / "s.csv")["epoch"].tolist() == [1, 2, 3]
+
+
+def test_a_study_in_which_all_diverged_has_its_columns(small, tmp_path):
+    runs = grid(norm=["layer", "batch"], lr=[1e30, 1e31], momentum=0.99, **ONE)
+    rows = run_many(runs, small, tmp_path / "s.csv", keep_diverged=True)
+    assert rows["test_acc"].isna().all() and len(rows) == 4
+    plots.plot_learning_rates(rows)
+
+
+def test_joblibs_own_processes_compute_a_study(small, tmp_path):
+    with parallel_config("multiprocessing", n_jobs=2):
+        assert len(run_many(grid(norm=["batch", "layer"], **ONE), small, tmp_path / "s.csv")) == 2
+
+
+# ------------------------------------------------------------------------------------- the file
+
+
+def test_a_link_to_a_studys_file_stays_one(small, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    file, link = tmp_path / "a" / "s.csv", tmp_path / "b" / "s.csv"
+    link.symlink_to(file)
+    run_many(grid(norm="layer", **ONE), small, file)
+    file.chmod(0o600)
+    run_many(grid(norm=["layer", "batch"], **ONE), small, link)
+    assert link.is_symlink() and len(read_rows(file)) == 2 and file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("refuse", ["folder", "lock", "file"])
+def test_a_place_that_cannot_be_written_is_told_before_training(small, tmp_path, monkeypatch, refuse):
+    def denied(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "s.csv"
+    file.write_text("settings,epoch\n")
+    if refuse == "folder":
+        monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    elif refuse == "lock":
+        monkeypatch.setattr("normkit.rows.FileLock", denied)
+    else:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != file and access(path, mode))
+    monkeypatch.setattr(study, "run", None)
+    with pytest.raises(OSError, match=r"no study can be kept as .*s.csv: .*Name a file in a folder of your own"):
+        run_many(grid(norm="layer", **ONE), small, file)
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        (
+            {"norm": ["batch", "layer"]},
+            "is not the name of one: batch, group, layer. Of several, grid makes a run each",
+        ),
+        ({"norm": "layer", "seed": None}, "seed=None: a study finds its runs again by their seeds"),
+        ({"norm": "layer", "epochs": "1"}, "epochs='1': expected a whole number of at least 1"),
+        ({"norm": "layer", "seed": 0.5}, "seed=0.5: expected a whole number"),
+        ({"norm": "layer", "lr": torch.zeros(10_000)}, "lr=tensor.{0,60}: "),
+    ],
+)
+def test_a_run_that_cannot_be_asked_for_costs_no_other(small, tmp_path, run, message):
+    good = ONE | {"norm": "batch"}
+    with pytest.raises(RuntimeError, match=message) as failed:
+        run_many([ONE | run, good], small, tmp_path / "s.csv")
+    assert len(str(failed.value)) < 1000 and len(read_rows(tmp_path / "s.csv")) == 1
+
+
+@pytest.mark.parametrize("data, file", [("synthetic", "s.csv"), ("s.csv", Data), (Data, 3)])
+def test_what_is_no_data_or_no_file_is_told(small, data, file):
+    data, file = (small if each is Data else each for each in (data, file))
+    with pytest.raises(TypeError, match=r"data is a .* and file a .*: expected run_many\(runs, data, file\)"):
+        run_many(grid(norm="layer", **ONE), data, file)
