@@ -11,7 +11,7 @@ import torch
 
 from normkit.checksum import crc32_of
 
-LARGEST = 2**24  # bytes of an array that a checkpoint keeps: a data set's images are not to be written each epoch
+LARGEST = 2**24  # bytes of a value that a checkpoint keeps: a data set's images are not to be written each epoch
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 # Of these a state_dict has what is to be kept.
 COMMON = {torch.nn.Module: set(vars(torch.nn.Module())), torch.optim.Optimizer: {"defaults", "state", "param_groups"}}
@@ -75,53 +75,78 @@ def own_attributes(owner):
 
 def is_trained(value):
     """Whether a value is, or holds, what an optimizer changes: the model's state_dict has that."""
-    if isinstance(value, list | tuple | dict):
-        each = value.values() if isinstance(value, dict) else value
-        return any(map(is_trained, itertools.islice(each, 100)))
-    return torch.is_tensor(value) and (value.requires_grad or isinstance(value, torch.nn.Parameter))
+    return any(
+        torch.is_tensor(each) and (each.requires_grad or isinstance(each, torch.nn.Parameter))
+        for each in itertools.islice(leaves_of(value), 1000)
+    )
+
+
+def leaves_of(value, depth=8):
+    """Yields what containers hold, and those in them, or the value itself."""
+    if not isinstance(value, CONTAINERS):
+        yield value
+    elif depth:  # it may hold itself
+        for each in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from leaves_of(each, depth - 1)
 
 
 def mark_of(value):
     """Returns what tells a value from what it was or will be, without a copy of it."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return (id(value), getattr(value, "_version", 0)) if is_large(value) else (value.dtype, crc32_of(value))
-    if isinstance(value, CONTAINERS):  # their elements are looked at as far as repr does
-        return len(value), zlib.crc32(repr(value).encode(errors="replace"))
-    simple = value is None or isinstance(value, bool | int | float | str | np.generic | enum.Enum)
-    return repr(value) if simple else id(value)
+    if isinstance(value, CONTAINERS):
+        text = " ".join(str(mark_of_leaf(each)) for each in leaves_of(value))
+        return len(value), zlib.crc32(text.encode(errors="replace"))
+    if isinstance(value, torch.Tensor | np.ndarray) and size_of(value) <= LARGEST:
+        return value.dtype, crc32_of(value)
+    return mark_of_leaf(value)
 
 
-def is_large(array):
-    return (array.numel() * array.element_size() if torch.is_tensor(array) else array.nbytes) > LARGEST
+def mark_of_leaf(value):
+    """Returns the text of a number, else which object it is: to read all arrays of a list would take too long."""
+    if value is None or isinstance(value, bool | int | float | str | np.generic | enum.Enum):
+        return repr(value)
+    changes = value._version if torch.is_tensor(value) and not value.is_inference() else 0
+    return id(value), changes
+
+
+def size_of(value):
+    """Returns about how many bytes a value takes in a file."""
+    if torch.is_tensor(value):
+        return value.numel() * value.element_size()
+    return value.nbytes if isinstance(value, np.ndarray) else len(value) if isinstance(value, str) else 8
 
 
 def pack(value):
     """Returns a copy of a value of which a file can be made; raises TypeError where none can."""
+    if sum(map(size_of, leaves_of(value))) > LARGEST:
+        raise TypeError("it is too large to be kept")
     if isinstance(value, set | frozenset | collections.deque):
         return [pack_inner(each) for each in value]
     if isinstance(value, dict):
         return {pack_inner(key): pack_inner(each) for key, each in value.items()}
     if isinstance(value, enum.Enum):
         return pack_inner(value.value)
-    if isinstance(value, list | tuple):
-        return (list if isinstance(value, list) else tuple)(pack_inner(each) for each in value)
     return pack_inner(value)
 
 
-def pack_inner(value):
+def pack_inner(value, depth=8):
+    """Packs a value of which the file has to tell all: nothing stands in its place yet when it is read."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind in (list, tuple, dict):
-        return pack(value)
+    if not depth:
+        raise TypeError("it holds itself")
+    if kind is dict:
+        return {pack_inner(key, depth - 1): pack_inner(each, depth - 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(pack_inner(each, depth - 1) for each in value)
     if isinstance(value, np.generic):
-        return pack_inner(value.item())
+        return pack_inner(value.item(), depth - 1)
     for base in (int, float, str):
         if isinstance(value, base):
             return base(value)
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)  # raises TypeError for objects and text
-    if not torch.is_tensor(value) or is_large(value) or value.layout != torch.strided or value.is_meta:
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.is_meta:
         raise TypeError(f"a {kind.__name__} cannot be kept")
     return value.detach().clone()
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import utils
+from normkit.attributes import LARGEST, MovingAttributes
 from normkit.randomness import RandomState, objects_of
 
 
@@ -207,3 +208,21 @@ def test_generators_are_found_among_many_objects(pairs, monkeypatch):
     assert generator in dict(objects_of(loader=loader)).values() and not RandomState(loader=loader).note
     monkeypatch.setattr("normkit.randomness.MOST", 50)
     assert "more than 50 objects" in RandomState(loader=loader).note
+
+
+def test_whatever_an_attribute_holds_it_can_be_looked_at():
+    class Holder:
+        pass
+
+    holder = Holder()
+    holder.me, holder.images = [1], [np.zeros((512, 512)) for _ in range(9)]
+    holder.me.append(holder.me)
+    with torch.inference_mode():
+        holder.inferred = torch.zeros(LARGEST)
+    holder.trained = [torch.nn.Parameter(torch.zeros(2))]
+    attributes = MovingAttributes({"holder": holder})
+    assert attributes.state_dict() == {"lost": []}
+    holder.me[0], holder.images[:] = 2, holder.images[::-1]
+    with torch.no_grad():
+        holder.trained[0].add_(1)
+    assert attributes.state_dict() == {"lost": ["holder.images", "holder.me"]}
