@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from normkit.checks import describe
+from normkit.style import name_of
 
 NEXT_STEP = "give what utils.predict(model, test_loader) returns, or its first part, the logits"
 
@@ -37,7 +38,7 @@ def logits_by_name(data, given):
         return {"one network": logits_of(data, given)}
     if not given:
         raise ValueError(f"there are no logits to draw: the dict is empty; {NEXT_STEP}, by name")
-    return {name: logits_of(data, each, f"logits[{name!r}]") for name, each in given.items()}
+    return {name_of(key): logits_of(data, each, f"logits[{key!r}]") for key, each in given.items()}
 
 
 def class_names(data, *logits):

@@ -55,6 +55,11 @@ def colors_of(names):
     return {name: own.get(name) or next(further) for name in names}
 
 
+def name_of(key):
+    """Returns a key of a dict as a name in a picture: of a tuple, such as groupby gives, its parts."""
+    return ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
 def further_colors():
     """Yields colours without end: the rest of the palette, then hues that lie far apart."""
     yield from FURTHER_COLORS

@@ -8,8 +8,11 @@ import numpy as np
 import pandas as pd
 
 from normkit.checks import check_choice, describe
+from normkit.style import name_of
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
+WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
+BY_RUN = "{name: rows for name, rows in table.groupby(['norm', 'seed'])}"  # a table of histories taken apart
 UNNAMED = "not named"  # the recipe of rows that lack its name, beside others that have it
 
 # ---------------------------------------------------------------------------------- of results
@@ -88,7 +91,7 @@ def histories_of(given):
     if hasattr(given, "columns"):
         raise TypeError(
             "plot_curves draws histories, not a table: give results of utils.run, or what utils.fit returns, or of a "
-            "table {norm: rows for norm, rows in table.groupby('norm')}"
+            f"table {BY_RUN}"
         )
     if hasattr(given, "history") or isinstance(given, str) or not hasattr(given, "__iter__"):
         given = [given]
@@ -105,11 +108,12 @@ def histories_of(given):
     if not runs:
         raise ValueError("there is nothing to draw: give at least one history of at least one epoch")
     data = sorted({each.data for each in runs.values() if hasattr(each, "history")})
-    return {name: check_history(name, getattr(each, "history", each)) for name, each in runs.items()}, ", ".join(data)
+    runs = {name_of(key): getattr(each, "history", each) for key, each in runs.items()}
+    return {name: check_history(name, each) for name, each in runs.items()}, ", ".join(data)
 
 
 def check_history(label, history):
-    """Returns a history as a list of dicts, if it is one of at least one epoch."""
+    """Returns a history as a list of dicts in the order of the epochs, if it is one run's, of at least one epoch."""
     rows = history.to_dict("records") if hasattr(history, "to_dict") else history
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"{label} is a {describe(history)}: expected a result of utils.run, or what utils.fit returns")
@@ -118,30 +122,43 @@ def check_history(label, history):
         raise ValueError(f"{label} is no history: its rows lack {', '.join(missing)}, which those of utils.fit have")
     if not rows:
         raise ValueError(f"there is nothing to draw: {label} needs at least one epoch")
-    return list(rows)
+    epochs = [row["epoch"] for row in rows]
+    if len(set(epochs)) < len(epochs):
+        twice = max(epochs, key=epochs.count)
+        raise ValueError(f"{label} has epoch {twice} more than once: give each run by itself, of a table {BY_RUN}")
+    return sorted(rows, key=lambda row: row["epoch"])
 
 
 # ---------------------------------------------------------------------------------- of a study
 
 
 def check_rows(rows, *columns):
-    """Raises unless rows are some of study.run_many, with these columns."""
+    """Returns rows of study.run_many, if they are some and have these columns, with plain numbers.
+
+    A spreadsheet leaves empty lines in a CSV file, which make each 25 a 25.0, and convert_dtypes() makes a NaN a pd.NA.
+    """
     if not hasattr(rows, "columns"):
         raise TypeError(f"rows is a {describe(rows)}: give the DataFrame that study.run_many returns")
+    rows = rows.dropna(how="all")
+    if rows.empty:
+        raise ValueError("there are no rows: the study has no finished run, or none that was selected")
+    if "diverged" in rows:  # such a run has no metrics, so there is no column of them where all did
+        rows = rows.reindex(columns=rows.columns.union(METRICS, sort=False))
     missing = [name for name in ("settings", "epoch", "test_acc", *columns) if name not in rows]
     if missing:
         raise ValueError(
             f"these are no rows of a study: they lack {', '.join(missing)}. Give what study.run_many returns, or "
             "pd.read_csv of its file; for results of utils.run there is results_table"
         )
-    if rows.empty:
-        raise ValueError("there are no rows: the study has no finished run, or none that was selected")
+    decimal = [name for name in rows if name in METRICS or pd.api.types.is_float_dtype(rows[name])]
+    rows = rows.astype(dict.fromkeys(decimal, float))
+    whole = [name for name in WHOLE if name in decimal and (rows[name] % 1 == 0).all()]
+    return rows.astype(dict.fromkeys(whole, int))
 
 
 def last_epochs(rows, *columns):
     """Returns the rows of each run's last epoch, each run once. rows: of study.run_many, with these columns too."""
-    check_rows(rows, *columns)
-    rows = rows.drop_duplicates(ignore_index=True)
+    rows = check_rows(rows, *columns).drop_duplicates(ignore_index=True)
     if "norm" in rows and rows["norm"].isna().any():
         raise ValueError("a norm is missing, or called None: read the file with keep_default_na=False, na_values=['']")
     if "recipe" in rows:
@@ -175,13 +192,16 @@ def settings_table(rows):
 
 def select(rows, **settings):
     """Returns the rows of the runs with these settings, such as select(rows, lr=0.01); rows: of study.run_many."""
-    check_rows(rows)
-    table = settings_table(rows).apply(as_numbers)
+    rows = check_rows(rows)
+    text = settings_table(rows)
+    table = text.apply(as_numbers)
     chosen = np.ones(len(rows), dtype=bool)
     for name, value in settings.items():
         check_choice("setting", name, list(table))
-        check_choice(name, value, table[name].unique().tolist())
-        chosen &= (table[name] == value).to_numpy()
+        alike = (table[name] == value) | (text[name] == str(value))  # a column with "channels" has its 4 as text
+        if not alike.any():
+            check_choice(name, value, table[name].unique().tolist())
+        chosen &= alike.to_numpy()
     return rows[chosen]
 
 

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import NORMS, QUIET, THREE, stand_in
+from helpers import NORMS, QUIET, THREE, drawn, stand_in
 
 import model
 import utils
@@ -216,13 +216,40 @@ def test_diverged_runs_are_counted(rows):
     assert table.loc[("best", "layer"), "test accuracy %"] == "79.00"
 
 
+def test_rows_that_a_spreadsheet_or_pandas_changed(rows, tmp_path):
+    rows["test_acc"] = rows["test_acc"].where(rows["seed"] > 0)
+    rows = rows.query("recipe == 'best'").assign(base_lr=0.1, batch_size=25, num_groups=4, diverged="x")
+    rows.to_csv(tmp_path / "s.csv", index=False)
+    with open(tmp_path / "s.csv", "a") as file:
+        file.write("," * (len(rows.columns) - 1) + "\n")
+    for changed in (pd.read_csv(tmp_path / "s.csv"), rows.convert_dtypes()):
+        for table in (tables.seeds_table, tables.compare_norms):
+            pd.testing.assert_frame_equal(table(changed), table(rows), check_index_type=False)
+        for draw in (plots.plot_batch_sizes, plots.plot_learning_rates, plots.plot_seeds, plots.plot_league):
+            assert drawn(draw(changed)) == drawn(draw(rows))
+        ticks = plots.plot_groups(changed.replace({"norm": {"batch": "group"}})).axes[0].get_xticklabels()
+        assert [tick.get_text() for tick in ticks] == ["4"]
+        assert tables.select(changed, seed=3)["epoch"].tolist() == [1, 2, 1, 2]
+
+
+def test_settings_are_chosen_as_numbers_truth_values_or_text(rows):
+    ways = [rows.assign(settings=rows["settings"] + f" num_groups={n} skip={n == 4}") for n in (4, "channels")]
+    rows = pd.concat(ways)
+    for chosen in ({"num_groups": 4}, {"num_groups": "4"}, {"skip": True}, {"skip": "True"}, {"skip": np.True_}):
+        assert len(tables.select(rows, **chosen)) == len(ways[0]), chosen
+    assert len(tables.select(rows, num_groups="channels", skip=False, lr=0.05)) == len(ways[0]) / 2
+    with pytest.raises(ValueError, match="unknown num_groups 8: choose 4 or channels"):
+        tables.select(rows, num_groups=8)
+
+
 def test_what_is_no_study_is_refused_with_the_next_step(results, rows):
     for call in (tables.seeds_table, tables.compare_norms, tables.trials_table, plots.plot_seeds, tables.select):
         with pytest.raises(ValueError, match="lack settings.*study.run_many.*results_table"):
             call(tables.histories_table(results))
         with pytest.raises(TypeError, match="rows is a list: give the DataFrame"):
             call(results)
-    with pytest.raises(ValueError, match="there are no rows"):
-        tables.seeds_table(rows[:0])
+    for nothing in (rows[:0], pd.DataFrame()):
+        with pytest.raises(ValueError, match="there are no rows"):
+            tables.seeds_table(nothing)
     with pytest.raises(ValueError, match="norm is missing.*keep_default_na"):
         tables.seeds_table(rows.replace({"norm": {"layer": np.nan}}))
