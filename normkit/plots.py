@@ -5,7 +5,6 @@ import math
 import textwrap
 
 import numpy as np
-import pandas as pd
 import torch
 from IPython import get_ipython
 from IPython.display import Image, display
@@ -28,8 +27,9 @@ def plot_curves(histories, title=None, until=None):
     results of one norm are labelled by the settings that tell them apart.
     until: the epoch that the axis reaches, if further than the histories do.
     """
-    until = None if until is None else whole_number("until", until)
+    until = 1 if until is None else whole_number("until", until)
     runs, data = histories_of(histories)
+    last = max(history[-1]["epoch"] for history in runs.values())
     title, colors = title or data, colors_of(runs)
     figure, axes = subplots(1, 2, figsize=(11, 4.4))
     for ax, metric, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
@@ -40,8 +40,8 @@ def plot_curves(histories, title=None, until=None):
             ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
             ends[label] = (epochs[-1], test[-1])
-        if until or max(epoch for epoch, _ in ends.values()) == 1:
-            ax.set_xlim(0.5, (until or 1) + 0.5)
+        if until >= last:
+            ax.set_xlim(0.5, until + 0.5)
         mark_learning_rates(ax, next(iter(runs.values())), high=metric == "loss")
         label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
         ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
@@ -66,7 +66,7 @@ def mark_learning_rates(ax, history, high):
         for row in changes:
             ax.axvline(row["epoch"] - 0.5, color="#999999", linewidth=1, linestyle=":")
             ax.annotate(
-                f"lr {row['lr']:.0e}".replace("e-0", "e-"),
+                f"lr {row['lr']:.3g}",
                 (row["epoch"] - 0.5, 1 if high else 0),
                 xycoords=("data", "axes fraction"),
                 xytext=(3, -2 if high else 2),
@@ -99,6 +99,19 @@ def label_ends(ax, ends, colors, number):
         )
 
 
+def draw_means(ax, runs, setting, color):
+    """Draws mean and standard deviation over a setting, and a cross where a run diverged; returns the means.
+
+    Such a run counts as chance, one image in ten guessed right.
+    """
+    by_value = runs.fillna({"test_acc": CHANCE}).groupby(setting)["test_acc"]
+    mean, deviation = by_value.mean(), by_value.std().fillna(0)
+    ax.errorbar(mean.index, mean, deviation, color=color, marker="o", capsize=3)
+    diverged = runs.loc[runs["test_acc"].isna(), setting]
+    ax.plot(diverged, [CHANCE] * len(diverged), "x", color=color, markersize=11)
+    return mean
+
+
 class LiveCurves:
     """Curves that grow while runs train, in one output of the notebook; outside of a notebook nothing is shown.
 
@@ -106,10 +119,10 @@ class LiveCurves:
     """
 
     def __init__(self, labels, epochs, title=""):
-        self.labels, self.epochs, self.title = list(labels), epochs, title
+        self.labels, self.planned, self.title = list(labels), epochs, title
         self.histories = {}
         self.handle = None
-        if get_ipython() is not None:
+        if hasattr(get_ipython(), "kernel"):  # IPython's terminal has none, and shows no pictures
             self.handle = display(self.picture(), display_id=True)
 
     def follow(self, label):
@@ -119,6 +132,11 @@ class LiveCurves:
                 self.handle.update(self.picture())
 
         return show
+
+    @property
+    def epochs(self):
+        """Of each run: as planned, or as many as one of them has turned out to have."""
+        return max([self.planned, *map(len, self.histories.values())])
 
     def seconds_left(self):
         """Of every label: what an epoch took it, or before its first epoch took the others, for those to come."""
@@ -233,13 +251,13 @@ def plot_confusions(data, logits):
     for i, (name, each) in enumerate(logits.items()):
         counts = torch.zeros(len(classes), len(classes))
         counts.index_put_((data.test_labels, each.argmax(1)), torch.ones(len(each)), accumulate=True)
-        percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+        percent = (100 * counts / counts.sum(1, keepdim=True)).numpy()  # of a class without a test image, NaN
         ax = figure.add_subplot(grid[0, i])
         shades = LinearSegmentedColormap.from_list(name, ["white", colors[name]])
         mistakes = percent * (1 - np.eye(len(classes)))
         ax.imshow(mistakes, cmap=shades, vmax=20)
         for truth, guess in np.ndindex(*percent.shape):
-            if step == 1 and (truth == guess or percent[truth, guess] >= 5):
+            if step == 1 and percent[truth, guess] >= (0 if truth == guess else 5):
                 dark = mistakes[truth, guess] > 11
                 ax.text(
                     *(guess, truth, f"{percent[truth, guess]:.0f}"),
@@ -253,11 +271,12 @@ def plot_confusions(data, logits):
         ax.tick_params(length=0)
         ax.set(xlabel="predicted", ylabel="" if i else "true", title=f"{name}, % of a class")
         places = np.array(classes) + spacing * (i - (len(logits) - 1) / 2)
-        below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name], label=name)
+        below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name])
     below.set_xticks(classes[::step], names[::step], rotation=90 * (longest > 12 or len(names) > 12))
+    below.set_xlim(-0.7, len(names) - 0.3)
     below.grid(axis="x", visible=False)
     below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
-    below.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    below.legend(below.containers, list(logits), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.get_layout_engine().set(w_pad=0.08)
     return figure
 
@@ -266,21 +285,23 @@ def plot_confusions(data, logits):
 def plot_seeds(rows, ax=None):
     """Last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
 
-    rows: of study.run_many. Each value of a setting that was swept as well has a group of its own.
+    rows: of study.run_many. Each value of a setting that was swept as well has a group of its own. A run that diverged
+    is a cross, and counts as chance, one image in ten guessed right.
     """
     last = last_epochs(rows, "norm", "data")
     data, seeds = about(last)
     last, names = separated(last)
     groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
-    norms, captions = list(colors), []
+    norms = list(colors)
+    captions = ["\n".join(textwrap.fill(line, 30) for line in captions_of(group)) for group, _ in groups]
     pitch = len(norms) + 0.8
     ax = axes_or_new(ax, (max(7.5, 0.9 * pitch * len(groups)), 4))
-    for i, (group, runs) in enumerate(groups):
-        captions.append("\n".join(textwrap.fill(line, 30) for line in captions_of(group)))
+    for i, (_, runs) in enumerate(groups):
         for norm, each in runs.groupby("norm", sort=False, observed=True):
-            place, values, color = i * pitch + norms.index(norm), each["test_acc"], colors[norm]
-            dots = place + np.linspace(-0.15, 0.15, len(values))
-            ax.plot(dots, values, "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
+            place, values, color = i * pitch + norms.index(norm), each["test_acc"].fillna(CHANCE), colors[norm]
+            dots, diverged = place + np.linspace(-0.15, 0.15, len(values)), each["test_acc"].isna().to_numpy()
+            ax.plot(dots[~diverged], values[~diverged], "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
+            ax.plot(dots[diverged], values[diverged], "x", color=color, markersize=9)
             mean, deviation = values.mean(), values.std() if values.count() > 1 else 0.0
             ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
             label = f"{norm}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
@@ -333,14 +354,16 @@ def plot_league(rows):
 
 @styled
 def plot_batch_sizes(rows, ax=None):
-    """Test accuracy of each norm over the batch size, mean and standard deviation. rows: of study.run_many."""
-    ax, last = axes_or_new(ax, (7.5, 4.2)), last_epochs(rows, "norm", "batch_size", "data")
+    """Test accuracy of each norm over the batch size, mean and standard deviation; a cross is a run that diverged.
+
+    rows: of study.run_many. Such a run counts as chance, one image in ten guessed right.
+    """
+    last = last_epochs(rows, "norm", "batch_size", "data")
     refuse_mix(last, ["norm", "batch_size"])
     ends, colors = {}, colors_of(last["norm"])
+    ax = axes_or_new(ax, (7.5, 4.2))
     for norm, each in last.groupby("norm", sort=False, observed=True):
-        by_size = each.groupby("batch_size")["test_acc"]
-        mean, deviation = by_size.mean(), by_size.std().fillna(0)
-        ax.errorbar(mean.index, mean, deviation, color=colors[norm], marker="o", capsize=3)
+        mean = draw_means(ax, each, "batch_size", colors[norm])
         ends[norm] = (mean.index[-1], mean.iloc[-1])
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(last["batch_size"].unique()), sorted(last["batch_size"].unique()))
@@ -355,40 +378,36 @@ def plot_learning_rates(rows, ax=None):
 
     rows: of study.run_many with keep_diverged. Such a run counts as chance, one image in ten guessed right.
     """
-    ax, last = axes_or_new(ax, (7.5, 4.2)), last_epochs(rows, "norm", "base_lr", "data")
+    last = last_epochs(rows, "norm", "base_lr", "data")
     refuse_mix(last, ["norm", "base_lr"])
     colors = colors_of(last["norm"])
+    ax = axes_or_new(ax, (7.5, 4.2))
     for norm, each in last.groupby("norm", sort=False, observed=True):
-        by_rate = each.fillna({"test_acc": CHANCE}).groupby("base_lr")["test_acc"]
-        mean, deviation = by_rate.mean(), by_rate.std().fillna(0)
-        ax.errorbar(mean.index, mean, deviation, color=colors[norm], marker="o", capsize=3, label=norm)
-        diverged = each[each["test_acc"].isna()]
-        ax.plot(diverged["base_lr"], [CHANCE] * len(diverged), "x", color=colors[norm], markersize=11)
+        draw_means(ax, each, "base_lr", colors[norm])
     ax.set_xscale("log")
     rates = sorted(last["base_lr"].unique())
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
     ax.minorticks_off()
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(ax.containers, list(colors), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel="learning rate", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure
 
 
 @styled
 def plot_groups(rows, ax=None):
-    """Test accuracy of group norm over its number of groups, mean and standard deviation.
+    """Test accuracy of group norm over its number of groups, mean and deviation; a cross is a run that diverged.
 
-    rows: of study.run_many, of which those of group norm are drawn.
+    rows: of study.run_many, of which those of group norm are drawn. A run that diverged counts as chance, one image in
+    ten guessed right.
     """
     ax, last = axes_or_new(ax, (7.5, 3.4)), last_epochs(rows, "norm", "num_groups", "data")
     last = last[last["norm"] == "group"]
     if last.empty:
-        raise ValueError(f"there are no rows of group norm, but of {', '.join(rows['norm'].unique())}")
+        raise ValueError(f"there are no rows of group norm, but of {', '.join(rows['norm'].dropna().unique())}")
     refuse_mix(last, ["num_groups"])
-    by_groups = last.groupby("num_groups")["test_acc"].agg(["mean", "std"]).fillna(0)
-    by_groups = by_groups.sort_index(key=lambda names: pd.to_numeric(names, errors="coerce").fillna(math.inf))
-    mean, deviation = by_groups["mean"], by_groups["std"]
-    ax.errorbar(range(len(mean)), mean, deviation, color=COLORS["group"], marker="o", capsize=3)
+    sizes = sorted(last["num_groups"].unique(), key=lambda size: float(size) if str(size).isdigit() else math.inf)
+    draw_means(ax, last.assign(place=last["num_groups"].map(sizes.index)), "place", COLORS["group"])
     names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
-    ax.set_xticks(range(len(mean)), [names.get(str(groups), str(groups)) for groups in mean.index])
+    ax.set_xticks(range(len(sizes)), [names.get(str(size), str(size)) for size in sizes])
     ax.set(xlabel="groups", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -80,6 +81,11 @@ def test_confusions_are_counted_by_class(data, logits):
     assert all(height == pytest.approx(90, abs=1.5) for height in heights[2])
     assert "synthetic" in drawn(figure)
     assert {ax.get_xlabel() for ax in figure.axes} == {"predicted", ""} and "true" in drawn(figure)
+    none = dataclasses.replace(data, test_labels=torch.where(data.test_labels == 3, 4, data.test_labels))
+    figure = plots.plot_confusions(none, {("batch", 0): logits["batch"]})  # a key such as groupby gives
+    bars = [bar.get_height() for ax in figure.axes for bar in ax.patches]
+    assert np.isnan(bars[3]) and np.isfinite(np.delete(bars, 3)).all()
+    assert not [text for text in figure.axes[1].texts if text.get_position()[1] == 3] and "batch, 0" in drawn(figure)
 
 
 def test_disagreements_are_images_on_which_someone_is_right(data, logits):
@@ -186,6 +192,17 @@ def test_live_curves_tell_the_time_left_and_keep_their_size():
     assert live.seconds_left() == 0
     sizes.add(live.picture().data[16:24])
     assert len(sizes) == 1
+    live.follow("batch")([row | {"epoch": n, "seconds": 10.0} for n in range(1, 7)])  # more epochs than planned
+    assert live.epochs == 6 and live.seconds_left() == 40
+
+
+@pytest.mark.parametrize("shell", [None, object(), SimpleNamespace(kernel=1)])
+def test_live_curves_show_themselves_in_a_notebook_alone(shell, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "get_ipython", lambda: shell)  # IPython's terminal has a shell, but no kernel
+    monkeypatch.setattr(plots, "display", lambda picture, display_id: shown.append(picture))
+    plots.LiveCurves(["batch"], 1)
+    assert len(shown) == hasattr(shell, "kernel")
 
 
 # ----------------------------------------------------------------------------------- elsewhere
@@ -235,6 +252,7 @@ def test_curves_take_tables_rows_and_mixtures_and_refuse_the_rest(results):
         with pytest.raises(ValueError, match=f"until={until!r}: expected a whole number"):
             plots.plot_curves(results, until=until)
     assert plots.plot_curves(results, until=np.int64(9)).axes[0].get_xlim() == (0.5, 9.5)
+    assert plots.plot_curves(results, until=1).axes[0].get_xlim()[1] > 2  # the histories reach further
 
 
 @pytest.mark.parametrize("each", [0, -1, "3", 1.5])
@@ -300,6 +318,39 @@ def test_the_league_has_a_panel_for_each_recipe_and_the_best_norm_on_top():
         assert sorted(text.get_text() for text in ax.texts) == ["17.7", "51.0", "81.0"]  # (10 + 21 + 22) / 3
         dots = {tuple(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"}
         assert dots == {(10, 21, 22), (50, 51, 52), (80, 81, 82)}
+
+
+def test_a_run_that_diverged_counts_as_chance_everywhere():
+    def half_diverged(**columns):
+        rows = study(norm=["group", "none"], seed=range(4), **columns)
+        return rows.assign(test_acc=np.where((rows["norm"] == "none") | (rows["seed"] % 2 == 1), None, 80.0))
+
+    def crosses(ax):
+        return [len(line.get_xdata()) for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
+
+    ax = plots.plot_seeds(half_diverged()).axes[0]
+    assert [text.get_text() for text in ax.texts] == ["group\n45.0 ± 40.4", "none\n10.0 ± 0.0"]
+    assert crosses(ax) == [2, 4]
+    ax = plots.plot_batch_sizes(half_diverged(batch_size=[2, 4])).axes[0]
+    assert [container[0].get_ydata().tolist() for container in ax.containers] == [[45, 45], [10, 10]]
+    assert {text.get_text() for text in ax.texts} == {"group: 45.0 %", "none: 10.0 %"} and crosses(ax) == [4, 8]
+    ax = plots.plot_groups(half_diverged(num_groups=["channels", "2"])).axes[0]
+    assert ax.containers[0][0].get_ydata().tolist() == [45, 45] and crosses(ax) == [4]
+
+
+def test_learning_rates_are_not_rounded_to_one_digit(results):
+    rows = [results[0].history[0] | {"epoch": i, "lr": lr} for i, lr in enumerate((0.01, 0.0025, 0.00025), 1)]
+    assert {"lr 0.0025", "lr 0.00025"} < {text.get_text() for text in plots.plot_curves(rows).axes[0].texts}
+
+
+def test_epochs_may_be_out_of_order_and_not_twice(results):
+    history = results[0].history
+    assert plots.plot_curves(history[::-1]).axes[0].lines[0].get_xdata().tolist() == [1, 2]
+    table = tables.histories_table([results[0], dataclasses.replace(results[0], seed=1)])
+    with pytest.raises(ValueError, match=r"batch has epoch 1 more than once.*groupby\(\['norm', 'seed'\]\)"):
+        plots.plot_curves({norm: rows for norm, rows in table.groupby("norm")})
+    text = drawn(plots.plot_curves({name: rows for name, rows in table.groupby(["norm", "seed"])}))
+    assert "batch, 0: " in text and "batch, 1: " in text
 
 
 SETTINGS = [

@@ -216,6 +216,21 @@ def test_diverged_runs_are_counted(rows):
     assert table.loc[("best", "layer"), "test accuracy %"] == "79.00"
 
 
+def test_a_study_in_which_every_run_diverged(rows):
+    metrics = ["train_acc", "test_acc"]
+    for none in (rows.assign(**dict.fromkeys(metrics)), rows.drop(columns=metrics)):
+        none = none.query("epoch == 2 and recipe == 'best'").assign(
+            diverged="the loss is nan", base_lr=0.1, batch_size=8
+        )
+        for draw in (plots.plot_learning_rates, plots.plot_batch_sizes):
+            ax = draw(none).axes[0]
+            assert [line.get_ydata().tolist() for line in ax.lines if line.get_marker() == "o"] == [[10], [10]]
+        assert [ax.get_xlim()[0] < 10 < ax.get_xlim()[1] for ax in plots.plot_league(none).axes] == [True]
+        assert "10.0" in plots.plot_seeds(none).axes[0].texts[0].get_text()
+        assert (tables.seeds_table(none)["diverged"] == 5).all() and len(tables.trials_table(none)) == 10
+        assert (tables.compare_norms(none)["seeds"] == 0).all()
+
+
 def test_rows_that_a_spreadsheet_or_pandas_changed(rows, tmp_path):
     rows["test_acc"] = rows["test_acc"].where(rows["seed"] > 0)
     rows = rows.query("recipe == 'best'").assign(base_lr=0.1, batch_size=25, num_groups=4, diverged="x")
