@@ -87,11 +87,13 @@ def losses_along_gradient(model, images, labels, rates):
 def plot_by_layer(rows, quantity):
     """A quantity through the depth of the network, at the start and after training, a line a norm.
 
-    rows: a DataFrame with the columns norm, step, quantity, layer, value; the mean of the runs is drawn.
+    rows: a DataFrame with the columns norm, step, quantity, layer, value, of which the index tells the order in which
+    they were measured, layer by layer; the mean of the runs is drawn.
     """
     captions = {"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}
     check_choice("quantity", quantity, list(captions))
-    rows, colors = rows[rows["quantity"] == quantity], colors_of(rows["norm"])
+    rows = rows[rows["quantity"] == quantity].sort_index(kind="stable")
+    colors = colors_of(rows["norm"])
     stages = {rows["step"].min(): "at the start", rows["step"].max(): f"after {rows['step'].max()} steps"}
     figure, axes = subplots(1, 2, figsize=(11, 3.4), sharey=True)
     layers = list(dict.fromkeys(rows["layer"]))

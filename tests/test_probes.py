@@ -84,5 +84,7 @@ def test_pictures(batch):
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["batch", "layer"]
     with pytest.raises(ValueError, match="unknown quantity 'loss': choose gradient norm or similarity"):
         probes.plot_by_layer(rows, "loss")
+    shuffled = probes.plot_by_layer(rows.sample(frac=1, random_state=0), "gradient norm")
+    assert [label.get_text() for label in shuffled.axes[0].get_xticklabels()] == CONVOLUTIONS
     figure = probes.plot_by_layer(rows.replace({"norm": {"batch": "mine", "layer": "yours"}}), "similarity")
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2
