@@ -1,5 +1,7 @@
 """What accuracy alone does not tell: calibration, and accuracy on images that were corrupted."""
 
+import math
+
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
@@ -61,22 +63,26 @@ def corruptions(images):
 def plot_corruptions(rows, images, title=None):
     """Accuracy under each corruption, a bar a variant, and above it what the corruption makes of one image.
 
-    rows: a DataFrame with the columns images (the corruption), norm, test_acc; a norm with something after a comma is
-    hatched. images: of corruptions.
+    rows: a DataFrame with the columns images (the corruption), norm, test_acc; of several runs the mean is drawn, and
+    of none a gap. A norm with something after a comma is hatched. images: of corruptions.
     """
+    accuracies = rows.astype({"test_acc": float}).groupby(["images", "norm"], observed=True)["test_acc"].mean()
     kinds, variants = list(dict.fromkeys(rows["images"])), list(dict.fromkeys(rows["norm"]))
     colors = colors_of(variant.split(",")[0] for variant in variants)
-    figure, axes = subplots(2, len(kinds), figsize=(11, 4.6), height_ratios=[1, 2])
+    size = (max(5, 2.75 * len(kinds)), 4.6)
+    figure, axes = subplots(2, len(kinds), figsize=size, height_ratios=[1, 2], squeeze=False)
     for (above, ax), kind in zip(axes.T, kinds):
         above.imshow(images[kind][0].permute(1, 2, 0).numpy())
         above.set_title(kind)
         above.axis("off")
         for place, variant in enumerate(variants):
-            value = rows.query("images == @kind and norm == @variant")["test_acc"].item()
+            value = accuracies.get((kind, variant), math.nan)
             norm, *changed = variant.split(",")
             ax.bar(place, value, color=colors[norm], hatch="///" if changed else None, edgecolor="white", linewidth=0)
-            ax.text(place, value, f"{value:.0f}", ha="center", va="bottom", fontsize=10)
+            if math.isfinite(value):
+                ax.text(place, value, f"{value:.0f}", ha="center", va="bottom", fontsize=10)
         ax.set(xticks=[], ylim=(0, 100), yticks=[0, 25, 50, 75, 100] if ax is axes[1, 0] else [])
+        ax.set_xlim(-0.6, len(variants) - 0.4)
         ax.grid(False)
     axes[1, 0].set_ylabel("test accuracy, %")
     bars = axes[1, -1].patches

@@ -1,5 +1,6 @@
 """Calibration and corruptions, against their definitions."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -63,3 +64,19 @@ def test_pictures(data, size):
     rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in ("mine", "yours")]
     figure = robustness.plot_corruptions(pd.DataFrame(rows), images)
     assert len({bar.get_facecolor() for bar in figure.axes[-1].patches}) == 2
+
+
+def test_corruptions_one_alone_missing_or_measured_twice(data):
+    images = robustness.corruptions(data.test_images[:1])
+    rows = pd.DataFrame(
+        {"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in ("batch", "a, b")
+    )
+    one = robustness.plot_corruptions(rows.query("images == 'blur'"), images)
+    assert [ax.get_title() for ax in one.axes] == ["blur", ""]
+    figure = robustness.plot_corruptions(pd.concat([rows[1:], rows[-1:].assign(test_acc=60.0)]), images)
+    below = [ax for ax in figure.axes if ax.patches]
+    bars = [[bar.get_height() for bar in ax.patches] for ax in below]
+    assert (
+        np.isnan(bars[0][1]) and bars[0][0] == 50 and bars[1:] == [[50, 50], [50, 50], [55, 50]]
+    )  # of "a, b", "batch"
+    assert [len(ax.texts) for ax in below] == [1, 2, 2, 2] and len({ax.get_xlim() for ax in below}) == 1
