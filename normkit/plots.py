@@ -2,7 +2,6 @@
 
 import io
 import math
-import textwrap
 
 import numpy as np
 import torch
@@ -13,7 +12,19 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import COLORS, axes_or_new, colors_of, new_figure, styled, subplots
+from normkit.style import (
+    COLORS,
+    axes_or_new,
+    broken,
+    colors_of,
+    height_for,
+    label_ends,
+    legend_below,
+    legend_beside,
+    new_figure,
+    styled,
+    subplots,
+)
 from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 
 CHANCE = 10  # percent, of CIFAR-10's ten classes
@@ -31,7 +42,7 @@ def plot_curves(histories, title=None, until=None):
     runs, data = histories_of(histories)
     last = max(history[-1]["epoch"] for history in runs.values())
     title, colors = title or data, colors_of(runs)
-    figure, axes = subplots(1, 2, figsize=(11, 4.4))
+    figure, axes = subplots(1, 2, figsize=(11, height_for(runs, 4.4)))
     for ax, metric, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
         ends = {}
         for label, history in runs.items():
@@ -39,7 +50,7 @@ def plot_curves(histories, title=None, until=None):
             train, test = ([row[f"{split}_{metric}"] for row in history] for split in ("train", "test"))
             ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
-            ends[label] = (epochs[-1], test[-1])
+            ends[label] = test
         if until >= last:
             ax.set_xlim(0.5, until + 0.5)
         mark_learning_rates(ax, next(iter(runs.values())), high=metric == "loss")
@@ -47,13 +58,7 @@ def plot_curves(histories, title=None, until=None):
         ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
-    figure.legend(
-        styles,
-        ["test, after the epoch", "training, during the epoch"],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-    )
+    legend_below(figure, styles, ["test, after the epoch", "training, during the epoch"])
     if title:
         figure.suptitle(title)
     return figure
@@ -75,28 +80,6 @@ def mark_learning_rates(ax, history, high):
                 fontsize=9,
                 color="#666666",
             )
-
-
-def label_ends(ax, ends, colors, number):
-    """Names each curve at its end, the names kept apart from one another."""
-    low, high = ax.get_ylim()
-    gap = (high - low) * 0.065
-    places, last = {}, low - gap
-    for label in sorted(ends, key=lambda label: ends[label][1]):
-        last = places[label] = max(ends[label][1], last + gap)
-    surplus = max(0, last - high)
-    for label, (epoch, value) in ends.items():
-        ax.annotate(
-            f"{label}: {number.format(value)}",
-            (epoch, value),
-            xytext=(1.02, places[label] - surplus),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            color=colors[label],
-            fontweight="bold",
-            fontsize=10,
-            annotation_clip=False,
-        )
 
 
 def draw_means(ax, runs, setting, color):
@@ -147,7 +130,7 @@ class LiveCurves:
         )
 
     def picture(self):
-        """A PNG of one size, whatever it shows, so that the page does not jump."""
+        """A PNG of one size, however many of the runs it shows, so that the page does not jump."""
         if not self.histories:
             figure, ax = subplots(figsize=(11, 4.4))
             ax.axis("off")
@@ -158,6 +141,7 @@ class LiveCurves:
             time = f"about {left / 60:.0f} min left for all" if left > 90 else f"about {left:.0f} s left for all"
             progress = f": {label}, epoch {len(history)} of {self.epochs}, {time}" if left else ""
             figure = plot_curves(self.histories, self.title + progress, self.epochs)
+        figure.set_size_inches(11, height_for([*dict.fromkeys([*self.labels, *self.histories])], 4.4))
         png = io.BytesIO()
         figure.savefig(png, dpi=100, bbox_inches=None)
         return Image(png.getvalue(), width=1000)
@@ -214,9 +198,12 @@ def plot_disagreements(data, logits, columns=5, rows=2):
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
+    longest = max(map(len, names)) + len(": 100 %")
+    labels = {name: broken(name) + (": " if len(name) + longest <= 28 else ":\n") for name in logits}
+    depths = {name: label.count("\n") + 1 for name, label in labels.items()}  # in lines
     height, width = data.test_images.shape[2:]
     line_height = width / 8  # of text below an image, in its pixels
-    bottom = height + line_height * len(logits)
+    bottom = height + line_height * sum(depths.values())
     size = (columns * 2.2, rows * (2.1 * bottom / width + 0.3) + 0.3)
     figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
@@ -225,10 +212,12 @@ def plot_disagreements(data, logits, columns=5, rows=2):
         ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
         ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
         ax.set_title(f"is {names[data.test_labels[i]]}", fontsize=10)
-        for line, name in enumerate(logits):
-            guess = f"{name}: {names[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
+        place = height
+        for line, (name, depth) in enumerate(depths.items()):
+            guess = f"{labels[name]}{names[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
             text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": colors[name]}
-            ax.text((width - 1) / 2, height + line_height * (line + 0.5), guess, **text)
+            ax.text((width - 1) / 2, place + line_height * depth / 2, guess, **text)
+            place += line_height * depth
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
     figure.get_layout_engine().set(h_pad=0.1)  # inches, that the heading keeps clear of the first row's titles
@@ -276,7 +265,7 @@ def plot_confusions(data, logits):
     below.set_xlim(-0.7, len(names) - 0.3)
     below.grid(axis="x", visible=False)
     below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
-    below.legend(below.containers, list(logits), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    legend_beside(below, logits)
     figure.get_layout_engine().set(w_pad=0.08)
     return figure
 
@@ -292,10 +281,11 @@ def plot_seeds(rows, ax=None):
     data, seeds = about(last)
     last, names = separated(last)
     groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
-    norms = list(colors)
-    captions = ["\n".join(textwrap.fill(line, 30) for line in captions_of(group)) for group, _ in groups]
-    pitch = len(norms) + 0.8
-    ax = axes_or_new(ax, (max(7.5, 0.9 * pitch * len(groups)), 4))
+    norms, captions = list(colors), [broken("\n".join(captions_of(group)), 26) for group, _ in groups]
+    labels = {norm: broken(norm, 12) for norm in norms}
+    pitch, width = len(norms) + 0.8, max(0.9, 0.1 * min(12, max(map(len, norms))))  # inches, that a norm has
+    height = 4 + 0.19 * max(caption.count("\n") for caption in captions)
+    ax = axes_or_new(ax, (max(7.5, width * pitch * len(groups)), height))
     for i, (_, runs) in enumerate(groups):
         for norm, each in runs.groupby("norm", sort=False, observed=True):
             place, values, color = i * pitch + norms.index(norm), each["test_acc"].fillna(CHANCE), colors[norm]
@@ -304,13 +294,13 @@ def plot_seeds(rows, ax=None):
             ax.plot(dots[diverged], values[diverged], "x", color=color, markersize=9)
             mean, deviation = values.mean(), values.std() if values.count() > 1 else 0.0
             ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
-            label = f"{norm}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
+            label = f"{labels[norm]}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
             text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10}
             lowest = min(values.min(), mean - deviation)
             ax.annotate(label, (place, lowest), (0, -8), textcoords="offset points", **text)
     ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions)
     ax.grid(axis="x", visible=False)
-    ax.margins(x=0.08, y=0.25)
+    ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))
     ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
     return ax.figure
 
@@ -333,9 +323,11 @@ def plot_league(rows):
     last = last.fillna({"test_acc": CHANCE})
     norms = last.groupby("norm", observed=True)["test_acc"].mean().sort_values().index
     groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
-    size = (5.5 * len(groups), 1.2 + 0.42 * len(norms))
+    titles = [broken(", ".join(captions_of(group)), 48) for group, _ in groups]
+    height = 1.2 + 0.42 * max(3, len(norms)) + 0.2 * max(title.count("\n") for title in titles)
+    size = (5.5 * len(groups), height)
     figure, axes = subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
-    for ax, (group, runs) in zip(axes[0], groups):
+    for ax, title, (_, runs) in zip(axes[0], titles, groups):
         for norm, each in runs.groupby("norm", observed=True):
             place, values, color = norms.get_loc(norm), each["test_acc"], colors[norm]
             ax.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
@@ -347,7 +339,7 @@ def plot_league(rows):
         ax.set_yticks(range(len(norms)), norms)
         ax.grid(axis="y", visible=False)
         ax.margins(x=0.14)
-        ax.set(xlabel="test accuracy, %", title=", ".join(captions_of(group)))
+        ax.set(xlabel="test accuracy, %", title=title)
     figure.suptitle(f"{data}: {seeds}, last epoch")
     return figure
 
@@ -361,10 +353,9 @@ def plot_batch_sizes(rows, ax=None):
     last = last_epochs(rows, "norm", "batch_size", "data")
     refuse_mix(last, ["norm", "batch_size"])
     ends, colors = {}, colors_of(last["norm"])
-    ax = axes_or_new(ax, (7.5, 4.2))
+    ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
     for norm, each in last.groupby("norm", sort=False, observed=True):
-        mean = draw_means(ax, each, "batch_size", colors[norm])
-        ends[norm] = (mean.index[-1], mean.iloc[-1])
+        ends[norm] = draw_means(ax, each, "batch_size", colors[norm]).tolist()
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(last["batch_size"].unique()), sorted(last["batch_size"].unique()))
     label_ends(ax, ends, colors, "{:.1f} %")
@@ -381,14 +372,14 @@ def plot_learning_rates(rows, ax=None):
     last = last_epochs(rows, "norm", "base_lr", "data")
     refuse_mix(last, ["norm", "base_lr"])
     colors = colors_of(last["norm"])
-    ax = axes_or_new(ax, (7.5, 4.2))
+    ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
     for norm, each in last.groupby("norm", sort=False, observed=True):
         draw_means(ax, each, "base_lr", colors[norm])
     ax.set_xscale("log")
     rates = sorted(last["base_lr"].unique())
     ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
     ax.minorticks_off()
-    ax.legend(ax.containers, list(colors), frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax, colors)
     ax.set(xlabel="learning rate", ylabel="test accuracy, %", title="\n".join(about(last)))
     return ax.figure
 

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from torch import nn
 
 from normkit.checks import check_choice
-from normkit.style import colors_of, styled, subplots
+from normkit.style import colors_of, legend_below, styled, subplots
 
 
 def measure(model, images, labels, rates):
@@ -106,7 +106,7 @@ def plot_by_layer(rows, quantity):
         axes[0].set_yscale("log")
     axes[0].set_ylabel(captions[quantity])
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
-    figure.legend(lines, list(colors), loc="outside lower center", ncols=len(colors), frameon=False)
+    legend_below(figure, lines, colors)
     return figure
 
 

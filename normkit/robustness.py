@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from normkit.predictions import logits_by_name
-from normkit.style import colors_of, styled, subplots
+from normkit.style import colors_of, legend_below, styled, subplots
 
 
 def calibration(logits, labels, bins=10):
@@ -86,6 +86,6 @@ def plot_corruptions(rows, images, title=None):
         ax.grid(False)
     axes[1, 0].set_ylabel("test accuracy, %")
     bars = axes[1, -1].patches
-    figure.legend(bars, variants, loc="outside lower center", ncols=len(variants), frameon=False)
+    legend_below(figure, bars, variants)
     figure.suptitle(title)
     return figure

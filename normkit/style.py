@@ -1,8 +1,10 @@
-"""Colours and style of all pictures."""
+"""Colours and style of all pictures, and the text in them, made to fit."""
 
 import colorsys
 import functools
 import itertools
+import math
+import textwrap
 
 import matplotlib.style
 from matplotlib.colors import to_hex
@@ -39,7 +41,7 @@ def styled(plot):
     def wrapper(*args, **options):
         with matplotlib.style.context(["default", STYLE]):
             figure = plot(*args, **options)
-            figure.figure.draw_without_rendering()  # ticks are made here, in the style of the moment
+            fit_text(figure.figure)  # ticks are made here, in the style of the moment
             interactive = matplotlib.is_interactive()
         matplotlib.interactive(interactive)  # a notebook's first figure turns it on, and the end of the style off again
         return figure
@@ -67,6 +69,9 @@ def further_colors():
         yield to_hex(colorsys.hsv_to_rgb(i * 0.618 % 1, 0.6 + 0.2 * (i % 3), 0.75 - 0.2 * (i % 2)))
 
 
+# ------------------------------------------------------------------------------------- figures
+
+
 def axes_or_new(ax, figsize):
     """Returns the axes given to draw in, or where none are, those of a new figure."""
     if ax is None:
@@ -89,3 +94,135 @@ def subplots(*shape, figsize, **options):
     """plt.subplots, of such a figure."""
     figure = new_figure(figsize)
     return figure, figure.subplots(*shape, **options)
+
+
+# ---------------------------------------------------------------------------------- text that fits
+
+LINE = 0.21  # inches, that a line of names takes
+PAD = 8  # pixels between texts
+KEPT = "\N{NO-BREAK SPACE}"  # at which no line is broken
+
+
+def broken(text, longest=24):
+    """Returns a text with its lines broken between words, and none longer than so many characters."""
+    lines = str(text).replace(" %", KEPT + "%").splitlines()
+    return "\n".join(textwrap.fill(line, longest, break_on_hyphens=False) for line in lines).replace(KEPT, " ")
+
+
+def lines_of(names):
+    """Returns how many lines names take, each broken, below one another."""
+    return sum(broken(name).count("\n") + 1 for name in names)
+
+
+def height_for(names, least):
+    """Returns the height of a figure, in inches, in which there is room for names below one another."""
+    return max(least, 1.2 + LINE * lines_of(names))
+
+
+def label_ends(ax, ends, colors, number):
+    """Names each curve at its end, the names kept apart from one another.
+
+    ends: a dict from a name to a curve's values. A curve that ends in no number has its name where it last had one.
+    """
+    low, high = ax.get_ylim()
+    line = (high - low) * LINE * ax.figure.dpi / ax.get_window_extent().height
+    known = {name: next((y for y in reversed(values) if math.isfinite(y)), low) for name, values in ends.items()}
+    upwards = sorted(known, key=known.get)
+    half = {name: line * lines_of([name]) / 2 for name in ends}  # of a name's height
+    places, edge = {}, low - line / 2
+    for name in upwards:
+        places[name] = max(known[name], edge + half[name])
+        edge = places[name] + half[name]
+    edge = high + line / 2
+    for name in reversed(upwards):
+        places[name] = min(places[name], edge - half[name])
+        edge = places[name] - half[name]
+        end = number.format(ends[name][-1]) if math.isfinite(ends[name][-1]) else "diverged"
+        text = {"va": "center", "color": colors[name], "fontweight": "bold", "fontsize": 10}
+        ax.text(1.02, places[name], f"{broken(name)}: {end}", transform=ax.get_yaxis_transform(), **text)
+
+
+def legend_beside(ax, names):
+    """A legend to the right of the axes, of what was drawn last.
+
+    It is given the names, as a label that begins with an underscore counts as none.
+    """
+    drawn = ax.containers[-len(names) :]
+    names = [broken(name) for name in names]
+    ax.legend(drawn, names, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def legend_below(figure, handles, names):
+    """A legend below all axes, in as many columns as the figure has room for."""
+    for columns in range(len(names), 0, -1):
+        options = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        legend = figure.legend(handles, [broken(name, 60) for name in names], **options)
+        if columns > 1 and legend.get_window_extent().width > figure.bbox.width:
+            legend.remove()
+        else:
+            return
+
+
+def fit_text(figure):
+    """Breaks the names of ticks, and the headings, that are cut off or meet their neighbours; then lays out anew."""
+    figure.draw_without_rendering()
+    if any([fit_ticks(ax) for ax in figure.axes]):
+        figure.draw_without_rendering()
+    if fit_headings(figure):
+        figure.draw_without_rendering()
+
+
+def fit_headings(figure):
+    """Breaks headings that are wider than their room, to the figure's edges or a neighbour; returns whether it did."""
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    headings = {heading: heading.get_window_extent() for heading in figure.texts}
+    headings |= {ax.title: box for ax, box in zip(figure.axes, boxes)}
+    rooms = []
+    for box in headings.values():
+        beside = [abs(middle(box) - middle(other)) - PAD for other in boxes if are_beside(box, other)]
+        rooms.append(min(2 * middle(box), 2 * (figure.bbox.width - middle(box)), *beside))
+    return any([break_to(heading, room) for heading, room in zip(headings, rooms)])
+
+
+def fit_ticks(ax):
+    """Breaks the names of an axis's ticks, or leaves some out, where they meet; returns whether they did.
+
+    Numbers cannot be broken: those that are left out keep their marks.
+    """
+    labels = ax.get_xticklabels() if ax.axison else []
+    boxes = {label: label.get_window_extent() for label in labels if label.get_text()}
+    shown = sorted(boxes, key=lambda label: boxes[label].x0)
+    neighbours = [(boxes[left], boxes[right]) for left, right in itertools.pairwise(shown)]
+    if all(right.x0 - left.x1 >= PAD / 2 for left, right in neighbours):
+        return False
+    pitch, edge = min(middle(right) - middle(left) for left, right in neighbours), -math.inf
+    for label in shown:
+        if " " in label.get_text():
+            break_to(label, pitch - PAD)
+        box = label.get_window_extent()
+        if box.x0 < edge:
+            label.set_text("")
+        else:
+            edge = box.x1 + PAD / 2
+    names = [label.get_text() for label in labels]  # before a look at the axis makes these anew
+    ax.set_xticks(ax.get_xticks(), names)
+    return True
+
+
+def break_to(text, width):
+    """Breaks a text of a figure until it is so many pixels wide, or a dozen letters; returns whether it did."""
+    whole = text.get_text()
+    for longest in range(max(map(len, whole.splitlines()), default=0), 11, -1):
+        if text.get_window_extent().width <= width:
+            break
+        text.set_text(broken(whole, longest))
+    return text.get_text() != whole
+
+
+def middle(box):
+    return (box.x0 + box.x1) / 2
+
+
+def are_beside(box, other):
+    """Returns whether boxes are on one level, and not one above the other."""
+    return min(box.y1, other.y1) > max(box.y0, other.y0) and abs(middle(box) - middle(other)) > PAD

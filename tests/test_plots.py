@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import matplotlib
@@ -336,6 +337,16 @@ def test_a_run_that_diverged_counts_as_chance_everywhere():
     assert {text.get_text() for text in ax.texts} == {"group: 45.0 %", "none: 10.0 %"} and crosses(ax) == [4, 8]
     ax = plots.plot_groups(half_diverged(num_groups=["channels", "2"])).axes[0]
     assert ax.containers[0][0].get_ydata().tolist() == [45, 45] and crosses(ax) == [4]
+
+
+def test_a_curve_that_ends_in_no_number_keeps_its_name(results):
+    history = results[0].history
+    lost = [history[0], history[1] | {"test_loss": math.nan, "test_acc": math.nan}]
+    never = [row | {"test_loss": math.inf} for row in history]
+    loss, accuracy = plots.plot_curves({"lost": lost, "never": never, "whole": history}).axes
+    names = [{text.get_text(): text.get_position()[1] for text in ax.texts} for ax in (loss, accuracy)]
+    assert {"lost: diverged", "never: diverged"} < {*names[0]} and "lost: diverged" in names[1]
+    assert all(math.isfinite(place) for place in (*names[0].values(), *names[1].values()))
 
 
 def test_learning_rates_are_not_rounded_to_one_digit(results):

@@ -1,0 +1,167 @@
+"""Text in pictures, whatever its length and number: none is cut off, and none lies on another."""
+
+import dataclasses
+import itertools
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import study
+
+import utils
+from normkit import plots, probes, robustness
+
+LONG = "CIFAR-10, JPEG copy, 5000 training images held out class by class"
+STAND_INS = [f"synthetic stand-in, first {n} training images" for n in (50, 80, 100)]
+
+
+def boxes_of(figure):
+    """Yields (text, box in pixels) of all text that shows."""
+    figure.draw_without_rendering()
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.texts)]
+    for ax in figure.axes:
+        texts += [ax.title, *ax.texts, *(ax.get_legend().texts if ax.get_legend() else ())]
+        if ax.axison:
+            texts += [ax.xaxis.label, ax.yaxis.label]
+            for axis in (ax.xaxis, ax.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                texts += [
+                    label for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels()) if low <= place <= high
+                ]
+    for text in texts:
+        if text.get_visible() and text.get_text().strip():
+            yield text.get_text(), text.get_window_extent()
+
+
+def check_layout(figure):
+    """Asserts that all text lies within the figure and apart, and leaves room for the axes."""
+    boxes = list(boxes_of(figure))
+    width, height = figure.bbox.size
+    outside = [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
+    assert not outside
+    for (text, box), (other, meets) in itertools.combinations(boxes, 2):
+        assert not box.padded(-1).overlaps(meets.padded(-1)), f"{text!r} lies on {other!r}"
+    assert all(ax.get_window_extent().width > 45 and ax.get_window_extent().height > 45 for ax in figure.axes)
+
+
+def history(**changes):
+    row = {"lr": 0.01, "train_loss": 1.0, "train_acc": 50.0, "test_loss": 1.0, "test_acc": 50.0}
+    return [row | changes | {"epoch": epoch} for epoch in range(1, 5)]
+
+
+def studies(data=("CIFAR-10",), **columns):
+    """Rows of a study of these columns on each of the data, which their lines of settings name."""
+    for each in data:
+        rows = study(**columns).assign(data=each)
+        yield rows.assign(
+            settings=[f"{each}: norm={norm} " + line for norm, line in zip(rows["norm"], rows["settings"])]
+        )
+
+
+def rows_of(data=("CIFAR-10",), **columns):
+    return pd.concat(studies(data, norm=["layer", "batch"], seed=range(2), **columns), ignore_index=True)
+
+
+LABELS = {
+    "long": [f"batch, data {name}" for name in STAND_INS],
+    "many": [f"run {i}" for i in range(30)],
+    "one word": ["x" * 60, "batch"],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("spread", [0, 0.3])
+def test_names_at_the_ends_of_curves(labels, spread):
+    runs = {name: history(test_loss=1 + spread * i, test_acc=50 + spread * i) for i, name in enumerate(labels)}
+    check_layout(plots.plot_curves(runs, ", ".join(STAND_INS)))
+    check_layout(plots.plot_batch_sizes(study(norm=labels, batch_size=[2, 4], seed=range(2))))
+    check_layout(plots.plot_learning_rates(study(norm=labels, seed=range(2)).assign(base_lr=0.1)))
+
+
+def test_live_curves_of_many_runs_keep_their_size_too():
+    live = plots.LiveCurves(LABELS["many"], 4)
+    sizes = {live.picture().data[16:24]}  # width and height in a PNG's header
+    for label in LABELS["many"][:2]:
+        live.follow(label)([row | {"seconds": 1.0} for row in history()])
+        sizes.add(live.picture().data[16:24])
+    assert len(sizes) == 1
+
+
+def test_headings_and_captions_of_studies():
+    recipes = [utils.get_recipe("best"), utils.get_recipe("classic", lr=0.5)]
+    several = rows_of(STAND_INS), rows_of([LONG]), rows_of(recipe=list(map(str, recipes)))
+    for rows in (*several, rows_of(warmup=[0.1, 0.2, 0.3, 0.4, 0.5], skip=[True, False])):
+        check_layout(plots.plot_seeds(rows))
+        check_layout(plots.plot_league(rows))
+    names = [f"{name} statistics anew" for name in ("batch", "standardised", "instance")]
+    check_layout(plots.plot_seeds(study(norm=names, seed=range(2))))
+    for draw in (plots.plot_batch_sizes, plots.plot_learning_rates):
+        check_layout(draw(rows_of([LONG]).assign(base_lr=0.1, batch_size=2)))
+
+
+def test_numbers_at_ticks_stay_apart():
+    rates = np.logspace(-4, 0, 13).tolist()
+    rows = study(norm=["batch"], base_lr=rates, seed=range(2))
+    figure = plots.plot_learning_rates(rows)
+    check_layout(figure)
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert len(names) == 13 and names[0] == "0.0001" and {"0.00464", "0.01"} & {*names}
+    assert all(name in ("", f"{rate:.3g}") for name, rate in zip(names, rates))
+    figure = plots.plot_batch_sizes(study(norm=["batch"], batch_size=[2, 50, 96, 100], seed=range(2)))
+    check_layout(figure)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["2", "50", "96", ""]
+
+
+@pytest.fixture
+def logits():
+    names = ["batch norm, seed 10", "batch, statistics anew", "layer", "a norm whose name goes on, and on, and on"]
+    return {name: torch.randn(101, 10) for name in names}
+
+
+def test_long_names_of_variants(data, logits):
+    check_layout(
+        plots.plot_disagreements(dataclasses.replace(data, classes=tuple(f"automobile {i}" for i in range(10))), logits)
+    )
+    check_layout(plots.plot_confusions(data, logits))
+    check_layout(robustness.plot_calibration(data, logits))
+    images = robustness.corruptions(data.test_images[:1])
+    for names in (logits, [f"batch, statistics anew, {i}" for i in range(5)]):
+        for kinds in (images, ["clean"]):
+            rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in kinds for norm in names]
+            check_layout(robustness.plot_corruptions(pd.DataFrame(rows), images, LONG))
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 6, 10])
+def test_headings_of_narrow_pictures(data, each):
+    data = dataclasses.replace(data, name=LONG)
+    check_layout(plots.plot_samples(data, each))
+    check_layout(plots.plot_mistakes(data, torch.randn(101, 10), rows=2, columns=each))
+
+
+def test_names_of_many_layers():
+    layers = [f"layer{i}.conv{j}" for i in range(6) for j in range(4)]
+    rows = [{"norm": f"a norm with a long name, {norm}", "step": step, "quantity": "similarity", "layer": layer}
+            for norm in range(6) for step in (0, 1) for layer in layers]  # fmt: skip
+    check_layout(probes.plot_by_layer(pd.DataFrame(rows).assign(value=0.5), "similarity"))
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(data):
+    rows = study(norm=["_mine", "batch"], seed=range(2)).assign(base_lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = [plots.plot_learning_rates(rows), plots.plot_confusions(data, {"_mine": torch.randn(101, 10)})]
+    for figure in figures:
+        assert "_mine" in [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().texts]
+
+
+def test_axes_of_ones_own_keep_their_figures_size():
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    plots.plot_batch_sizes(rows_of([LONG], batch_size=[2]), axes[0])
+    plots.plot_batch_sizes(rows_of([LONG], batch_size=[2]), axes[1])
+    assert figure.get_size_inches().tolist() == [9, 3]
+    check_layout(figure)
+    plt.close(figure)
