@@ -23,7 +23,7 @@ engine       compute: many tasks on whatever joblib is set to, a dask cluster to
 rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
-style        colours and style of all pictures
+style        colours and style of all pictures, and text that fits into them
 predictions  the logits that pictures are given, checked
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do

@@ -180,7 +180,7 @@ def fit_headings(figure):
     rooms = []
     for box in headings.values():
         beside = [abs(middle(box) - middle(other)) - PAD for other in boxes if are_beside(box, other)]
-        rooms.append(min(2 * middle(box), 2 * (figure.bbox.width - middle(box)), *beside))
+        rooms.append(min(2 * middle(box) - PAD, 2 * (figure.bbox.width - middle(box)) - PAD, *beside))
     return any([break_to(heading, room) for heading, room in zip(headings, rooms)])
 
 

@@ -36,7 +36,7 @@ def results_of(results):
 def settings_of_results(results):
     """Returns a DataFrame of the settings of results, one row each."""
     rows = [{"norm": each.norm, **vars(each.recipe), "data": each.data, "seed": each.seed} for each in results]
-    return pd.DataFrame(rows, columns=None if rows else ["norm"], dtype=object)  # 1 stays 1, beside 0.1
+    return pd.DataFrame(rows, columns=None if rows else ["norm"], dtype=object)  # numbers and names as they are
 
 
 def results_table(results):
@@ -82,7 +82,7 @@ def label_results(results):
     for norm, alike in settings.groupby("norm", sort=False):
         names = telling_apart(alike, ["norm"])
         for i, values in alike[names].iterrows():
-            labels[i] = ", ".join([norm, *(f"{name} {value}" for name, value in values.items())])
+            labels[i] = ", ".join([norm, *(f"{name} {str(value).removesuffix('.0')}" for name, value in values.items())])
     return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
 
 
