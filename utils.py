@@ -175,7 +175,7 @@ def train(
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
             backward(loss)
-            optimizer.step(closure) if closure_needed else optimizer.step()
+            optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
             # Summed on the device: to read a number is to wait for it, so that is done when the bar redraws.

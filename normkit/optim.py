@@ -6,7 +6,7 @@ import math
 import warnings
 
 from torch import Tensor
-from torch.optim import lr_scheduler
+from torch.optim import LBFGS, lr_scheduler
 
 
 def needs_closure(optimizer):
@@ -14,6 +14,12 @@ def needs_closure(optimizer):
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     return required or closure is not None and hasattr(optimizer, "first_step")
+
+
+def closure_for(optimizer, loss, closure):
+    """Returns the closure for a step. LBFGS first asks for the loss at the weights as they are, which is known."""
+    known = [loss] if isinstance(optimizer, LBFGS) else []
+    return lambda: known.pop() if known else closure()
 
 
 def rate_of(group):

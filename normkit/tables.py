@@ -82,7 +82,8 @@ def label_results(results):
     for norm, alike in settings.groupby("norm", sort=False):
         names = telling_apart(alike, ["norm"])
         for i, values in alike[names].iterrows():
-            labels[i] = ", ".join([norm, *(f"{name} {str(value).removesuffix('.0')}" for name, value in values.items())])
+            texts = [f"{name} {value}".removesuffix(".0") for name, value in values.items()]
+            labels[i] = ", ".join([norm, *texts])
     return [f"{label}, run {i}" if labels.count(label) > 1 else label for i, label in enumerate(labels, 1)]
 
 

@@ -260,6 +260,28 @@ def test_a_rate_that_is_a_tensor_stays_the_one_that_was_given(loaders):
     assert optimizer.param_groups[0]["lr"] is lr and lr.item() == pytest.approx(0.025)
 
 
+def test_lbfgs_evaluates_as_often_as_in_a_plain_loop(loaders):
+    def built():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.BatchNorm2d(3), linear())
+        return net, torch.optim.LBFGS(net.parameters(), 0.1, max_iter=3)
+
+    net, optimizer = built()
+    utils.train(net, loaders[1], optimizer, progress=False)
+    plain, optimizer = built()
+    plain.train()
+    for images, labels in loaders[1]:
+
+        def closure(images=images, labels=labels):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(plain(images), labels)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert same(net.state_dict(), plain.state_dict())
+
+
 def test_an_optimizer_may_have_no_rate(loaders):
     class Own(torch.optim.SGD):
         def __init__(self, parameters, scale, **rate):
