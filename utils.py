@@ -272,7 +272,8 @@ def fit(
         checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
         history[:], source = checkpoint.restore()
         if len(history) > epochs:
-            raise ValueError(f"{source} holds {len(history)} epochs, more than epochs={epochs}")
+            advice = f"ask for as many, or name another file or delete {source}"
+            raise ValueError(f"{source} holds {len(history)} epochs, more than epochs={epochs}: {advice}")
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:

@@ -9,10 +9,27 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon, Rectangle
+from torch import nn
 from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
 from normkit.style import COLORS, colors_of, styled, subplots
+
+
+class Function(nn.Module):
+    """A function as a layer: model.NORMS may have norms that are no more."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def layer_of(norm):
+    """Returns a copy of a norm in training mode, as a layer."""
+    return (copy.deepcopy(norm) if isinstance(norm, nn.Module) else Function(norm)).train()
 
 
 def moved_by(layer, x, image, channel):
@@ -36,7 +53,7 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     x = torch.randn(images, channels, size, size, generator=torch.Generator().manual_seed(0))
     colors = colors_of(layers)
     for ax, (name, layer) in zip(axes[0], layers.items()):
-        shared = moved_by(copy.deepcopy(layer).train(), x, 0, channels - 1).flatten(2)  # N, C, H·W
+        shared = moved_by(layer_of(layer), x, 0, channels - 1).flatten(2)  # N, C, H·W
         draw_block(ax, shared, colors[name])
         ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
     return figure
@@ -79,7 +96,7 @@ def norm_table(layers, x):
     """
     rows = []
     for name, layer in layers.items():
-        layer = copy.deepcopy(layer).train()
+        layer = layer_of(layer)
         with torch.no_grad():
             y = layer(x)
         masks = torch.stack([moved_by(layer, x, n, c) for n, c in np.ndindex(*x.shape[:2])]).unique(dim=0)
@@ -223,7 +240,8 @@ def norm_quantiles(model, images):
 
     for name, block in model.named_children():
         if hasattr(block, "norm"):
-            block.norm.train().register_forward_hook(record(name))  # by the batch's own statistics
+            block.norm = layer_of(block.norm)  # by the batch's own statistics
+            block.norm.register_forward_hook(record(name))
     model(images.cpu().float())
     return quantiles
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from normkit.checks import check_split, whole_number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """A data set, split in two: images uint8 (N, 3, H, W), labels int64 (N,), class names."""
 
@@ -20,7 +20,16 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
 
+    def __eq__(self, other):
+        """Whether names, images and labels are the same."""
+        if not isinstance(other, Data):
+            return NotImplemented
+        pairs = zip(vars(self).values(), vars(other).values())
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
     def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise TypeError(f"name is {self.name!r}: expected text, which tables and pictures will show")
         if isinstance(self.classes, str) or not hasattr(self.classes, "__len__"):
             raise TypeError(f"classes is {self.classes!r}: expected the names of the classes, such as ('cat', 'dog')")
         for split in ("train", "test"):

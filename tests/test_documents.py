@@ -157,10 +157,18 @@ def test_the_table_of_rates_by_batch_size():
 
 def test_the_further_trials():
     last = last_epochs(rows_of("trials_by_norm"))
-    assert f"{len(last)} of its 30 runs" in RESULTS
-    table = table_in(RESULTS[RESULTS.index("Further trials, each norm by itself") :], "| settings")
-    cells = [cell for line in table for cell in line[1:] if cell]
-    assert cells == [f"{run.test_acc:.2f} / {run.test_loss:.3f}" for run in last.itertuples()]
+    about = RESULTS[RESULTS.index("Further trials, each norm by itself") :]
+    recipes = list(last.groupby(["batch_size", "base_lr", "warmup"], dropna=False, sort=False))
+    means = []
+    for line, (_, runs) in zip(table_in(about, "| settings"), recipes, strict=True):
+        for cell, norm in zip(line[1:], ("batch", "group", "layer"), strict=True):
+            own = runs[runs["norm"] == norm].sort_values("seed")
+            accuracies, loss = ", ".join(f"{value:.2f}" for value in own["test_acc"]), own["test_loss"].mean()
+            assert cell == f"{accuracies} / {loss:.3f}"
+            assert own["test_acc"].max() - own["test_acc"].min() < 1.11
+            means.append({"norm": norm, "mean": own["test_acc"].mean()})
+    spread = pd.DataFrame(means).groupby("norm")["mean"].agg(lambda each: each.max() - each.min()).max()
+    assert f"the means of settings by up to {spread:.1f}" in " ".join(about.split())
 
 
 def test_how_long_the_studies_took():

@@ -150,7 +150,7 @@ def test_the_compiler_may_be_several_words(cache, monkeypatch):
 
 
 BROKEN = {
-    "no-such-compiler": "no C++ compiler: 'no-such-compiler' is not there; ",
+    "no-such-compiler": "the environment variable CXX names no C++ compiler that is there: 'no-such-compiler'",
     "false": "false failed to build the kernel",
     "'unbalanced": "CXX",
 }

@@ -121,6 +121,8 @@ def compile_command():
     except ValueError as error:
         raise BuildError(f"the environment variable CXX is no command, {error}: {os.environ['CXX']}") from None
     if not compiler or shutil.which(compiler[0]) is None:
+        if "CXX" in os.environ:
+            raise BuildError(f"the environment variable CXX names no C++ compiler that is there: {os.environ['CXX']!r}")
         how = next((command for manager, command in INSTALL.items() if shutil.which(manager)), "install g++ or clang++")
         raise BuildError(f"no C++ compiler: {' '.join(compiler)!r} is not there; {how}")
     return [*compiler, *COMPILE, *TARGET[system, machine]]
@@ -168,7 +170,7 @@ def cache_folder():
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_private(folder):
-            return None, f"others can write to {folder}"
+            return None, f"{folder} is a link" if folder.is_symlink() else f"others can write to {folder}"
     except OSError as error:
         return None, str(error)
     return folder, None

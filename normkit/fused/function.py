@@ -69,21 +69,25 @@ class FusedFunction(torch.autograd.Function):
         out, structs, workspace, inputs = forward_pass(call, x, parameters)
         if call.plan.needs_grad:
             ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(inputs)
-            ctx.save_for_backward(workspace, *inputs)
+            # But for the biases, which may be changed before the backward pass, as in PyTorch: it does not read them.
+            ctx.save_for_backward(workspace, *(inputs[i] for i in call.plan.read_again))
         return out
 
     @staticmethod
     def backward(ctx, dout):
         plan, (activations, *inputs) = ctx.plan, ctx.saved_tensors
-        if layouts_of(inputs) != ctx.layouts:  # which autograd does not notice where it was done by .data, as in to()
+        # Which autograd does not notice where it was done by .data, as in to().
+        if layouts_of(inputs) != [ctx.layouts[i] for i in plan.read_again]:
             raise RuntimeError(
                 "a parameter changed its dtype, shape or memory format between the fused kernel's forward and backward "
                 "pass: call the network again"
             )
         structs = ctx.structs.copy()  # another thread may be going backward from here, too
-        params.set_addresses(structs, plan.inputs, inputs)  # anew: saved tensors may have been moved in between
+        # Anew: saved tensors may have been moved in between.
+        params.set_addresses(structs, plan.inputs[plan.read_again], inputs)
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[1] else None
-        gradients = [torch.empty_like(each) for each in inputs[1 : len(plan.gradients) - 1]]
+        layouts = ctx.layouts[1 : len(plan.gradients) - 1]
+        gradients = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in layouts]
         backward_pass(plan, structs, activations, gradients, dout, dx)
         return None, dx, *gradients
 
@@ -94,10 +98,21 @@ def is_batched(tensor):
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
+class Layout(NamedTuple):
+    """What .data = may change of a tensor, beside numbers and address."""
+
+    kind: type
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple
+    shape: torch.Size
+    negated: bool
+
+
 def layouts_of(tensors):
-    """Returns what .data = may change of tensors, beside numbers and addresses; None may be among them."""
+    """Returns the Layout of each of the tensors; None may be among them."""
     return [
-        None if each is None else (type(each), each.dtype, each.device, each.stride(), each.shape, each.is_neg())
+        None if each is None else Layout(type(each), each.dtype, each.device, each.stride(), each.shape, each.is_neg())
         for each in tensors
     ]
 
@@ -129,6 +144,7 @@ class Plan(NamedTuple):
     inputs: np.ndarray  # of x, the parameters, the dropout scales
     outputs: np.ndarray  # of the last output, the running statistics
     gradients: np.ndarray  # of dout, dx, the parameters' gradients
+    read_again: list  # which of the inputs the backward pass reads
     use_bf16: bool
     needs_grad: bool
     threads: int
@@ -158,7 +174,8 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
     gradients = [(-1, "dout"), (0, "dx"), *((i, f"d{name}") for i, name in parameters)]
     structs = params.make_structs(sizes)
     places = (params.places_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
-    plan = Plan(structs, *places, use_bf16, needs_grad, threads)
+    read_again = [i for i, (_, name) in enumerate(inputs) if name not in ("bias", "norm_bias")]
+    plan = Plan(structs, *places, read_again, use_bf16, needs_grad, threads)
     # At least a byte: an empty tensor has no address.
     forward_bytes = max(1, plan.forward(structs.ctypes.data, None))
     return plan._replace(

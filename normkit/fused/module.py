@@ -37,7 +37,7 @@ class Fused(nn.Module):
 
     def forward(self, images):
         """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
-        if torch.compiler.is_compiling():  # which sees the model itself, and nothing of what follows
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which see the model itself, and nothing else
             return self.model(images)
         inspection = self.inspect()
         self.reason = reason = inspection.reason or reason_against(images, inspection.frozen)

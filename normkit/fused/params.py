@@ -46,4 +46,9 @@ def places_of(fields, layers):
 
 def set_addresses(structs, places, tensors):
     """Writes the tensors' addresses to those places; 0 for None."""
-    structs.reshape(-1)[places] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if 0 in addresses and any(not address and tensor is not None for address, tensor in zip(addresses, tensors)):
+        raise RuntimeError(
+            "the memory of the images or of a parameter was given back: they have no values to compute with"
+        )
+    structs.reshape(-1)[places] = addresses
