@@ -20,6 +20,20 @@ def layers():
     return {name: model.NORMS[name](8, 4) for name in THREE} | {"instance": torch.nn.InstanceNorm2d(8)}
 
 
+def test_a_norm_may_be_a_function(monkeypatch):
+    def rms(x):
+        return x / torch.sqrt((x * x).mean((1, 2, 3), keepdim=True) + 1e-5)
+
+    monkeypatch.setitem(model.NORMS, "rms", lambda channels, num_groups: rms)
+    module = torch.nn.Identity()
+    module.forward = rms
+    x = torch.randn(4, 8, 2, 2)
+    by_function, by_module = (anatomy.norm_table({"rms": each}, x) for each in (rms, module))
+    assert by_function.equals(by_module)
+    anatomy.plot_norm_sets({"rms": rms})
+    anatomy.plot_activations({"start": {"rms": model.Net("rms")}}, torch.randn(4, 3, 32, 32), "d")
+
+
 def test_norm_sets_are_those_of_the_layers(layers):
     x = torch.randn(6, 8, 3, 3)
     for name, (images, channels) in SHARED.items():

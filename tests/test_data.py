@@ -1,3 +1,6 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +81,17 @@ def test_the_first_images_are_those_of_the_whole(small):
 def test_the_first_images_are_as_many_as_the_name_says(small, sizes, message):
     with pytest.raises(ValueError, match=message):
         small.first(*sizes)
+
+
+def test_data_sets_are_equal_where_all_in_them_is(small):
+    assert small == dataclasses.replace(small, train_images=small.train_images.clone())
+    assert small != dataclasses.replace(small, train_labels=small.train_labels.flip(0)) and small != "data"
+
+
+def test_a_name_is_text(small):
+    for name in (None, 3, Path("photos")):
+        with pytest.raises(TypeError, match="name is .*: expected text"):
+            dataclasses.replace(small, name=name)
 
 
 @pytest.mark.parametrize("classes", [None, 10, "cat"])

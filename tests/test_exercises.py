@@ -81,6 +81,26 @@ def test_a_wrong_answer_is_told_what_is_off(case, capsys):
     assert out.startswith("Not yet: ") and message in out
 
 
+def test_an_answer_that_changes_what_it_is_given_is_judged_by_what_it_returns(capsys):
+    def layer_norm(x):
+        x -= x.mean((1, 2, 3), keepdim=True)
+        return x.div_(x.std((1, 2, 3), keepdim=True))
+
+    def fold(conv, norm):
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        conv.weight.data *= scale[:, None, None, None]
+        conv.bias.data = (conv.bias - norm.running_mean) * scale + norm.bias
+        return copy.deepcopy(conv)
+
+    for check, answer in (
+        (exercises.rms_norm, layer_norm),
+        (exercises.fresh_statistics, layer_norm),
+        (exercises.fold, fold),
+    ):
+        check(answer)
+        assert capsys.readouterr().out.startswith("Not yet: "), check.__name__
+
+
 def test_looking_changes_no_seed():
     before = torch.get_rng_state()
     for check, answer, _ in WRONG.values():

@@ -153,6 +153,7 @@ BROKEN = {
     "no-such-compiler": "the environment variable CXX names no C++ compiler that is there: 'no-such-compiler'",
     "false": "false failed to build the kernel",
     "'unbalanced": "CXX",
+    " ": "the environment variable CXX names no C++ compiler that is there: ' '",
 }
 
 

@@ -154,6 +154,43 @@ def test_a_lazy_layer_in_the_network_is_the_modules_matter():
     assert fuse(net).reason.startswith("C4.conv")
 
 
+@pytest.mark.parametrize("freed", ["images", "C4.conv.weight"])
+def test_memory_that_was_given_back_is_an_error(freed):
+    net, images = model.Net("group"), torch.randn(2, 3, 32, 32)
+    network = fuse(net)
+    network(images)
+    (images if freed == "images" else net.get_parameter(freed)).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory|allocated"):
+        network(images)
+
+
+def test_a_trace_of_a_fused_network_is_one_of_its_modules():
+    network, images = fuse(model.Net("group")).eval(), torch.randn(2, 3, 32, 32)
+    traced = torch.jit.trace(network, images)
+    assert torch.allclose(traced(images), network.model(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_biases_may_change_before_the_backward_pass(norm):
+    """As in PyTorch: no gradient depends on them."""
+
+    def gradients(call, net):
+        images, labels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+        loss = torch.nn.functional.cross_entropy(call(images), labels)
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if name.endswith("bias"):
+                    parameter.add_(float("nan"))
+        loss.backward()
+        return [parameter.grad for parameter in net.parameters()]
+
+    torch.manual_seed(0)
+    net = model.Net(norm, dropout=0.0).double().float()
+    copied = copy.deepcopy(net)
+    for a, b in zip(gradients(net, net), gradients(fuse(copied), copied), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_copies_and_pickles_are_networks_of_their_own():
     fused = fuse(model.Net("group", dropout=0))
     expected = fused(IMAGES)

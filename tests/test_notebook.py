@@ -8,7 +8,7 @@ import nbformat
 import papermill
 import pytest
 from helpers import PICTURES, notebook_on_few_images
-from nbconvert import PythonExporter
+from nbconvert import PythonExporter, ScriptExporter
 
 import model
 import utils
@@ -92,6 +92,11 @@ def test_the_readmes_code(tmp_path, monkeypatch, data, capsys):
         exec(block, namespace)
     assert len(blocks) == 3 and namespace["logits"].shape == (64, 10)
     assert sum(p.numel() for p in model.Net("instance").parameters()) == 48_178
+
+
+def test_nbconvert_knows_its_language(notebook):
+    _, resources = ScriptExporter().from_notebook_node(notebook)
+    assert resources["output_extension"] == ".py"
 
 
 @pytest.mark.slow
