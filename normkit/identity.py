@@ -2,12 +2,16 @@
 
 import ast
 import functools
+import io
+import itertools
 import sys
+import tokenize
 import types
 import zlib
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from normkit.checksum import ADDRESS, crc32_of
 from normkit.files import is_plain, plain
@@ -48,7 +52,8 @@ def parameter_lines(model, optimizer):
     for group, parameters in groups:
         for parameter in parameters:
             name, frozen = names.get(id(parameter), "another's"), "" if parameter.requires_grad else ", frozen"
-            yield f"{name} {tuple(parameter.shape)}{frozen}, in {group}"
+            shape = "lazy" if is_lazy(parameter) else tuple(parameter.shape)
+            yield f"{name} {shape}{frozen}, in {group}"
 
 
 def name_of(value):
@@ -77,16 +82,28 @@ def mark_of(value):
 
 @functools.cache
 def mark_of_source(source, table, entries):
-    """Returns a checksum of a module's code without comments and docstrings, in the table of that name but entries."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
+    """Returns a checksum of a module's code, of the dict called table only these entries; any Python gives the same."""
+    texts = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
             items = zip(node.value.keys, node.value.values)
-            kept = [item for item in items if isinstance(item[0], ast.Constant) and item[0].value in entries]
-            node.value = ast.Dict(*map(list, zip(*kept)) if kept else ([], []))
-    return zlib.crc32(ast.unparse(tree).encode())
+            parts = [part for item in items if getattr(item[0], "value", None) in entries for part in item]
+        else:
+            parts = [*getattr(node, "decorator_list", []), node]
+        texts += [ast.get_source_segment(source, part) for part in parts]
+    return zlib.crc32("".join(words_of("\n".join(texts))).encode())
+
+
+def words_of(code):
+    """Yields the words of a code, without comments, docstrings and the spaces between."""
+    blocks = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+    tokens, last = list(tokenize.generate_tokens(io.StringIO(code + "\n").readline)), tokenize.NEWLINE
+    for token, following in itertools.pairwise(tokens):
+        begins, ends = last in (tokenize.NEWLINE, tokenize.INDENT), following.type == tokenize.NEWLINE
+        docstring = token.type == tokenize.STRING and begins and ends
+        if not docstring and token.type not in (tokenize.COMMENT, tokenize.NL):
+            yield blocks.get(token.type, token.string)
+            last = token.type
 
 
 def text_of(value, seen):
