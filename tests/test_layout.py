@@ -127,13 +127,12 @@ def test_long_names_of_variants(data, logits):
     check_layout(plots.plot_confusions(data, logits))
     check_layout(robustness.plot_calibration(data, logits))
     images = robustness.corruptions(data.test_images[:1])
-    for names in (logits, [f"batch, statistics anew, {i}" for i in range(5)]):
-        for kinds in (images, ["clean"]):
-            rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in kinds for norm in names]
-            check_layout(robustness.plot_corruptions(pd.DataFrame(rows), images, LONG))
+    for names, kinds in ((logits, ["clean"]), ([f"batch, statistics anew, {i}" for i in range(5)], images)):
+        rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in kinds for norm in names]
+        check_layout(robustness.plot_corruptions(pd.DataFrame(rows), images, LONG))
 
 
-@pytest.mark.parametrize("each", [1, 2, 3, 6, 10])
+@pytest.mark.parametrize("each", [1, 3, 10])
 def test_headings_of_narrow_pictures(data, each):
     data = dataclasses.replace(data, name=LONG)
     check_layout(plots.plot_samples(data, each))
