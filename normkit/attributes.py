@@ -116,20 +116,24 @@ def size_of(value):
 
 
 def pack(value):
-    """Returns a copy of a value of which a file can be made; raises TypeError where none can."""
+    """Returns a copy of a value of which a file can be made; raises TypeError where none can.
+
+    Its own kind is told by what stands in its place when it is read, so it may be one of somebody's own.
+    """
     if sum(map(size_of, leaves_of(value))) > LARGEST:
         raise TypeError("it is too large to be kept")
-    if isinstance(value, set | frozenset | collections.deque):
-        return [pack_inner(each) for each in value]
-    if isinstance(value, dict):
-        return {pack_inner(key): pack_inner(each) for key, each in value.items()}
     if isinstance(value, enum.Enum):
-        return pack_inner(value.value)
-    return pack_inner(value)
+        value = value.value
+    if isinstance(value, dict):
+        return pack_inner(dict(value))
+    if isinstance(value, list | set | frozenset | collections.deque):
+        return pack_inner(list(value))
+    base = next((kind for kind in (tuple, int, float, str) if isinstance(value, kind)), None)
+    return pack_inner(value if base is None or isinstance(value, bool) else base(value))
 
 
 def pack_inner(value, depth=8):
-    """Packs a value of which the file has to tell all: nothing stands in its place yet when it is read."""
+    """Packs a value of which the file has to tell all, its kind too."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
@@ -137,14 +141,11 @@ def pack_inner(value, depth=8):
         raise TypeError("it holds itself")
     if kind is dict:
         return {pack_inner(key, depth - 1): pack_inner(each, depth - 1) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return (list if isinstance(value, list) else tuple)(pack_inner(each, depth - 1) for each in value)
+    if kind in (list, tuple):
+        return kind(pack_inner(each, depth - 1) for each in value)
     if isinstance(value, np.generic):
         return pack_inner(value.item(), depth - 1)
-    for base in (int, float, str):
-        if isinstance(value, base):
-            return base(value)
-    if isinstance(value, np.ndarray):
+    if kind is np.ndarray:
         value = torch.from_numpy(value)  # raises TypeError for objects and text
     if not torch.is_tensor(value) or value.layout != torch.strided or value.is_meta:
         raise TypeError(f"a {kind.__name__} cannot be kept")

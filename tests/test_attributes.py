@@ -217,12 +217,16 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     holder = Holder()
     holder.me, holder.images = [1], [np.zeros((512, 512)) for _ in range(9)]
     holder.me.append(holder.me)
+    holder.steps = [Step(0)]
     with torch.inference_mode():
         holder.inferred = torch.zeros(LARGEST)
     holder.trained = [torch.nn.Parameter(torch.zeros(2))]
     attributes = MovingAttributes({"holder": holder})
     assert attributes.state_dict() == {"lost": []}
+    holder.steps = [Step(1)]
     holder.me[0], holder.images[:] = 2, holder.images[::-1]
     with torch.no_grad():
         holder.trained[0].add_(1)
-    assert attributes.state_dict() == {"lost": ["holder.images", "holder.me"]}
+    assert attributes.state_dict() == {
+        "lost": ["holder.images", "holder.me", "holder.steps"]
+    }  # which would come back as tuples
