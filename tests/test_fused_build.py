@@ -123,7 +123,7 @@ def test_a_library_that_others_could_write_is_not_loaded(cache, compilations, mo
 
 
 @COMPILER
-@pytest.mark.parametrize("case", ["others can write", "read-only", "a file in its place", "no home"])
+@pytest.mark.parametrize("case", ["others can write", "read-only", "a file in its place", "no home", "full"])
 def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, compilations, monkeypatch, case):
     cache.parent.mkdir()
     if case == "others can write":
@@ -131,6 +131,15 @@ def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, 
         cache.chmod(0o777)
     elif case == "a file in its place":
         cache.write_text("")
+    elif case == "full":
+        compile_into = build.compile_into
+
+        def refuse(command, folder):
+            if cache in folder.parents:
+                raise build.BuildError("No space left on device")
+            return compile_into(command, folder)
+
+        monkeypatch.setattr(build, "compile_into", refuse)
     elif case == "read-only":
         monkeypatch.setattr(build.Path, "mkdir", lambda *args, **how: (_ for _ in ()).throw(OSError(30, "Read-only")))
     else:

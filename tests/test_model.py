@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +7,7 @@ from torch import nn
 
 import model
 from normkit.anatomy import summarize
+from normkit.fused import fuse
 
 NORM_LAYERS = {"batch": "BatchNorm2d", "group": "GroupNorm", "layer": "GroupNorm"}
 
@@ -191,7 +193,58 @@ def test_unknown_norm(name):
         model.Net(name)
 
 
-@pytest.mark.parametrize("num_groups", [0, -1, 3, 32, 2.0, None])
+def test_a_seed_gives_the_same_weights_with_any_number_of_threads():
+    states = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        states.append(model.Net().state_dict())
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*map(dict.values, states)))
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (16, 16, 3, 3), (32, 8, 3, 3), (32, 32, 3, 3), (8, 16, 1, 1)])
+def test_initial_weights_are_those_of_pytorchs_orthogonal(shape):
+    weights = []
+    for draw in (model.orthogonal, nn.init.orthogonal_):
+        torch.manual_seed(0)
+        weights.append(draw(torch.empty(shape)).float())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"num_groups": np.int64(8)}, 8),
+        ({"num_groups": torch.tensor(8)}, 8),
+        ({"dropout": np.float32(0.25)}, 0.25),
+        ({"dropout": torch.tensor(0.25)}, 0.25),
+        ({"skip": np.bool_(True)}, True),
+        ({"skip": 0}, False),
+        ({"head_gain": np.float64(2)}, 2.0),
+        ({"head_gain": 2}, 2.0),
+    ],
+)
+def test_numbers_of_other_libraries_become_pythons(given, kept):
+    net = model.Net("group", **given)
+    values = {"num_groups": net.C1.norm.num_groups, "dropout": net.C1.dropout.p}
+    [value] = [(values | vars(net))[name] for name in given]
+    assert value == kept and type(value) is type(kept)
+    assert fuse(net).reason == fuse(model.Net("group")).reason
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"dropout": None}, {"dropout": "0.1"}, {"dropout": 2}, {"dropout": float("nan")}, {"skip": "no"}, {"skip": None},
+     {"head_gain": float("inf")}, {"head_gain": 0}, {"head_gain": None}],
+)  # fmt: skip
+def test_settings_that_mean_nothing(given):
+    [name] = given
+    with pytest.raises(ValueError, match=f"{name}=.*expected"):
+        model.Net(**given)
+
+
+@pytest.mark.parametrize("num_groups", [0, -1, 3, 32, 2.0, None, True, "4"])
 def test_groups_that_do_not_divide(num_groups):
     with pytest.raises(ValueError, match="1, 2, 4, 8, 16 or 'channels'"):
         model.Net("group", num_groups)

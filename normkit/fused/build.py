@@ -89,7 +89,7 @@ def build_into_cache(command, folder, key):
             built.chmod(0o700)
             file = folder / f"kernel-{key}-{digest(built.read_bytes())}.so"
             os.replace(built, file)
-    except OSError as error:
+    except (OSError, BuildError) as error:  # of a compiler, too, to which the disk was full
         return build_for_this_process(command, str(error))
     try:
         return load_from_cache(file)
