@@ -242,8 +242,9 @@ def fit(
 
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch"; ReduceLROnPlateau
     gets the training loss, or with mode="max" the training accuracy.
-    checkpoint: a file, written at the start and after each epoch; the same call goes on from it, to the very numbers of
-    a run that never stopped. An interrupt returns the history so far; a loss that is huge or not finite raises
+    checkpoint: a file (and "….previous"), written at the start and after each epoch; the same call goes on from it, to
+    the very numbers of a run that never stopped. Without one, each call begins with the loader's first epoch, so that
+    equal calls see equal batches. An interrupt returns the history so far; a loss that is huge or not finite raises
     FloatingPointError. Both leave model, optimizer and scheduler as the last finished epoch left them.
     on_epoch(history) is called after each finished epoch, and with those that a checkpoint held. backend: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
@@ -251,9 +252,8 @@ def fit(
     epochs = checks.check_epochs(epochs)
     checks.check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
     checks.check_criterion(criterion)
-    for loader in (train_loader, test_loader):
-        if not checks.length_of(loader):
-            raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
+    checks.check_callback("on_epoch", on_epoch)
+    checks.check_loaders(train_loader, test_loader)
     network, backend_line = choose_backend(backend, model)
     model = plain_model(network)
     optim.check_optimizer(optimizer, model, scheduler)
@@ -265,27 +265,23 @@ def fit(
     with_epochs = epoch_takers(train_loader)
     history, source = History(), None
     if checkpoint is not None:
+        checks.check_weights(model)
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
         random_state = RandomState(device, **everything)
         about = (model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
         settings = functools.partial(settings_of, *about)
         checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
-        history[:], source = checkpoint.restore()
-        if len(history) > epochs:
-            advice = f"ask for as many, or name another file or delete {source}"
-            raise ValueError(f"{source} holds {len(history)} epochs, more than epochs={epochs}: {advice}")
+        history[:], source = checkpoint.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:
         log(f"Going on after epoch {len(history)}, from {source}{random_state.note}\n")
     elif checkpoint is not None:
         checkpoint.save(history)  # the start, so that a run stopped in its first epoch begins there again
-    if history and on_epoch is not None:
-        on_epoch(history)
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if not checks.lazy_in(part)}
         for each in with_epochs:
             each.set_epoch(epoch - 1)  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
@@ -299,8 +295,8 @@ def fit(
             if not math.isfinite(tested.loss):
                 raise FloatingPointError("the test loss is not finite")
         except (FloatingPointError, KeyboardInterrupt) as error:
-            for name, part in parts.items():
-                part.load_state_dict(before[name])
+            for name, state in before.items():
+                parts[name].load_state_dict(state)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
@@ -311,10 +307,11 @@ def fit(
         elif scheduler is not None and per_batch is None:
             scheduler.step()
         row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_acc": trained.accuracy}
-        row |= {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
-        return row
+        return row | {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
 
     try:
+        if history and on_epoch is not None:
+            on_epoch(history)
         for epoch in range(len(history) + 1, epochs + 1):
             history.append(one_epoch(epoch))
             if checkpoint is not None:
@@ -326,6 +323,9 @@ def fit(
         goes_on = " Run again to go on after the last whole epoch." if checkpoint else ""
         if history.unfinished:
             log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
+    finally:
+        if checkpoint is not None:
+            checkpoint.note_settings()
     return history
 
 

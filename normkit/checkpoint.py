@@ -1,5 +1,6 @@
 """All that a run needs to go on as if it had never stopped, in one file of tensors and plain values."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -22,7 +23,10 @@ class Checkpoint:
     """
 
     def __init__(self, path, parts, settings):
-        self.path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
+        try:
+            self.path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
+        except TypeError:
+            raise TypeError(f"checkpoint is {path!r}: expected a file's name, as text or Path") from None
         self.previous = self.path.with_name(self.path.name + ".previous")
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings
@@ -67,8 +71,20 @@ class Checkpoint:
         except OSError as error:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
-    def restore(self):
-        """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None."""
+    def note_settings(self):
+        """Notes in the file what has moved since, in on_epoch or an unfinished epoch: that makes no other run."""
+        state = read_state(self.path) if self.path.is_file() else None
+        if state is not None and state["settings"] == self.settings:
+            now = self.current_settings()
+            if now != state["settings_now"]:
+                with contextlib.suppress(OSError):  # of a full disk: what was written stays
+                    write_state(self.path, state | {"settings_now": now})
+
+    def restore(self, epochs):
+        """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None.
+
+        Raises ValueError where the file holds more epochs than are asked for.
+        """
         damaged = []
         for path in (self.path, self.previous):
             if not path.exists():
@@ -77,9 +93,13 @@ class Checkpoint:
             if state is None:
                 damaged.append(str(path))
                 continue
-            if damaged:
-                print(f"{damaged[0]} is damaged: going back to {path}, one epoch earlier", flush=True)
+            if path != self.path:
+                why = "damaged" if damaged else "not there"
+                print(f"{self.path} is {why}: going back to {path}, one epoch earlier", flush=True)
             self.compare(path, state)
+            if (done := len(state["history"])) > epochs:
+                advice = f"ask for as many, or name another file or delete {path}"
+                raise ValueError(f"{path} holds {done} epochs, more than epochs={epochs}: {advice}")
             self.load(path, state)
             self.settings = state["settings"]
             return state["history"], path
@@ -138,6 +158,7 @@ def seed_in(path):
     path = Path(path).expanduser()
     for file in (path, path.with_name(path.name + ".previous")):
         state = read_state(file) if file.is_file() else None
-        if state is not None and (found := re.search(r" seed=(-?\d+)", state.get("settings", {}).get("loader", ""))):
+        settings = state.get("settings") if isinstance(state, dict) else None
+        if isinstance(settings, dict) and (found := re.search(r" seed=(-?\d+)", str(settings.get("loader")))):
             return int(found.group(1))
     return None

@@ -7,6 +7,7 @@ import traceback
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 def check_choice(name, value, choices):
@@ -71,6 +72,12 @@ def length_of(loader):
         raise TypeError(f"the loader is a {type(loader).__name__} without a length{of}") from None
 
 
+def check_loaders(*loaders):
+    """Raises ValueError where one of the loaders has no batches."""
+    if not all(map(length_of, loaders)):
+        raise ValueError("a loader yields no batches: its data set is empty or smaller than one batch")
+
+
 def check_iterable(loader):
     """Raises TypeError unless a loader can be iterated over."""
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
@@ -85,6 +92,24 @@ def check_criterion(criterion):
     if isinstance(criterion, type) or not callable(criterion):
         given = f"the class {criterion.__name__}" if isinstance(criterion, type) else repr(criterion)
         raise TypeError(f"the criterion is {given}: expected a function or module, such as nn.CrossEntropyLoss()")
+
+
+def check_callback(name, function):
+    """Raises TypeError unless what is to be called on the way can be called, or is None."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} is {function!r}: expected a function, or None; for several, one that calls them all")
+
+
+def lazy_in(part):
+    """Returns the names of a module's parameters that get their shapes with the first batch."""
+    named = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
+    return [name for name, parameter in named if is_lazy(parameter)]
+
+
+def check_weights(model):
+    """Raises ValueError where a model has no weights yet that a checkpoint could keep."""
+    if lazy := lazy_in(model):
+        raise ValueError(f"{lazy[0]} has no shape before the first batch: call the model once, then use checkpoint=")
 
 
 def check_model(model):

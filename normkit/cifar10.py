@@ -96,6 +96,8 @@ def data_root(root):
 
 def find_cifar10(root):
     """Returns the form of CIFAR-10 in root: "the official files", "a folder of images", "the archive", or None."""
+    if root.is_symlink() and not root.exists():
+        raise FileNotFoundError(f"{root} is a link to {root.readlink()}, which is not there: is a disk missing?")
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"{root} is a file: name the folder that holds CIFAR-10, or where to put it")
     if any(walk(root / FOLDER)):
@@ -270,7 +272,7 @@ def read_image(path):
 
 def read_image_folder(root):
     """Returns train/<class>/* and test/<class>/*, 32×32 RGB, each split in the order of its file names."""
-    tensors = []
+    tensors, suffixes = [], set()
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
@@ -278,10 +280,10 @@ def read_image_folder(root):
         images = np.empty((len(samples), 32, 32, 3), np.uint8)
         for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
             images[i] = read_image(path)
+        suffixes |= {Path(path).suffix.lstrip(".").upper().replace("JPG", "JPEG") for path, _ in samples}
         labels = torch.tensor([label for _, label in samples])
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
-    kind = Path(samples[0][0]).suffix.lstrip(".").upper().replace("JPG", "JPEG")
-    return Data(f"CIFAR-10, {kind} copy", CLASSES, *tensors)
+    return Data(f"CIFAR-10, {' and '.join(sorted(suffixes))} copy", CLASSES, *tensors)
 
 
 def read_through_cache(root, folders, read):

@@ -234,6 +234,12 @@ def test_root_is_a_file(tmp_path):
         utils.load_data("auto", tmp_path / "file")
 
 
+def test_a_link_that_leads_nowhere_is_told(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    with pytest.raises(FileNotFoundError, match="data is a link to .*disk, which is not there"):
+        cifar10.load_cifar10(tmp_path / "data")
+
+
 def test_empty_root_without_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cifar10, "MIRRORS", ("http://127.0.0.1:9/none",))
     with pytest.raises(cifar10.DataUnavailable, match="By hand"):

@@ -80,6 +80,34 @@ def test_what_yields_no_batches_is_told(data):
         utils.test(linear(), data)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"on_epoch": [print]}, "on_epoch is .*: expected a function, or None; for several, one that calls them all"),
+        ({"checkpoint": True}, "checkpoint is True: expected a file's name"),
+        ({"checkpoint": b"c"}, "checkpoint is b'c': expected a file's name"),
+    ],
+)
+def test_what_is_of_another_kind_is_told_before_training(loaders, options, message):
+    with pytest.raises(TypeError, match=message):
+        fit(linear(), loaders, **options)
+
+
+def test_a_lazy_network_has_nothing_for_a_checkpoint(loaders, tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(ValueError, match="1.weight has no shape before the first batch: call the model once"):
+        fit(net, loaders, checkpoint=tmp_path / "c")
+    net(next(iter(loaders[0]))[0])
+    assert len(fit(net, loaders, checkpoint=tmp_path / "c")) == 1
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"settings": {"loader": 3}}])
+def test_a_file_of_somebody_elses_is_no_checkpoint(data, tmp_path, content):
+    torch.save(content, tmp_path / "c")
+    with pytest.raises(ValueError, match="is no checkpoint of this version of the kit"):
+        utils.run("batch", data, 1, seed=None, device="cpu", checkpoint=tmp_path / "c", progress=False)
+
+
 def test_complex_logits_are_told(loaders):
     class Complex(nn.Module):
         def forward(self, x):

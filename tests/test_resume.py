@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import itertools
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -334,6 +335,87 @@ def test_what_is_to_be_deleted_to_start_again_is_named(data, tmp_path, capsys):
     (tmp_path / "c").unlink()
     run(data, tmp_path / "c", 2, progress=True)
     assert re.search(r"Going on after epoch 1, from .*c\.previous\n", capsys.readouterr().out)
+
+
+# ----------------------------------------------------- the same objects again, after whatever stopped them
+
+
+class Caching(Dataset):
+    """Fills a table on the way, and fails once where it is told to."""
+
+    def __init__(self, pairs, fail_at=None):
+        self.pairs, self.fail_at, self.sums = pairs, fail_at, torch.zeros(len(pairs))
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        if self.fail_at == i:
+            self.fail_at = None
+            raise OSError("the disk is gone")
+        self.sums[i] = self.pairs[i][0].sum()
+        return self.pairs[i]
+
+
+def halve(optimizer, net, history):
+    optimizer.param_groups[0]["lr"] = 0.01 * 0.5 ** len(history)
+
+
+def freeze_bias(optimizer, net, history):
+    net[1].bias.requires_grad_(len(history) < 1)
+
+
+@pytest.mark.parametrize("change", [halve, freeze_bias])
+def test_what_on_epoch_changes_makes_no_other_run(pairs, tmp_path, change):
+    """Stopped in the second epoch and run again with the same objects."""
+
+    def train(stops, **options):
+        net, stops = linear(), iter(stops)
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+
+        class Stopping(DataLoader):
+            def __iter__(self):
+                if next(stops, False):
+                    raise KeyboardInterrupt
+                return super().__iter__()
+
+        loaders = Stopping(pairs, 16), DataLoader(pairs, 16)
+        for _ in range(2 if options else 1):
+            history = fit(net, loaders, optimizer, epochs=3, on_epoch=partial(change, optimizer, net), **options)
+        return [row["train_loss"] for row in history], net.state_dict()
+
+    assert same(train([]), train([False, True], checkpoint=tmp_path / "c"))
+
+
+def test_a_data_set_that_failed_in_the_first_epoch_goes_on(pairs, tmp_path):
+    data = Caching(pairs, fail_at=20)
+    loaders, net = [DataLoader(each, 16) for each in (data, pairs)], linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    scheduler = OneCycleLR(optimizer, 0.1, 2 * len(loaders[0]))
+    call = {"epochs": 2, "scheduler_step": "batch", "checkpoint": tmp_path / "c"}
+    with pytest.raises(OSError, match="the disk is gone"):
+        fit(net, loaders, optimizer, scheduler, **call)
+    assert len(fit(net, loaders, optimizer, scheduler, **call)) == 2
+
+
+def test_an_interrupt_while_the_held_epochs_are_told(data, tmp_path):
+    def stop(history):
+        raise KeyboardInterrupt
+
+    run(data, tmp_path / "c", 1)
+    assert len(run(data, tmp_path / "c", 2, on_epoch=stop).history) == 1
+
+
+def test_a_lazy_network_that_is_stopped_in_its_first_epoch(pairs):
+    class Stopping(DataLoader):
+        def __iter__(self):
+            yield next(super().__iter__())
+            raise KeyboardInterrupt
+
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    history = fit(net, (Stopping(pairs, 16), DataLoader(pairs, 16)), optimizer)
+    assert history == [] and history.unfinished == 1
 
 
 # --------------------------------------------------------------------- marks of code and of objects
