@@ -25,6 +25,7 @@ study        grid, run_many: many runs into one file
 tables       tables of one run and of many
 style        colours and style of all pictures, and text that fits into them
 predictions  the logits that pictures are given, checked
+copies       copies of networks to look at, out of their wrappers
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do
 norms        more norms to compare the three with, each for one line in model.NORMS

@@ -1,15 +1,14 @@
 """What normalisation changes in training, measured: gradients, likeness of activations, range of the loss."""
 
-import contextlib
-import copy
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from torch import nn
+from torch.nn.utils import parametrize
 
 from normkit.checks import check_choice
+from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, legend_below, styled, subplots
 
 
@@ -23,61 +22,90 @@ def measure(model, images, labels, rates):
     return rows + [{"quantity": "loss", "rate": rate, "value": loss} for rate, loss in losses]
 
 
-@contextlib.contextmanager
 def in_training(model, images):
-    """Gives a copy of the model, in training mode but without dropout, and the images, both in float32 on the CPU."""
-    model = copy.deepcopy(model).cpu().float().train()
+    """Returns a copy of the model, in training mode but without dropout, and of the images, in float32 on the CPU."""
+    model = copy_of(model).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.eval()
-    yield model, images.cpu().float()
+    return model, images.detach().to("cpu", torch.float32, copy=True)
 
 
+def loss_of(model, images, labels):
+    with torch.device("cpu"):  # whichever is the default
+        return F.cross_entropy(model(images), labels.to("cpu", copy=True))
+
+
+def backward(model, images, labels):
+    """Computes the gradients of the loss, unless all is frozen."""
+    loss = loss_of(model, images, labels)
+    if loss.requires_grad:
+        loss.backward()
+
+
+@torch.inference_mode(False)  # with gradients, wherever it is called
 def gradient_norms(model, images, labels):
-    """Yields (layer, norm of the loss's gradient by its weight) for each convolution."""
-    with in_training(model, images) as (model, images):
-        F.cross_entropy(model(images), labels.cpu()).backward()
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
-                yield name.removesuffix(".conv"), module.weight.grad.norm().item()
+    """Yields (layer, norm of the loss's gradient by its weight) for each convolution that is not frozen."""
+    weights = {}
+
+    def record(name):
+        def hook(convolution, args, output):
+            if convolution.weight.requires_grad:
+                convolution.weight.retain_grad()  # a pruned weight is no parameter, but computed from one
+                weights[name.removesuffix(".conv")] = convolution.weight
+
+        return hook
+
+    model, images = in_training(model, images)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(record(name))
+    with parametrize.cached():  # else the hook would have a weight computed anew
+        backward(model, images, labels)
+    yield from ((name, weight.grad.norm().item()) for name, weight in weights.items() if weight.grad is not None)
 
 
+@torch.no_grad()
 def similarities(model, images):
     """Yields (layer, mean cosine of the activations of two different images) for each block with a norm.
 
     After Lubana et al. 2021: where all images give the same activations, nothing can be learnt from the layer.
     """
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} image: similarity is that of two images or more, so give a batch of them")
     found = {}
 
     def record(name):
         def hook(block, args, output):
             directions = F.normalize(output.flatten(1))
             cosines = directions @ directions.T
-            found[name] = cosines[~torch.eye(len(cosines), dtype=torch.bool)].mean().item()
+            found[name] = cosines[~torch.eye(len(cosines), dtype=torch.bool, device="cpu")].mean().item()
 
         return hook
 
-    with in_training(model, images) as (model, images), torch.no_grad():
-        for name, block in model.named_children():
-            if hasattr(block, "norm"):
-                block.register_forward_hook(record(name))
+    model, images = in_training(model, images)
+    for name, block in blocks_of(model):
+        block.register_forward_hook(record(name))
+    with torch.device("cpu"):
         model(images)
     yield from found.items()
 
 
+@torch.inference_mode(False)  # with gradients, wherever it is called
 def losses_along_gradient(model, images, labels, rates):
     """Yields (rate, loss) after a step of each rate against the gradient: on a smooth loss these lie close together.
 
-    After Santurkar et al. 2018.
+    What is frozen stays where it is. After Santurkar et al. 2018.
     """
-    with in_training(model, images) as (model, images):
-        F.cross_entropy(model(images), labels.cpu()).backward()
-        start = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
+    model, images = in_training(model, images)
+    backward(model, images, labels)
+    start = [(p, p.detach().clone(), p.grad) for p in model.parameters() if p.grad is not None]
+    for rate in rates:
         with torch.no_grad():
-            for rate in rates:
-                for parameter, value, gradient in start:
-                    parameter.copy_(value - rate * gradient)
-                yield rate, F.cross_entropy(model(images), labels.cpu()).item()
+            for parameter, value, gradient in start:
+                parameter.copy_(value - rate * gradient)
+            loss = loss_of(model, images, labels).item()
+        yield rate, loss
 
 
 # ------------------------------------------------------------------------------------- pictures

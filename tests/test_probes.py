@@ -1,13 +1,22 @@
 """Gradients, likeness of activations and range of the loss, against their definitions."""
 
+import collections
+import copy
+import threading
+
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 import model
 from normkit import probes
+from normkit.backend import Compiled
+from normkit.fused import fuse
+from normkit.graph import Graphed
 
 CONVOLUTIONS = "C1 C2 c3 C3 C4 C5 c6 C7 C8 C9 C10".split()
 
@@ -67,6 +76,96 @@ def test_networks_and_images_of_another_dtype_are_measured_too(batch):
     net = model.Net("group", dropout=0.0)
     expected = probes.measure(net, *batch, rates=[0.1])
     assert probes.measure(net.double(), batch[0].double(), batch[1], rates=[0.1]) == expected
+
+
+@pytest.mark.parametrize("wrap", [fuse, Graphed, Compiled, AveragedModel, nn.DataParallel, torch.compile])
+def test_a_network_is_measured_within_its_wrappers(wrap, batch):
+    net = model.Net("batch")
+    expected = probes.measure(net, *batch, rates=[0.1])
+    wrapper = wrap(nn.DataParallel(net))
+    assert probes.measure(wrapper, *batch, rates=[0.1]) == expected
+
+
+def test_blocks_are_found_within_a_network_of_ones_own(batch):
+    net = nn.Sequential(collections.OrderedDict(scale=nn.AvgPool2d(1), model=model.Net("batch")))
+    found, expected = (dict(probes.similarities(each, batch[0])) for each in (net, net.model))
+    assert found == {f"model.{name}": value for name, value in expected.items()}
+
+
+def test_frozen_layers_are_left_out_and_stay_where_they_are(batch):
+    net = model.Net("group", dropout=0.0)
+    free = dict(probes.gradient_norms(net, *batch))
+    for layer in (net.C1, net.C2, net.c3):
+        layer.requires_grad_(False)
+    norms = dict(probes.gradient_norms(net, *batch))
+    assert norms == {name: pytest.approx(free[name]) for name in CONVOLUTIONS[3:]}
+    ((_, found),) = probes.losses_along_gradient(net, *batch, [0.1])
+    F.cross_entropy(net(batch[0]), batch[1]).backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    assert found == pytest.approx(F.cross_entropy(net(batch[0]), batch[1]).item(), rel=1e-5)
+    net.requires_grad_(False)
+    measured = pd.DataFrame(probes.measure(net, *batch, rates=[0.1, 0.2]))
+    losses = measured.loc[measured["quantity"] == "loss", "value"]
+    assert len(losses) == 2 and losses.nunique() == 1 and "gradient norm" not in set(measured["quantity"])
+
+
+def test_what_a_network_does_not_use_has_no_gradient(batch):
+    net = model.Net("layer")
+    expected = probes.measure(net, *batch, rates=[0.1])
+    net.unused = nn.Conv2d(3, 3, 1)
+    assert probes.measure(net, *batch, rates=[0.1]) == expected
+
+
+def test_pruned_and_reparametrised_networks_are_measured_as_they_compute(batch):
+    net = model.Net("group", dropout=0.0)
+    same = copy.deepcopy(net)
+    for each in (net, same):
+        prune.l1_unstructured(each.C4.conv, "weight", 0.5)
+    prune.remove(same.C4.conv, "weight")
+    F.cross_entropy(net(batch[0]), batch[1]).backward()  # leaves the pruned weight with a graph
+    assert dict(probes.gradient_norms(net, *batch)) == pytest.approx(dict(probes.gradient_norms(same, *batch)))
+    assert dict(probes.similarities(net, batch[0])) == pytest.approx(dict(probes.similarities(same, batch[0])))
+    for reparametrise in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        net = copy.deepcopy(same)
+        reparametrise(net.C4.conv)
+        assert dict(probes.gradient_norms(net, *batch)) == pytest.approx(dict(probes.gradient_norms(same, *batch)))
+
+
+def test_outputs_that_hooks_keep_do_not_stop_the_measuring(batch):
+    net = model.Net("layer", dropout=0.0)
+    expected = probes.measure(net, *batch, rates=[0.1])
+    net.C9.register_forward_hook(lambda block, args, output: setattr(block, "kept", [output]))
+    F.cross_entropy(net(batch[0]), batch[1]).backward()
+    kept = net.C9.kept[0]
+    assert probes.measure(net, *batch, rates=[0.1]) == expected and net.C9.kept[0] is kept
+    net.C9.lock = threading.Lock()
+    with pytest.raises(TypeError, match="is copied to be looked at, .* '_thread.lock' object. Remove the hook"):
+        probes.measure(net, *batch, rates=[0.1])
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_measuring_where_gradients_are_switched_off(off, batch):
+    net = model.Net("batch")
+    expected = probes.measure(net, *batch, rates=[0.1])
+    with off():
+        assert probes.measure(net, *(each.clone() for each in batch), rates=[0.1]) == expected
+        loss = probes.losses_along_gradient(net, *batch, [0.1])
+        next(loss)
+        assert not torch.is_grad_enabled()
+    next(probes.losses_along_gradient(net, *batch, [0.1]))
+    assert torch.is_grad_enabled()
+
+
+def test_measuring_under_another_default_device(batch):
+    net = model.Net("batch")
+    expected = probes.measure(net, *batch, rates=[0.1])
+    with torch.device("meta"):
+        assert probes.measure(net, *batch, rates=[0.1]) == expected
+
+
+def test_one_image_has_no_other_to_be_like(batch):
+    with pytest.raises(ValueError, match="two images or more"):
+        list(probes.similarities(model.Net("layer"), batch[0][:1]))
 
 
 def test_pictures(batch):

@@ -55,7 +55,9 @@ def test_nothing_below_imports_what_is_above():
         "normkit.fused.legality",
     }
     for name in ("normkit.plots", "normkit.anatomy", "normkit.tables"):
-        assert ARROWS[name] <= {"normkit.style", "normkit.tables", "normkit.checks", "normkit.predictions"}
+        below = ("style", "tables", "checks", "predictions", "copies")
+        assert ARROWS[name] <= {f"normkit.{each}" for each in below}
+    assert ARROWS["normkit.copies"] == set()
     for name, targets in ARROWS.items():
         if name.startswith("normkit.fused"):
             assert all(target == "model" or target.startswith("normkit.fused") for target in targets)

@@ -1,0 +1,49 @@
+"""Copies of networks to look at, so that looking leaves them as they were."""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+WRAPPED = ["model"], ["module"], ["_orig_mod"]  # the only child of Fused or Graphed, DataParallel, torch.compile's
+
+
+def unwrapped(network):
+    """Returns the network in wrappers of PyTorch and the kit, which compute what it computes."""
+    while (
+        type(network).__module__.startswith(("torch.", "normkit.")) and list(dict(network.named_children())) in WRAPPED
+    ):
+        (network,) = network.children()
+    return network
+
+
+class Detached(TorchFunctionMode):
+    """Lets copy.deepcopy copy tensors that hang on a graph: pruned weights, outputs that hooks have kept."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode(False)  # what is copied there takes no gradients
+def copy_of(network):
+    """Returns a copy of a network, without what is wrapped around it, in float32 on the CPU."""
+    try:
+        with Detached():
+            return copy.deepcopy(unwrapped(network)).cpu().float()
+    except TypeError as error:
+        raise TypeError(
+            f"a network is copied to be looked at, and this one cannot be: {error}. Remove the hook, or whatever else "
+            "holds it, for that time"
+        ) from error
+
+
+def blocks_of(network, prefix=""):
+    """Yields (name, block) for each block with a norm, at whatever depth."""
+    for name, module in network.named_children():
+        if callable(getattr(module, "norm", None)):
+            yield prefix + name, module
+        else:
+            yield from blocks_of(module, f"{prefix}{name}.")
