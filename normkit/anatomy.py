@@ -1,6 +1,5 @@
 """Pictures and tables of what norms and networks do."""
 
-import copy
 import itertools
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import nn
 from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
+from normkit.copies import blocks_of, copy_of
 from normkit.style import COLORS, colors_of, styled, subplots
 
 
@@ -28,18 +28,48 @@ class Function(nn.Module):
 
 
 def layer_of(norm):
-    """Returns a copy of a norm in training mode, as a layer."""
-    return (copy.deepcopy(norm) if isinstance(norm, nn.Module) else Function(norm)).train()
+    """Returns a copy of a norm in training mode, as a layer in float32 on the CPU."""
+    return copy_of(norm if isinstance(norm, nn.Module) else Function(norm)).train()
 
 
-def moved_by(layer, x, image, channel):
-    """The mask of the inputs (N, C, H, W) that move a layer's output for one channel of one image.
+def doubles(x):
+    """Returns a copy of x in float64 on the CPU."""
+    return x.detach().to("cpu", torch.float64, copy=True)
+
+
+@torch.inference_mode(False)  # with gradients, wherever it is called
+def moved_by(layer, x, *place):
+    """The mask of the inputs (N, C, H, W) that move a layer's output at a place: image, channel, row, column.
 
     Asked in float64: in float32, one run in sixty met a gradient that rounding had made zero.
     """
-    layer, x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
-    layer(x)[image, channel, 0, 0].backward()
+    layer, x = copy_of(layer).double(), doubles(x).requires_grad_()
+    layer(x)[place].backward()
     return x.grad != 0
+
+
+def sets_of(layer, x):
+    """Yields the masks of the sets of values that share what a layer normalises by, until each value was in one."""
+    missing = torch.ones(x.shape, dtype=torch.bool, device="cpu")
+    while missing.any():
+        place = tuple(missing.nonzero()[0].tolist())
+        mask = moved_by(layer, x, *place)
+        mask[place] = True  # also where no input moves the output
+        missing &= ~mask
+        yield mask
+
+
+@torch.no_grad()
+def statistics_of(layer, x):
+    """Returns how many statistics a layer takes out of each set: 2 if mean and deviation.
+
+    Where it takes out the mean, its output stays as its inputs are shifted, and as they are doubled where it takes out
+    their deviation or root mean square.
+    """
+    layer, x = copy_of(layer).double(), doubles(x)
+    x = x / x.std()  # so that hardly a set is so narrow that the epsilon counts
+    y = layer(x)
+    return sum(int((layer(moved) - y).norm() <= 0.1 * y.norm()) for moved in (x + 1, 2 * x))
 
 
 @styled
@@ -50,10 +80,11 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     which inputs move its output for the front image's last channel.
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
-    x = torch.randn(images, channels, size, size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(images, channels, size, size, generator=generator, device="cpu")
     colors = colors_of(layers)
     for ax, (name, layer) in zip(axes[0], layers.items()):
-        shared = moved_by(layer_of(layer), x, 0, channels - 1).flatten(2)  # N, C, H·W
+        shared = moved_by(layer_of(layer), x, 0, channels - 1, 0, 0).flatten(2)  # N, C, H·W
         draw_block(ax, shared, colors[name])
         ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
     return figure
@@ -92,24 +123,26 @@ def norm_table(layers, x):
     """What norm layers make of activations x (N, C, H, W), set by set: a DataFrame, one row a layer.
 
     layers: a dict from a name to a layer, as yet untrained, so that its scale and shift leave the values alone.
-    Which values share a mean is found by asking the layer.
+    Which values share statistics, and how many, is found by asking the layer: set by set, so x has to be small.
     """
     rows = []
     for name, layer in layers.items():
         layer = layer_of(layer)
         with torch.no_grad():
-            y = layer(x)
-        masks = torch.stack([moved_by(layer, x, n, c) for n, c in np.ndindex(*x.shape[:2])]).unique(dim=0)
-        sets = torch.stack([y[mask] for mask in masks])
-        across_images = masks[0].flatten(1).any(1).sum() > 1
-        variance = sets.var(1, correction=0)
+            y = layer(x.cpu().float())
+        masks = list(sets_of(layer, x))
+        sizes = sorted({int(mask.sum()) for mask in masks})
+        means = torch.stack([y[mask].mean() for mask in masks])
+        variances = torch.stack([y[mask].var(correction=0) for mask in masks])
+        across_images = any(mask.flatten(1).any(1).sum() > 1 for mask in masks)
+        statistics = statistics_of(layer, x) * len(masks)
         rows.append(
             {
                 "norm": name,
-                "values that share a mean": sets.shape[1],
-                "largest |mean|": f"{sets.mean(1).abs().max():.0e}",
-                "variance": f"{variance.min():.3f} to {variance.max():.3f}",
-                "statistics": f"{2 * len(sets)} a batch" if across_images else f"{2 * len(sets) // len(x)} an image",
+                "values that share a mean": sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}",
+                "largest |mean|": f"{means.abs().max():.0e}",
+                "variance": f"{variances.min():.3f} to {variances.max():.3f}",
+                "statistics": f"{statistics} a batch" if across_images else f"{statistics // len(x)} an image",
                 "trained numbers": sum(p.numel() for p in layer.parameters()),
                 "running statistics": sum(b.numel() for b in layer.buffers() if b.dim()),
             }
@@ -122,14 +155,14 @@ def plot_network(model, size=32):
     """The network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
     steps, skips = trace_network(model, size)
     figure, ax = subplots(figsize=(11, 3.4))
-    colors = {"3×3 convolution, norm, ReLU": "#4C6A92", "1×1 convolution": "#9DB2CC", "pooling": "#D4D9E0"}
+    shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0"}
+    colors = {step["kind"]: next(shades[word] for word in shades if word in step["kind"]) for step in steps}
     x, places = 0.0, {}
     for step in steps:
-        height, width = step["map"] ** 0.5 / 2.2, 0.12 + step["channels"] / 45
+        height, width = 2.57 * (step["map"] / size) ** 0.5, 0.12 + step["channels"] / 45
         pitch = max(width, 0.62)
         places[step["name"]] = middle = x + pitch / 2
-        color = colors.get(step["kind"], "#4C6A92")
-        ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, color=color))
+        ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, color=colors[step["kind"]]))
         field = f"{step['field']}" if step["field"] < size else "all"
         ax.text(middle, 1.45, step["name"], ha="center", va="bottom", fontweight="bold")
         lines = (f"{step['channels']}", f"{step['map']}×{step['map']}", f"{step['parameters']:,}", field)
@@ -154,37 +187,40 @@ def plot_network(model, size=32):
 def trace_network(model, size):
     """Each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
     steps, skips, outputs = [], [], {}
-    field, jump = 1, 1
+    field = jump = np.ones(2, int)  # rows, columns
 
     def record(name):
         def hook(module, args, keywords, output):
             nonlocal field, jump
+            kind, side = "pooling", output.shape[2] if output.dim() == 4 else 1
             for layer in module.modules():
                 if hasattr(layer, "kernel_size"):
-                    kernel, stride = (n if isinstance(n, int) else n[0] for n in (layer.kernel_size, layer.stride))
-                    field, jump = field + (kernel - 1) * jump, jump * stride
+                    field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
+                    jump = jump * layer.stride
+                if isinstance(layer, nn.Conv2d | nn.Linear):  # a linear layer is a convolution of a 1×1 map
+                    kind = "{}×{} convolution".format(*getattr(layer, "kernel_size", (1, 1)))
+            if side == 1:  # after global pooling
+                field = np.maximum(field, size)
             skips.extend((key, name) for key, kept in outputs.items() if any(kept is x for x in keywords.values()))
             outputs[name] = output
-            weights = [p for p in module.parameters() if p.dim() > 1]
-            kind = "pooling" if not weights else f"{weights[0].shape[2]}×{weights[0].shape[3]} convolution"
             steps.append(
                 {
                     "name": name,
-                    "kind": kind + ", norm, ReLU" if len(list(module.children())) else kind,
+                    "kind": kind + ", norm, ReLU" if callable(getattr(module, "norm", None)) else kind,
                     "channels": output.shape[1],
-                    "map": output.shape[2],
+                    "map": side,
                     "parameters": sum(p.numel() for p in module.parameters()),
-                    "field": field,
+                    "field": int(field.max()),
                 }
             )
 
         return hook
 
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy_of(model).eval()
     for name, module in model.named_children():
         module.register_forward_hook(record(name), with_kwargs=True)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size, dtype=torch.float32, device="cpu"))
+    with torch.no_grad(), torch.device("cpu"):
+        model(torch.zeros(1, 3, size, size, dtype=torch.float32))
     return steps, skips
 
 
@@ -195,14 +231,16 @@ def plot_activations(stages, images, title=None):
     stages: a dict from a caption ("at the start") to a dict from a variant to its network. images: (N, 3, H, W).
     A thick bar holds the middle half of the values, a thin one 98 %.
     """
-    variants = next(iter(stages.values()))
+    variants = list(dict.fromkeys(name for models in stages.values() for name in models))
     colors = colors_of(variants)
     shape = (len(variants), len(stages))
     figure, axes = subplots(*shape, figsize=(11, 2.3 * len(variants) + 0.6), sharex=True, sharey=True, squeeze=False)
     for column, (caption, models) in enumerate(stages.items()):
-        for row, (name, model) in enumerate(models.items()):
-            ax = axes[row, column]
-            depths = norm_quantiles(model, images)
+        for ax, name in zip(axes[:, column], variants):
+            if name not in models:
+                ax.set_axis_off()
+                continue
+            depths = norm_quantiles(models[name], images)
             for side, color, shift in ((0, "#9A9A9A", -0.16), (1, colors[name], 0.16)):
                 for place, sides in enumerate(depths.values()):
                     least, low, middle, high, most = sides[side]
@@ -226,11 +264,11 @@ def plot_activations(stages, images, title=None):
 @torch.no_grad()
 def norm_quantiles(model, images):
     """For each block with a norm, by name: the 1, 25, 50, 75 and 99 % quantiles of what goes in and what comes out."""
-    model = copy.deepcopy(model).cpu().float().eval()  # no dropout
+    model = copy_of(model).eval()  # no dropout
     quantiles = {}
 
     def record(name):
-        levels = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99])
+        levels = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float32, device="cpu")
         thin = slice(None, None, 7)  # torch.quantile takes 16 million values at most
 
         def hook(module, args, output):
@@ -238,17 +276,19 @@ def norm_quantiles(model, images):
 
         return hook
 
-    for name, block in model.named_children():
-        if hasattr(block, "norm"):
-            block.norm = layer_of(block.norm)  # by the batch's own statistics
-            block.norm.register_forward_hook(record(name))
-    model(images.cpu().float())
+    for name, block in blocks_of(model):
+        block.norm = layer_of(block.norm)  # by the batch's own statistics
+        block.norm.register_forward_hook(record(name))
+    with torch.device("cpu"):
+        model(images.cpu().float())
+    if not quantiles:
+        raise ValueError("the network has no block with a norm, such as model.Net's C1")
     return quantiles
 
 
-def keeps_statistics(block):
-    """Whether a block has a norm with running statistics."""
-    return getattr(getattr(block, "norm", None), "running_mean", None) is not None
+def is_batch(item):
+    """Whether an item of a list is a batch of its, rather than a loader."""
+    return isinstance(item, list | tuple) and isinstance(item[0], torch.Tensor)
 
 
 @styled
@@ -256,34 +296,37 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
     """What batch norm keeps: the mean of one channel in each batch, and the running mean, at several batch sizes.
 
     model: with batch norm; a copy in training mode sees the batches, and nothing is learnt. loaders: one training
-    loader, or a list of them. block: the name of a block of the model with a norm.
+    loader, which may be a list of batches, or a list of loaders. block: the name of a block of the model with a norm.
     """
-    kept = {name: each.norm.running_mean for name, each in model.named_children() if keeps_statistics(each)}
+    model = copy_of(model).train()
+    kept = {name: each.norm for name, each in blocks_of(model) if getattr(each.norm, "running_mean", None) is not None}
     if not kept:
         raise ValueError("the model keeps no running statistics: give one with batch norm, such as model.Net('batch')")
     check_choice("block", block, list(kept))
-    if whole_number("channel", channel, 0) >= len(kept[block]):
-        raise ValueError(f"channel={channel!r}: {block} has the channels 0 to {len(kept[block]) - 1}")
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    norm = kept[block]
+    if whole_number("channel", channel, 0) >= len(norm.running_mean):
+        raise ValueError(f"channel={channel!r}: {block} has the channels 0 to {len(norm.running_mean) - 1}")
+    loaders = loaders if isinstance(loaders, list | tuple) and not is_batch(loaders[0]) else [loaders]
     figure, axes = subplots(1, len(loaders), figsize=(11, 3.2), sharey=True, squeeze=False)
     color = COLORS["batch"]
     for ax, loader in zip(axes[0], loaders):
-        model_copy = copy.deepcopy(model).cpu().float().train()
-        norm = getattr(model_copy, block).norm
         norm.reset_running_stats()
-        means, running = [], []
+        means, running, sizes = [], [], []
 
         def record(norm, args, output, means=means, running=running):
             means.append(args[0][:, channel].mean().item())
             running.append(norm.running_mean[channel].item())
 
-        norm.register_forward_hook(record)
+        hook = norm.register_forward_hook(record)
         with torch.no_grad():
             for images, _ in itertools.islice(loader, steps):
-                model_copy(images.cpu().float())
+                sizes.append(len(images))
+                with torch.device("cpu"):
+                    model(images.cpu().float())
+        hook.remove()
         ax.plot(range(1, len(means) + 1), means, ".", color="#9A9A9A", markersize=5)
         ax.plot(range(1, len(running) + 1), running, color=color)
-        ax.set(xlabel="batches seen", title=f"batches of {loader.batch_size}: ± {np.std(means):.2f}")
+        ax.set(xlabel="batches seen", title=f"batches of {max(sizes)}: ± {np.std(means):.2f}")
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel(f"mean of {block}, channel {channel}")
     handles = [Line2D([], [], color="#9A9A9A", marker=".", linestyle=""), Line2D([], [], color=color)]
@@ -295,5 +338,5 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
 
 def summarize(model, input_size=(3, 32, 32)):
     """Prints torchsummary's table of a copy of the model, in float32, so that looking leaves model and seeds alone."""
-    with torch.random.fork_rng(), torch.no_grad():
-        summary(copy.deepcopy(model).cpu().float().eval(), input_size, device="cpu")
+    with torch.random.fork_rng(), torch.no_grad(), torch.device("cpu"):
+        summary(copy_of(model).eval(), input_size, device="cpu")

@@ -2,10 +2,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import THREE, drawn, study
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
 
 import model
 import utils
 from normkit import anatomy, plots
+from normkit.fused import fuse
+from normkit.norms import MORE_NORMS, PixelNorm
 
 SHARED = {  # values that share a mean with one of them: images, channels of 6, 8
     "batch": (6, 1),
@@ -37,7 +42,7 @@ def test_a_norm_may_be_a_function(monkeypatch):
 def test_norm_sets_are_those_of_the_layers(layers):
     x = torch.randn(6, 8, 3, 3)
     for name, (images, channels) in SHARED.items():
-        shared = anatomy.moved_by(layers[name].train(), x, 5, 7)
+        shared = anatomy.moved_by(layers[name].train(), x, 5, 7, 0, 0)
         expected = torch.zeros(6, 8, 3, 3, dtype=torch.bool)
         expected[-images:, -channels:] = True
         assert torch.equal(shared, expected)
@@ -45,7 +50,7 @@ def test_norm_sets_are_those_of_the_layers(layers):
 
 def test_norm_sets_hold_values_that_hardly_move_anything():
     x = torch.tensor([100.0, -100.0]).repeat(2, 4, 3, 3)  # opposite ones cancel, but for the norm's epsilon
-    assert anatomy.moved_by(torch.nn.GroupNorm(1, 4), x, 0, 0)[0].all()
+    assert anatomy.moved_by(torch.nn.GroupNorm(1, 4), x, 0, 0, 0, 0)[0].all()
 
 
 def test_norm_sets_are_drawn_as_they_are(layers):
@@ -88,6 +93,39 @@ def test_norm_table_finds_out_a_norm_that_does_not_normalise():
     assert table.loc["halved", "variance"] == "0.250 to 0.250"
 
 
+def test_norm_table_asks_each_norm_for_its_own_sets():
+    x = torch.randn(18, 16, 1, 2)
+    lines = {**MORE_NORMS, "lrn": lambda channels, num_groups: torch.nn.LocalResponseNorm(5)}
+    table = anatomy.norm_table({name: build(16, 4) for name, build in lines.items()}, x)
+    assert table[["values that share a mean", "statistics"]].T.to_dict("list") == {
+        "none": [1, "0 an image"],
+        "instance": [2, "32 an image"],
+        "RMS": [32, "1 an image"],
+        "pixel": [16, "4 an image"],
+        "standardised": [8, "8 an image"],
+        "ghost": ["4 to 32", "64 a batch"],
+        "lrn": ["3 to 5", "0 an image"],
+    }
+
+
+def test_norm_table_looks_at_every_pixel():
+    class Partly(PixelNorm):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor([1, 1, 1, 2])  # by column
+
+    table = anatomy.norm_table({"partly": Partly(16)}, torch.randn(2, 16, 2, 4))
+    assert table.loc["partly", "variance"] == "1.000 to 4.000"
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_norms_are_asked_where_gradients_are_switched_off(off, layers):
+    x = torch.randn(3, 8, 2, 2)
+    expected = anatomy.norm_table(layers, x)
+    with off():
+        assert anatomy.norm_table(layers, x.double()).equals(expected)
+        assert "32 values" in drawn(anatomy.plot_norm_sets({"layer": layers["layer"]}, 3, 8, 2))
+
+
 @pytest.mark.parametrize("norm", THREE)
 def test_the_network_as_it_is(norm):
     steps, skips = anatomy.trace_network(model.Net(norm), 32)
@@ -118,6 +156,90 @@ def test_the_receptive_field_is_how_far_a_pixel_reaches():
             y = net.C3(net.P1(net.c3(net.C2(net.C1(moved)))))
             reached[column] = bool((y - x)[0, :, 16, 16].abs().max() > 0)
     assert sum(reached.values()) == fields["C3"] == 10
+
+
+def test_a_network_with_other_layers_is_drawn_as_it_is():
+    net = model.Net()
+    net.C7.conv = torch.nn.Conv2d(16, 32, (1, 5), padding=(0, 2))
+    net.C8.conv = torch.nn.Conv2d(32, 32, 3, padding=2, dilation=2)
+    net.C10 = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32, 5))
+    steps = {step["name"]: step for step in anatomy.trace_network(net, 64)[0]}
+    assert [steps[name]["field"] for name in ("P2", "C7", "C8", "C9", "GAP", "C10")] == [20, 36, 52, 60, 64, 64]
+    assert [steps[name]["kind"] for name in ("C7", "C10")] == ["1×5 convolution, norm, ReLU", "1×1 convolution"]
+    assert [steps["C10"][key] for key in ("channels", "map", "parameters")] == [5, 1, 165]
+    assert "1×5 convolution, norm, ReLU" in drawn(anatomy.plot_network(net))
+
+
+@pytest.mark.parametrize("size", [8, 32, 64, 256])
+def test_the_boxes_of_a_network_leave_room_for_its_text(size):
+    (ax,) = anatomy.plot_network(model.Net(), size).axes
+    boxes = [patch.get_bbox() for patch in ax.patches]
+    places = [text.get_position()[1] for text in ax.texts]
+    assert max(box.y1 for box in boxes) < min(y for y in places if y > 1)
+    assert min(box.y0 for box in boxes) > max(y for y in places if y < -1)
+
+
+@pytest.mark.parametrize("wrap", [fuse, AveragedModel, torch.nn.DataParallel])
+def test_pictures_of_a_network_in_a_wrapper_are_those_of_the_network(wrap, loaders, capsys):
+    net, images = model.Net("batch", dropout=0.0), torch.randn(2, 3, 16, 16)
+    looks = [
+        lambda net: anatomy.norm_quantiles(net, images),
+        lambda net: anatomy.trace_network(net, 32),
+        lambda net: drawn(anatomy.plot_running_statistics(net, loaders[1:], steps=2)),
+        lambda net: (anatomy.summarize(net), capsys.readouterr().out),
+    ]
+    for look in looks:
+        assert look(wrap(net)) == look(net)
+
+
+def test_a_network_without_a_norm_has_no_activations_around_one():
+    with pytest.raises(ValueError, match="no block with a norm"):
+        anatomy.plot_activations({"start": {"mine": torch.nn.Conv2d(3, 3, 3)}}, torch.randn(2, 3, 8, 8))
+
+
+def test_pictures_leave_a_network_with_hooks_and_kept_outputs_as_it_was(loaders):
+    net = model.Net("batch")
+    prune.l1_unstructured(net.C4.conv, "weight", 0.5)
+    net.C9.register_forward_hook(lambda block, args, output: setattr(block, "kept", output))
+    images = torch.randn(2, 3, 16, 16)
+    net(images).sum().backward()
+    kept = {(name, key): value for name, module in net.named_modules() for key, value in vars(module).items()}
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    anatomy.summarize(net)
+    figures = [anatomy.plot_network(net), anatomy.plot_activations({"start": {"batch": net}}, images)]
+    figures.append(anatomy.plot_running_statistics(net, loaders[1], steps=2))
+    assert all(figure.axes for figure in figures)
+    now = {(name, key): value for name, module in net.named_modules() for key, value in vars(module).items()}
+    assert now.keys() == kept.keys() and all(now[key] is value for key, value in kept.items())
+    assert all(value.equal(state[name]) for name, value in net.state_dict().items())
+
+
+def test_another_default_device_changes_no_picture_and_no_table(layers, loaders, capsys):
+    net, x = model.Net("batch", dropout=0.0), torch.randn(3, 8, 1, 2)
+    looks = [
+        lambda: anatomy.norm_quantiles(net, x.new_ones(2, 3, 32, 32)),
+        lambda: anatomy.trace_network(net, 32),
+        lambda: anatomy.norm_table(layers, x).to_csv(),
+        lambda: drawn(anatomy.plot_norm_sets({"layer": layers["layer"]}, 2, 8, 1)),
+        lambda: drawn(anatomy.plot_running_statistics(net, loaders[1], steps=2)),
+        lambda: (anatomy.summarize(net), capsys.readouterr().out),
+    ]
+    for look in looks:
+        expected = look()
+        with torch.device("meta"):
+            assert look() == expected
+
+
+def test_activations_of_variants_that_not_every_stage_has():
+    a, b = model.Net("batch"), model.Net("group")
+    stages = {"start": {"batch": a}, "middle": {"group": b, "batch": a}, "end": {"group": b}}
+    figure = anatomy.plot_activations(stages, torch.randn(2, 3, 16, 16))
+    titles = [[ax.get_title() for ax in figure.axes[row : row + 3]] for row in (0, 3)]
+    assert titles == [
+        ["batch norm, start", "batch norm, middle", ""],
+        ["", "group norm, middle", "group norm, end"],
+    ]
+    assert [ax.axison for ax in figure.axes] == [True, True, False, False, True, True]
 
 
 # ------------------------------------------------------------------------------ after training
@@ -165,6 +287,15 @@ def test_running_statistics_are_those_of_batch_norm(loaders):
     for norm, options, message in wrong:
         with pytest.raises(ValueError, match=message):
             anatomy.plot_running_statistics(model.Net(norm), loaders[:1], **options)
+
+
+def test_running_statistics_of_any_loader(small):
+    images, labels = next(iter(utils.get_loaders(small, 16, device="cpu")[1]))
+    batches = [(images[:12], labels[:12]), (images[12:], labels[12:])]
+    sampled = DataLoader(TensorDataset(images, labels), batch_sampler=[range(8), range(8, 16)])
+    figure = anatomy.plot_running_statistics(model.Net("batch"), [batches, sampled])
+    assert [ax.get_title()[:13] for ax in figure.axes] == ["batches of 12", "batches of 8:"]
+    assert "batches of 12:" in drawn(anatomy.plot_running_statistics(model.Net("batch"), batches))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
