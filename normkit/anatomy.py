@@ -81,7 +81,7 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(images, channels, size, size, generator=generator, device="cpu")
+    x = torch.randn(images, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
     colors = colors_of(layers)
     for ax, (name, layer) in zip(axes[0], layers.items()):
         shared = moved_by(layer_of(layer), x, 0, channels - 1, 0, 0).flatten(2)  # N, C, H·W
@@ -238,7 +238,7 @@ def plot_activations(stages, images, title=None):
     for column, (caption, models) in enumerate(stages.items()):
         for ax, name in zip(axes[:, column], variants):
             if name not in models:
-                ax.set_axis_off()
+                ax.set_title(f"no {name} norm, {caption}")
                 continue
             depths = norm_quantiles(models[name], images)
             for side, color, shift in ((0, "#9A9A9A", -0.16), (1, colors[name], 0.16)):

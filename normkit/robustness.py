@@ -16,8 +16,9 @@ def calibration(logits, labels, bins=10):
     Bins are of equal width in confidence; the error is the mean gap between a bin's confidence and its accuracy,
     weighted by its share (Naeini et al. 2015). Empty bins are left out. All are from 0 to 1.
     """
-    confidence, predicted = logits.float().softmax(1).cpu().max(1)
-    right = (predicted == labels.cpu()).float()
+    logits, labels = (torch.as_tensor(each).detach().cpu() for each in (logits, labels))
+    confidence, predicted = logits.float().softmax(1).max(1)
+    right = (predicted == labels).float()
     place = (confidence * bins).long().clamp(max=bins - 1)
     points = []
     for b in place.unique().tolist():
@@ -50,7 +51,8 @@ def plot_calibration(data, logits):
 
 def corruptions(images):
     """Returns images uint8 (N, 3, H, W), clean and corrupted in three ways, by name; the noise is always the same."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images.device)
     return {
         "clean": images,
         "noise": (images + 20 * noise).round().clamp(0, 255).to(torch.uint8),  # deviation 20 of 255

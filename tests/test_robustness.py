@@ -34,6 +34,24 @@ def test_calibration_of_what_says_its_frequency_is_zero():
     assert robustness.calibration(logits, labels)[0] < 0.01
 
 
+def test_calibration_of_arrays_and_of_what_has_a_gradient():
+    logits, labels = torch.randn(50, 10, requires_grad=True), torch.arange(50) % 10
+    expected = robustness.calibration(logits, labels)
+    assert robustness.calibration(logits.detach().numpy(), labels.numpy()) == expected
+
+
+def test_corruptions_are_the_same_whatever_the_default(data):
+    expected = robustness.corruptions(data.test_images)
+    with torch.device("meta"):
+        found = [robustness.corruptions(data.test_images)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found.append(robustness.corruptions(data.test_images))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(each[kind], images) for each in found for kind, images in expected.items())
+
+
 def test_corruptions(data):
     before = data.test_images.clone()
     found = robustness.corruptions(data.test_images)
