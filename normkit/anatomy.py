@@ -80,7 +80,7 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     which inputs move its output for the front image's last channel.
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
     colors = colors_of(layers)
     for ax, (name, layer) in zip(axes[0], layers.items()):

@@ -84,11 +84,11 @@ def check_norms(model, batch_sizes):
     device = next(model.parameters()).device
     kinds = nn.BatchNorm2d | nn.GroupNorm | nn.InstanceNorm2d
     layers = {str(m): m for m in model.modules() if isinstance(m, kinds)}
-    generator = torch.Generator().manual_seed(0)
+    own = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
     for (name, layer), batch_size in itertools.product(layers.items(), sorted(set(batch_sizes))):
         channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
-        x = torch.randn(batch_size, channels, 8, 8, generator=generator) * 3 + 1
-        weight = torch.randn(x.shape, generator=generator)  # makes the gradients differ from value to value
+        x = torch.randn(batch_size, channels, 8, 8, **own) * 3 + 1
+        weight = torch.randn(x.shape, **own)  # makes the gradients differ from value to value
         results = []
         for where in (device, torch.device("cpu")):
             layer_copy = copy.deepcopy(layer).to(where).train().requires_grad_()

@@ -238,8 +238,8 @@ def plot_confusions(data, logits):
     grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])
     below = figure.add_subplot(grid[1, :])
     for i, (name, each) in enumerate(logits.items()):
-        counts = torch.zeros(len(classes), len(classes))
-        counts.index_put_((data.test_labels, each.argmax(1)), torch.ones(len(each)), accumulate=True)
+        pairs = len(classes) * data.test_labels + each.argmax(1)
+        counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).float()
         percent = (100 * counts / counts.sum(1, keepdim=True)).numpy()  # of a class without a test image, NaN
         ax = figure.add_subplot(grid[0, i])
         shades = LinearSegmentedColormap.from_list(name, ["white", colors[name]])

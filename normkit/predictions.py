@@ -24,9 +24,9 @@ def logits_of(data, given, name="logits"):
             f"{name} has logits of {len(logits)} images, and {data.name} has {len(data.test_labels)} test images: "
             f"{NEXT_STEP}, over all of them in their order"
         )
-    if labels is not None and not torch.equal(torch.as_tensor(labels).cpu(), data.test_labels.cpu()):
+    if labels is not None and not torch.equal(torch.as_tensor(labels, device="cpu"), data.test_labels.cpu()):
         raise ValueError(f"{name} was predicted for other labels than {data.name}'s, or in another order: {NEXT_STEP}")
-    return torch.as_tensor(logits).detach().cpu().float()
+    return torch.as_tensor(logits, device="cpu").detach().float()
 
 
 def logits_by_name(data, given):

@@ -16,7 +16,7 @@ def calibration(logits, labels, bins=10):
     Bins are of equal width in confidence; the error is the mean gap between a bin's confidence and its accuracy,
     weighted by its share (Naeini et al. 2015). Empty bins are left out. All are from 0 to 1.
     """
-    logits, labels = (torch.as_tensor(each).detach().cpu() for each in (logits, labels))
+    logits, labels = (torch.as_tensor(each, device="cpu").detach() for each in (logits, labels))
     confidence, predicted = logits.float().softmax(1).max(1)
     right = (predicted == labels).float()
     place = (confidence * bins).long().clamp(max=bins - 1)
@@ -51,7 +51,7 @@ def plot_calibration(data, logits):
 
 def corruptions(images):
     """Returns images uint8 (N, 3, H, W), clean and corrupted in three ways, by name; the noise is always the same."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images.device)
     return {
         "clean": images,

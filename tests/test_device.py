@@ -27,6 +27,17 @@ def test_the_self_check_passes_right_norms(data, norm, device):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_self_check_passes_right_norms_whatever_the_default():
+    net = model.Net()
+    with torch.device("meta"):
+        check_norms(net, (4,))
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_norms(net, (4,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("norm", [*THREE, "without parameters"])
 @pytest.mark.parametrize("wrong", ["forward", "gradient"])
 def test_the_self_check_stops_at_a_wrong_norm(data, norm, wrong, monkeypatch):

@@ -35,6 +35,12 @@ def check_of(question):
     return question.splitlines()[-1]
 
 
+def test_exercises_are_checked_on_the_cpu_whatever_the_default_device(capsys):
+    with torch.device("meta"):
+        exercises.instance_norm(torch.nn.InstanceNorm2d(16))
+    assert capsys.readouterr().out == "Right.\n"
+
+
 def test_every_exercise_has_a_cell_and_an_answer():
     assert list(QUESTIONS) == list(ANSWERS) == [str(number) for number in range(1, 8)]
     assert {check_of(question).split("(")[0] for question in QUESTIONS.values()} == {

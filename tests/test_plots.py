@@ -71,6 +71,12 @@ def variant_of(ax):
     return ax.get_title().split(",")[0]
 
 
+def test_confusions_are_the_same_whatever_the_default(data, logits):
+    expected = drawn(plots.plot_confusions(data, logits["group"].numpy()))
+    with torch.device("meta"):
+        assert drawn(plots.plot_confusions(data, logits["group"].numpy())) == expected
+
+
 def test_confusions_are_counted_by_class(data, logits):
     figure = plots.plot_confusions(data, logits)
     below = next(ax for ax in figure.axes if ax.containers)
