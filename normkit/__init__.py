@@ -10,6 +10,8 @@ checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
 identity     what makes a run, a data set or a function that one, as text
 randomness   seeds, and the state of every generator that training draws from
+objects      objects and functions of somebody's own, and their attributes
+packing      values as what a file can keep, and back, kind and all
 attributes   what moves, while training goes on, in objects of somebody's own
 optim        what the loop has to know of optimizers and schedulers that are not its own
 muon         Muon, its matrices in the number type that the hardware multiplies

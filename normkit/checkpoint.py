@@ -10,7 +10,7 @@ from pathlib import Path
 
 from normkit.files import read_state, to_bytes, write_state
 
-VERSION = 4  # of the file
+VERSION = 5  # of the file
 
 
 class Checkpoint:
@@ -49,10 +49,12 @@ class Checkpoint:
     def check_state(self):
         """Raises TypeError where a part's state could not be read again."""
         for name, part in self.parts.items():
-            if not is_readable(part.state_dict()):
+            state = part.state_dict()
+            if not is_readable(state):
+                keys = [str(key) for key, each in dict(state).items() if not is_readable(each)]
                 raise TypeError(
-                    f"the state of the {name} ({type(part).__name__}) holds more than tensors and plain values, "
-                    "so no checkpoint can keep it: train without checkpoint="
+                    f"the state of the {name} ({type(part).__name__}) holds more than tensors, arrays and plain "
+                    f"values, in {', '.join(keys)}, so no checkpoint can keep it: train without checkpoint="
                 )
 
     def save(self, history):

@@ -13,7 +13,7 @@ import numpy as np
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 from joblib.parallel import get_active_backend
 
-from normkit.randomness import LIBRARIES
+from normkit.objects import LIBRARIES
 
 
 def compute(function, tasks, data, processes=1):

@@ -1,4 +1,4 @@
-"""Files of tensors and plain values, written atomically."""
+"""Files of tensors, arrays and plain values, written atomically."""
 
 import collections
 import io
@@ -9,16 +9,35 @@ import zipfile
 import numpy as np
 import torch
 
+ARRAY = "numpy.ndarray"  # marks a tensor that was an array
+
 
 def plain(value):
     """Returns nested state with NumPy's scalars as Python's, which is what torch.load reads without running code."""
     if isinstance(value, np.generic):
         return value.item()
+    return rebuilt(value, plain)
+
+
+def rebuilt(value, function):
+    """Returns a dict, list or tuple of what a function makes of the values in it, else the value."""
     if type(value) in (dict, collections.OrderedDict):
-        return type(value)((plain(key), plain(each)) for key, each in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
-    return value
+        return type(value)((function(key), function(each)) for key, each in value.items())
+    return type(value)(map(function, value)) if type(value) in (list, tuple) else value
+
+
+def without_arrays(value):
+    """Returns nested state with tensors for NumPy's arrays."""
+    if type(value) is np.ndarray and value.dtype.kind in "biufc":
+        return ARRAY, torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+    return rebuilt(value, without_arrays)
+
+
+def with_arrays(value):
+    """Returns nested state as it was before without_arrays."""
+    if type(value) is tuple and len(value) == 2 and value[0] == ARRAY:
+        return value[1].numpy()
+    return rebuilt(value, with_arrays)
 
 
 def is_plain(value):
@@ -33,12 +52,12 @@ def is_plain(value):
 def to_bytes(state):
     """Returns the contents of a file of that state."""
     buffer = io.BytesIO()
-    torch.save(plain(state), buffer)
+    torch.save(without_arrays(plain(state)), buffer)
     return buffer.getbuffer()
 
 
 def write_state(path, state, previous=None):
-    """Writes tensors and plain values beside the file and renames; what was there is moved to previous.
+    """Writes tensors, arrays and plain values beside the file and renames; what was there is moved to previous.
 
     Raises OSError, and leaves the file as it is, where the disk refuses.
     """
@@ -68,7 +87,7 @@ def read_state(file):
                 return None
         if hasattr(file, "seek"):
             file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return with_arrays(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than tensors and plain values, and is not read: delete it") from error
     except PermissionError:

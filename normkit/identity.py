@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from normkit.checksum import ADDRESS, crc32_of
 from normkit.files import is_plain, plain
-from normkit.randomness import LIBRARIES, closed_over, objects_of, parts_of
+from normkit.objects import LIBRARIES
+from normkit.randomness import closed_over, objects_of, parts_of
 
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 

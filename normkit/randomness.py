@@ -15,7 +15,9 @@ import types
 import numpy as np
 import torch
 
-from normkit.attributes import MovingAttributes, attributes_of
+from normkit.attributes import MovingAttributes
+from normkit.objects import attributes_of, cells_of, is_somebodys, is_written_here, names_in
+from normkit.packing import GENERATORS, read, write
 
 
 def check_seed(seed):
@@ -35,7 +37,11 @@ def seed_everything(seed):
     """Seeds the global generators of Python, NumPy and torch (all devices); returns the seed, drawn if it is None."""
     seed = check_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    generator = np.random.get_bit_generator()
+    if isinstance(generator, np.random.MT19937):
+        np.random.seed(seed % 2**32)
+    else:  # somebody has set another, which seed() refuses
+        np.random.set_state(type(generator)(seed % 2**32).state)
     torch.manual_seed(seed)
     return seed
 
@@ -54,7 +60,7 @@ class RandomState:
         self.owners = dict(objects_of(**parts))
         own = {where: owner for where, owner in self.owners.items() if is_somebodys(owner)}
         unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
-        self.attributes = MovingAttributes(unsaved)
+        self.attributes = MovingAttributes(unsaved, self.owners)
 
     @property
     def note(self):
@@ -71,8 +77,8 @@ class RandomState:
                 yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
-        name, keys, *rest = np.random.get_state()
-        state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+        numpy = np.random.get_state(legacy=False)
+        state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
         if self.device is not None:
             state["device"] = torch.get_device_module(self.device).get_rng_state()
         state["attributes"] = self.attributes.state_dict()
@@ -90,27 +96,7 @@ class RandomState:
         self.attributes.load_state_dict(state["attributes"])
 
 
-def read(generator):
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, np.random.RandomState):
-        name, keys, *rest = generator.get_state()
-        return (name, keys.tolist(), *rest)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
-
-
-def write(generator, state):
-    if isinstance(generator, torch.Generator | np.random.RandomState):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state
-
-
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
-LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 PASSED_OVER = (torch.Tensor, np.ndarray, type, types.ModuleType, str, bytes, int, float, type(None))
 MOST = 10_000  # objects looked at, in a fifth of a second
 
@@ -130,8 +116,7 @@ def objects_of(**roots):
 
 
 def parts_of(owner):
-    """Yields (step, object) for what an object holds, and for the generators that its code draws from by name."""
-    functions = [owner] if isinstance(owner, types.FunctionType) else []
+    """Yields (step, object) for what an object holds, and for what its code names."""
     if isinstance(owner, types.MethodType):
         yield ".__self__", owner.__self__
     elif isinstance(owner, functools.partial):
@@ -140,29 +125,29 @@ def parts_of(owner):
         yield from ((f"[{i}]", each) for i, each in enumerate(owner[:100]))
     elif isinstance(owner, dict):
         yield from ((f"[{key!r}]", owner[key]) for key in itertools.islice(owner, 100) if isinstance(key, str | int))
-    elif functions:
+    elif isinstance(owner, types.FunctionType):
+        yield from named_in(owner)
         yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
         if is_somebodys(owner):
-            functions = [each for each in vars(type(owner)).values() if isinstance(each, types.FunctionType)]
-    for function in functions:
-        names = function.__globals__, function.__code__.co_names
-        yield from ((f" {name}", names[0][name]) for name in names[1] if isinstance(names[0].get(name), GENERATORS))
+            kinds = [kind for kind in type(owner).__mro__ if is_written_here(kind)]
+            methods = [each for kind in kinds or [type(owner)] for each in vars(kind).items()]
+            yield from ((f".{name}", each) for name, each in methods if isinstance(each, types.FunctionType))
+
+
+def named_in(function):
+    """Yields (step, object) for the generators that a function names, and if it is somebody's own all that is so."""
+    names, own = function.__globals__, is_somebodys(function)
+    for name in names_in(function.__code__):
+        value = names.get(name)
+        if isinstance(value, GENERATORS) or own and not isinstance(value, PASSED_OVER) and is_written_here(value):
+            yield f" {name}", value
 
 
 def closed_over(function):
     """Returns the values that a function has from around it, but for those that are not there yet."""
-    values = []
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # of an empty cell
-            values.append(cell.cell_contents)
-    return values
-
-
-def is_somebodys(owner):
-    """Whether an object is of a class that is neither the kit's nor a library's."""
-    return type(owner).__module__.partition(".")[0] not in LIBRARIES
+    return [cell.cell_contents for cell in cells_of(function).values()]
 
 
 def root_of(where):

@@ -87,6 +87,8 @@ def same(a, b):
     """Equality to the last bit of nested states; how long an epoch took does not count."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return type(a) is type(b) and np.array_equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "seconds")
     if isinstance(a, list | tuple):

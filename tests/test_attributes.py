@@ -192,7 +192,7 @@ def test_a_file_that_a_data_set_opens_on_the_way_is_opened_again(pairs, tmp_path
 
 
 def test_what_moves_and_is_too_large_to_keep_is_told(pairs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("normkit.attributes.LARGEST", 8)
+    monkeypatch.setattr("normkit.packing.LARGEST", 8)
     for epochs in (1, 2):
         loader = Turning(DataLoader(pairs, 16), torch.arange(4), lambda loader: loader.order.add_(1))
         loaders, net = (loader, DataLoader(pairs, 64)), linear()

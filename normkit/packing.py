@@ -1,0 +1,190 @@
+"""Values as what a file can keep, and back: of the same kind, also where nothing of it stands when they are read."""
+
+import collections
+import copy
+import enum
+import random
+
+import numpy as np
+import torch
+
+from normkit.objects import attributes_of, is_somebodys
+
+LARGEST = 2**24  # bytes of a value that a checkpoint keeps: a data set's images are not to be written each epoch
+CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATOR_NAMES = dict(zip(("torch", "numpy", "numpy's legacy", "python"), GENERATORS))
+PLAIN = {kind.__name__: kind for kind in (*CONTAINERS, collections.OrderedDict, collections.Counter)}
+BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+
+
+def size_of(value):
+    """Returns about how many bytes a value takes in a file."""
+    if torch.is_tensor(value):
+        return 1024 + value.numel() * value.element_size()  # each is an entry of its own
+    return 1024 + value.nbytes if isinstance(value, np.ndarray) else len(value) if isinstance(value, str) else 8
+
+
+def leaves_of(value, depth=8):
+    """Yields what containers hold, and those in them, or the value itself."""
+    if not isinstance(value, CONTAINERS):
+        yield value
+    elif depth:  # it may hold itself
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from leaves_of(each, depth - 1)
+
+
+def read(generator):
+    """Returns the state of a generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def write(generator, state):
+    """Brings a generator to a state."""
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def new_generator(kind, state, device):
+    """Returns a generator in a state."""
+    if kind is torch.Generator:
+        generator = kind(device)
+    elif kind is random.Random:
+        generator = kind()
+    elif state["bit_generator"] in BIT_GENERATORS:
+        generator = kind(getattr(np.random, state["bit_generator"])())
+    else:
+        raise LookupError(f"a {state['bit_generator']} cannot be made")
+    write(generator, state)
+    return generator
+
+
+def pack(value, names, depth=8, own=True):
+    """Returns a copy of a value of which a file can be made; raises TypeError where none can.
+
+    A tuple tells a kind, then what it is made of. names: by id, of objects that are there when it is read.
+    own: whether it may be of a class of somebody's own, as what stands in its place then has to be.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if id(value) in names:
+        return "known", names[id(value)]
+    if not depth:
+        raise TypeError("it holds itself")
+    if sum(map(size_of, leaves_of(value))) > LARGEST:
+        raise TypeError("it is too large to be kept")
+    if kind in GENERATORS:
+        name = next(name for name, each in GENERATOR_NAMES.items() if each is kind)
+        return name, read(value), str(getattr(value, "device", "cpu"))
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return pack_array(value)
+    if kind is range:
+        return "range", value.start, value.stop, value.step
+    if PLAIN.get(kind.__name__) is kind:
+        inner = [[pack(each, names, depth - 1, False) for each in part] for part in parts_of(value)]
+        return (kind.__name__, *inner, *([value.maxlen] if kind is collections.deque else []))
+    if not own or not is_somebodys(value):
+        raise TypeError(f"a {kind.__name__} cannot be kept")
+    if isinstance(value, enum.Enum):
+        return "own", kind.__qualname__, pack(value.value, names, depth - 1, False)
+    base = next((each for each in (*CONTAINERS, int, float, str) if isinstance(value, each)), None)
+    if base is not None:
+        return "own", kind.__qualname__, pack(base(value), names, depth - 1, False)
+    object.__reduce_ex__(value, 2)  # raises TypeError where it has more than attributes
+    if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
+        raise TypeError(f"a {kind.__name__} has a way of its own to be kept")
+    return "own", kind.__qualname__, {
+        name: pack(each, names, depth - 1) for name, each in attributes_of(value).items()
+    }  # fmt: skip
+
+
+def parts_of(container):
+    """Returns lists of what a container holds: of a dict the keys and the values."""
+    return [list(container), list(container.values())] if isinstance(container, dict) else [list(container)]
+
+
+def pack_array(value):
+    """Packs a tensor, an array or a number of NumPy's."""
+    if torch.is_tensor(value):
+        if value.layout != torch.strided or value.is_meta or value.requires_grad:
+            raise TypeError("it is no plain tensor")
+        copy = value.clone()
+        return copy if copy.device.type == "cpu" else ("Tensor", copy, str(copy.device))
+    if value.dtype.kind not in "biufc" or isinstance(value, np.ndarray) and type(value) is not np.ndarray:
+        raise TypeError("it is no array of numbers")
+    return value.copy() if isinstance(value, np.ndarray) else ("number", np.array(value))
+
+
+def unpack(packed, now, known):
+    """Returns what was packed; raises LookupError where that takes what does not stand in its place now.
+
+    known: objects by name.
+    """
+    if type(packed) is not tuple:
+        return packed
+    kind, *parts = packed
+    if kind == "known":
+        return known[parts[0]]
+    if kind == "own":
+        return unpack_own(*parts, now, known)
+    if kind == "number":
+        return parts[0][()]
+    if kind == "range":
+        return range(*parts)
+    if kind == "Tensor":
+        device = torch.device(parts[1])
+        return parts[0].to(device) if torch.get_device_module(device).is_available() else parts[0]
+    if kind in GENERATOR_NAMES:
+        return new_generator(GENERATOR_NAMES[kind], *parts)
+    if kind not in PLAIN:
+        raise LookupError(f"a value of kind {kind!r} cannot be made")
+    items = [[unpack(each, None, known) for each in part] for part in parts if isinstance(part, list)]
+    if kind == "deque":
+        return collections.deque(*items, parts[1])
+    return PLAIN[kind](dict(zip(*items)) if len(items) == 2 else items[0])
+
+
+def unpack_own(name, content, now, known):
+    kind = type(now)
+    if kind.__qualname__ != name:
+        raise LookupError(f"a {name} cannot be made")
+    if type(content) is dict:
+        value = object.__new__(kind)
+        for each, part in content.items():
+            object.__setattr__(value, each, unpack(part, getattr(now, each, None), known))
+        return value
+    content = unpack(content, None, known)
+    if isinstance(now, list | set | dict | collections.deque):
+        return filled(copy.copy(now), content)
+    return kind(*content) if isinstance(now, tuple) else kind(content)
+
+
+def filled(container, content):
+    """Returns a container with another content."""
+    container.clear()
+    (container.extend if isinstance(container, list | collections.deque) else container.update)(content)
+    return container
+
+
+def put_into(now, value):
+    """Returns what stands in a value's place, changed to it where it can be, as others may hold it; else the value."""
+    if type(now) is type(value):
+        if isinstance(now, list | set | dict | collections.deque) and now is not value:
+            return filled(now, value)
+        alike = getattr(now, "shape", None) == getattr(value, "shape", 0) and now.dtype == value.dtype
+        if alike and isinstance(now, np.ndarray) and now.flags.writeable:
+            now[...] = value
+            return now
+        if alike and torch.is_tensor(now):
+            with torch.no_grad():
+                return now.copy_(value)
+    return value
