@@ -1,5 +1,7 @@
 """Objects and functions of somebody's own, and their attributes."""
 
+import dis
+import functools
 import sys
 import types
 from pathlib import Path
@@ -9,8 +11,8 @@ STANDARD = sys.stdlib_module_names - {"__main__"}
 
 
 def is_somebodys(owner):
-    """Whether an object is of a class that is neither the kit's nor a library's; whether a function is."""
-    if isinstance(owner, types.FunctionType):
+    """Whether an object is of a class that is neither the kit's nor a library's; whether a function or class is."""
+    if isinstance(owner, types.FunctionType | type):
         return is_written_here(owner)
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
 
@@ -24,10 +26,15 @@ def is_written_here(owner):
 
 
 def attributes_of(owner):
-    """Returns an object's attributes by name, those in slots too; a function's variables are among its."""
+    """Returns an object's attributes by name, those in slots too; also what functions keep from call to call."""
+    if isinstance(owner, types.FunctionType):
+        return variables_of(owner)
+    if isinstance(owner, functools.partial):
+        return {"args": owner.args, "keywords": owner.keywords}
+    if isinstance(owner, type):
+        return {name: each for name, each in vars(owner).items() if name[:2] != "__" and not hasattr(each, "__get__")}
     slots = [name for kind in type(owner).__mro__ for name in slots_of(kind)]
-    found = {name: getattr(owner, name) for name in slots if hasattr(owner, name)} | getattr(owner, "__dict__", {})
-    return found | variables_of(owner) if isinstance(owner, types.FunctionType) else found
+    return {name: getattr(owner, name) for name in slots if hasattr(owner, name)} | getattr(owner, "__dict__", {})
 
 
 def slots_of(kind):
@@ -36,10 +43,10 @@ def slots_of(kind):
 
 
 def variables_of(function):
-    """Returns what a function keeps from call to call, by name: defaults, globals that it names, cells around it."""
-    found = {name: getattr(function, name) for name in ("__defaults__", "__kwdefaults__")}
-    names, variables = names_in(function.__code__), function.__globals__
-    found |= {name: variables[name] for name in names if name in variables}
+    """Returns a function's defaults and attributes, and the variables around it: globals that it names, cells."""
+    found = {name: getattr(function, name) for name in ("__defaults__", "__kwdefaults__", "__dict__")}
+    variables = function.__globals__
+    found |= {name: variables[name] for name in globals_in(function.__code__) if name in variables}
     return found | {name: cell.cell_contents for name, cell in cells_of(function).items()}
 
 
@@ -49,18 +56,23 @@ def cells_of(function):
     return {name: cell for name, cell in cells.items() if cell != types.CellType()}
 
 
-def names_in(code):
-    """Returns the names that a function's code, and the functions within it, look up."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
+@functools.cache
+def globals_in(code):
+    """Returns the names of globals in a function's code, and in that of the functions within it."""
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const)]
+    own = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")]
+    return list(dict.fromkeys([*own, *inner]))
 
 
 def put(owner, name, value):
-    """Sets an attribute, of a frozen dataclass too, or a variable of a function."""
+    """Sets what attributes_of has under a name, of a frozen dataclass too."""
     if isinstance(owner, types.FunctionType) and name in (cells := cells_of(owner)):
         cells[name].cell_contents = value
-    elif isinstance(owner, types.FunctionType) and name in owner.__globals__:
+    elif isinstance(owner, types.FunctionType) and name in globals_in(owner.__code__):
         owner.__globals__[name] = value
+    elif isinstance(owner, functools.partial):
+        parts = attributes_of(owner) | {name: value}
+        owner.__setstate__((owner.func, parts["args"], parts["keywords"], vars(owner)))
     elif getattr(owner, name, None) is not value:
         try:
             setattr(owner, name, value)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from normkit.attributes import MovingAttributes
-from normkit.objects import attributes_of, cells_of, is_somebodys, is_written_here, names_in
+from normkit.objects import attributes_of, cells_of, globals_in, is_somebodys, is_written_here
 from normkit.packing import GENERATORS, read, write
 
 
@@ -97,7 +97,7 @@ class RandomState:
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
-PASSED_OVER = (torch.Tensor, np.ndarray, type, types.ModuleType, str, bytes, int, float, type(None))
+PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
 MOST = 10_000  # objects looked at, in a fifth of a second
 
 
@@ -107,7 +107,8 @@ def objects_of(**roots):
     while waiting and len(seen) < MOST:
         where, owner = waiting.popleft()
         empty = isinstance(owner, list | tuple | dict) and not owner
-        if id(owner) in seen or empty or isinstance(owner, PASSED_OVER):
+        librarys = isinstance(owner, type) and not is_somebodys(owner)
+        if id(owner) in seen or empty or librarys or isinstance(owner, PASSED_OVER):
             continue
         seen.add(id(owner))
         yield where, owner
@@ -130,16 +131,18 @@ def parts_of(owner):
         yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
-        if is_somebodys(owner):
-            kinds = [kind for kind in type(owner).__mro__ if is_written_here(kind)]
-            methods = [each for kind in kinds or [type(owner)] for each in vars(kind).items()]
-            yield from ((f".{name}", each) for name, each in methods if isinstance(each, types.FunctionType))
+        if isinstance(owner, type):
+            yield from (
+                (f".{name}", each) for name, each in vars(owner).items() if isinstance(each, types.FunctionType)
+            )
+        elif is_somebodys(owner):
+            yield from ((f".{kind.__name__}", kind) for kind in type(owner).__mro__)
 
 
 def named_in(function):
     """Yields (step, object) for the generators that a function names, and if it is somebody's own all that is so."""
     names, own = function.__globals__, is_somebodys(function)
-    for name in names_in(function.__code__):
+    for name in globals_in(function.__code__):
         value = names.get(name)
         if isinstance(value, GENERATORS) or own and not isinstance(value, PASSED_OVER) and is_written_here(value):
             yield f" {name}", value
@@ -157,7 +160,8 @@ def root_of(where):
 
 def epoch_takers(loader):
     """Returns the parts of a loader, such as samplers, whose set_epoch(epoch) is to be called before each epoch."""
-    return [each for _, each in objects_of(loader=loader) if takes_one(getattr(each, "set_epoch", None))]
+    objects = [each for _, each in objects_of(loader=loader) if not isinstance(each, type)]
+    return [each for each in objects if takes_one(getattr(each, "set_epoch", None))]
 
 
 def takes_one(method):
@@ -170,7 +174,8 @@ def takes_one(method):
 
 
 def is_stateful(owner):
-    return callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None))
+    methods = [getattr(owner, name, None) for name in ("state_dict", "load_state_dict")]
+    return all(map(callable, methods)) and not isinstance(owner, type)
 
 
 def lost_in(owners):

@@ -3,8 +3,11 @@
 import collections
 import dataclasses
 import enum
+import functools
+import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import fit, linear, same
@@ -77,6 +80,21 @@ def fit_turning(pairs, moves, epochs, **options):
     return net.state_dict(), type(loader.order), vars(loader)
 
 
+MOVES |= {
+    f"{kind} made at the first pass": lambda make=make, turn=turn: (
+        None, lambda loader: (loader.order is None and setattr(loader, "order", make())) or turn(loader)
+    )
+    for kind, make, turn in (
+        ("array", lambda: np.arange(4), lambda loader: np.random.default_rng(0).shuffle(loader.order)),
+        ("set", lambda: {1, 2, 3, 4}, lambda loader: loader.order.add(min(loader.order) + 4) or loader.order.pop()),
+        ("frozenset", lambda: frozenset(range(4)), lambda loader: setattr(loader, "order", loader.order | {5}) or
+                      setattr(loader, "order", loader.order - {min(loader.order)})),
+        ("deque", lambda: collections.deque(range(4), 4), lambda loader: loader.order.append(sum(loader.order))),
+        ("tuple", lambda: (0, 1, 2, 3), lambda loader: setattr(loader, "order", loader.order[1:] + loader.order[:1])),
+    )
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("moves", MOVES)
 def test_what_moves_in_a_loader_goes_on(pairs, tmp_path, moves, capsys):
     whole, kind, attributes = fit_turning(pairs, moves, 3)
@@ -86,6 +104,185 @@ def test_what_moves_in_a_loader_goes_on(pairs, tmp_path, moves, capsys):
     assert same(resumed, whole) and kind_now is kind and "NO CHECKPOINT" not in capsys.readouterr().out
     for name in ("count", "phase", "step"):
         assert type(attributes_now.get(name)) is type(attributes.get(name))
+
+
+class Sampler(torch.utils.data.Sampler):
+    """A sampler with state of its own, of which next_seed(sampler) makes the seed of a pass."""
+
+    passes = 0
+
+    def __init__(self, next_seed, **state):
+        self.next_seed = next_seed
+        vars(self).update(state)
+
+    def __len__(self):
+        return 64
+
+    def __iter__(self):
+        return iter(np.random.default_rng(int(self.next_seed(self))).permutation(64).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    number: int = 0
+    phase: Phase = Phase.FIRST
+    sums: np.ndarray | None = None
+
+
+class Stage:
+    def __init__(self, number):
+        self.number, self.passes = number, 0
+
+
+def with_state(sampler):
+    sums = np.arange(3) + (0 if sampler.state.sums is None else sampler.state.sums)
+    sampler.state = dataclasses.replace(sampler.state, number=sampler.state.number + 1, phase=Phase.SECOND, sums=sums)
+    return sampler.state.number + 10 * sampler.state.phase + sums.sum()
+
+
+def with_stages(sampler):
+    sampler.stage = sampler.stages[(sampler.stage.number + 1) % 3]
+    sampler.stage.passes += 1
+    return 10 * sampler.stage.number + sampler.stage.passes
+
+
+def with_generator(sampler):
+    sampler.rng = torch.Generator().manual_seed(int(torch.randint(1000, (), generator=sampler.rng)))
+    return torch.randint(1000, (), generator=sampler.rng)
+
+
+def with_lazy_generators(sampler):
+    if sampler.rng is None:
+        sampler.rng = sampler.same = np.random.Generator(np.random.SFC64(0))
+    return sampler.rng.integers(1000) + sampler.same.integers(1000)
+
+
+def with_array_in_a_dict(sampler):
+    np.random.default_rng(0).shuffle(sampler.state["order"])
+    return sampler.state["order"][0]
+
+
+def with_class(sampler):
+    Sampler.passes += 1
+    return Sampler.passes
+
+
+def with_cell():
+    number, numbers = 0, []
+
+    def next_seed(sampler):
+        nonlocal number
+        number += 1
+        numbers.append(number)
+        return number + sum(numbers)
+
+    return Sampler(next_seed)
+
+
+NUMBER, NUMBERS = 0, {"all": 0}
+
+
+def with_global(sampler):
+    global NUMBER
+    NUMBER += 1
+    NUMBERS["all"] += 1
+    return NUMBER + NUMBERS["all"]
+
+
+def with_default(sampler, numbers=(collections.Counter(),)):
+    with_default.calls += 1
+    numbers[0]["all"] += 1
+    return with_default.calls + numbers[0]["all"]
+
+
+def fresh_function():
+    with_default.calls, with_default.__defaults__ = 0, ((collections.Counter(),),)
+    return Sampler(with_default)
+
+
+def fresh_globals():
+    globals().update(NUMBER=0, NUMBERS={"all": 0})
+    Sampler.passes = 0
+
+
+def of_partial(numbers, sampler):
+    numbers[0] += 1
+    return numbers[0]
+
+
+STATES = {
+    "frozen dataclass": lambda: Sampler(with_state, state=State()),
+    "one of several objects": lambda: Sampler(
+        with_stages, stages=(stages := [Stage(i) for i in range(3)]), stage=stages[0]
+    ),
+    "generator made anew": lambda: Sampler(with_generator, rng=torch.Generator().manual_seed(0)),
+    "generator made at the first pass": lambda: Sampler(with_lazy_generators, rng=None, same=None),
+    "array in a dict": lambda: Sampler(with_array_in_a_dict, state={"order": np.arange(64)}),
+    "class": lambda: Sampler(with_class),
+    "cell": with_cell,
+    "global": lambda: Sampler(with_global),
+    "default and attribute of a function": fresh_function,
+    "argument of a partial": lambda: Sampler(functools.partial(of_partial, [0])),
+}
+
+
+def fit_sampled(pairs, make, epochs, **options):
+    fresh_globals()
+    net = linear()
+    utils.fit(
+        net, DataLoader(pairs, 16, sampler=make()), DataLoader(pairs, 64), torch.optim.SGD(net.parameters(), 0.01),
+        epochs=epochs, **options,
+    )  # fmt: skip
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_state_that_is_replaced_or_kept_elsewhere_goes_on(pairs, tmp_path, state, capsys):
+    whole = fit_sampled(pairs, STATES[state], 4)
+    fit_sampled(pairs, STATES[state], 2, checkpoint=tmp_path / "c")
+    assert same(fit_sampled(pairs, STATES[state], 4, checkpoint=tmp_path / "c"), whole)
+    assert "may differ" not in capsys.readouterr().out
+
+
+def lazily(name, make, moved):
+    """Returns a sampler that makes something at its first pass, and something else beside it."""
+
+    def next_seed(sampler):
+        if getattr(sampler, name) is None:
+            setattr(sampler, name, make())
+        sampler.count += 1
+        return moved(sampler)
+
+    return lambda: Sampler(next_seed, count=0, **{name: None})
+
+
+def shuffled(sampler):
+    sampler.frame = sampler.frame.sample(frac=1, random_state=1)
+    return sampler.frame.i.iloc[0]
+
+
+LOST = {
+    "iterator": ("stream", lazily("stream", lambda: itertools.count(5), lambda sampler: next(sampler.stream))),
+    "object": ("stage", lazily("stage", lambda: Stage(1), lambda sampler: sampler.count)),
+    "namedtuple": ("step", lazily("step", lambda: Step(1), lambda sampler: sampler.count)),
+    "frame": ("frame", lambda: Sampler(shuffled, frame=pd.DataFrame({"i": range(64)}))),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_what_cannot_be_kept_is_told(pairs, tmp_path, lost, capsys):
+    name, make = LOST[lost]
+    for epochs in (1, 2):
+        fit_sampled(pairs, make, epochs, checkpoint=tmp_path / "c")
+    assert f"may differ from an uninterrupted run: loader.sampler.{name} cannot be kept" in capsys.readouterr().out
+
+
+def test_what_moves_beside_an_opened_file_goes_on(pairs, tmp_path, capsys):
+    opening = lazily("file", lambda: open(__file__), lambda sampler: sampler.count + len(sampler.file.name))
+    whole = fit_sampled(pairs, opening, 3)
+    fit_sampled(pairs, opening, 1, checkpoint=tmp_path / "c")
+    assert same(fit_sampled(pairs, opening, 3, checkpoint=tmp_path / "c"), whole)
+    assert "may differ" not in capsys.readouterr().out
 
 
 def test_an_order_that_data_set_and_sampler_share_stays_one(pairs, tmp_path):

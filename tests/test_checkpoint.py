@@ -250,7 +250,7 @@ def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epo
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": 2}, None])
 def test_a_file_of_another_version_is_refused_by_name(data, tmp_path, file, change):
     contents = read_state(file)
-    torch.save([1, 2, 3] if change is None else contents | change, file)
+    files.write_state(file, [1, 2, 3] if change is None else contents | change)
     content = file.read_bytes()
     with pytest.raises(ValueError, match=f"{file} is no checkpoint of this version of the kit"):
         run(data, file)

@@ -158,14 +158,21 @@ class Wrapper:
         return iter(self.inner)
 
 
-@pytest.mark.parametrize("kind", ["RandomState", "Generator", "the kit's loader", "a DataLoader's generator"])
+BITS = {
+    f"{draws.__name__} of {bits}": lambda draws=draws, bits=bits: draws(getattr(np.random, bits)(0))
+    for draws in (np.random.RandomState, np.random.Generator)
+    for bits in ("MT19937", "PCG64", "Philox", "SFC64")
+}
+
+
+@pytest.mark.parametrize("kind", [*BITS, "the kit's loader", "a DataLoader's generator"])
 def test_what_a_loader_holds_goes_on_where_it_was(data, pairs, tmp_path, kind):
     def loader():
         if kind == "the kit's loader":
             return Wrapper(utils.get_loaders(data, 64, True, "cpu")[0])
         if kind == "a DataLoader's generator":
             return Wrapper(DataLoader(pairs, 32, shuffle=True, generator=torch.Generator().manual_seed(0)))
-        rng = np.random.RandomState(0) if kind == "RandomState" else np.random.default_rng(0)
+        rng = BITS[kind]()
         parts = [Transformed(pairs, [Random(rng)]), Transformed(pairs, [])]
         return DataLoader(torch.utils.data.ConcatDataset(parts), 32)
 

@@ -162,10 +162,21 @@ class Stateful(torch.utils.data.Sampler):
         return iter(np.random.default_rng(int(self.hidden["drawn"])).permutation(self.size).tolist())
 
     def state_dict(self):
-        return {"drawn": int(self.hidden["drawn"])}
+        return {"drawn": int(self.hidden["drawn"]), "drawn in an array": [np.array(self.hidden["drawn"])]}
 
     def load_state_dict(self, state):
-        self.hidden["drawn"] = np.int64(state["drawn"])
+        assert type(state["drawn in an array"][0]) is np.ndarray
+        self.hidden["drawn"] = state["drawn in an array"][0][()]
+
+
+def test_a_state_that_no_file_can_hold_is_told_by_name(pairs, tmp_path):
+    class Unsaved(Stateful):
+        def state_dict(self):
+            return {"drawn": object()}
+
+    loader = DataLoader(pairs, 32, sampler=Unsaved(len(pairs)))
+    with pytest.raises(TypeError, match="the state of the random.* in state of loader.sampler, so no checkpoint"):
+        fit(linear(), (loader, DataLoader(pairs, 64)), checkpoint=tmp_path / "c")
 
 
 class Temperature(nn.Module):
@@ -311,6 +322,19 @@ def test_a_seed_that_was_drawn_goes_on_too(data, tmp_path):
     first, whole = run(data, **options, epochs=1), run(data, **options, epochs=2)
     assert first.seed == whole.seed and whole.history[0] == first.history[0]
     assert run(data, epochs=2, seed=whole.seed).history[1]["train_loss"] == whole.history[1]["train_loss"]
+
+
+def test_numpys_global_generator_may_be_of_any_kind(data, tmp_path):
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        state = np.random.get_state(legacy=False)
+        whole = run(data, epochs=2)
+        run(data, tmp_path / "c", 1)
+        assert same(run(data, tmp_path / "c", 2).history, whole.history)
+        assert same(np.random.get_state(legacy=False), state)
+    finally:
+        np.random.set_bit_generator(before)
 
 
 # -------------------------------------------------------------------------------- nothing is lost
