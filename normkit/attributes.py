@@ -46,13 +46,10 @@ class MovingAttributes:
                 names.setdefault(id(value), name)  # another place may hold it too
             except TypeError:
                 opened = self.start.get(place) in (None, mark_of(None), mark_of(False))
-                if opened:
-                    packed[name] = OPENED
-                stands = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
-                told = isinstance(value, (torch.Tensor, np.ndarray, *CONTAINERS)) or is_written_here(
-                    self.owners[place[0]]
-                )
-                if stands or told and not opened:
+                packed |= {name: OPENED} if opened else {}
+                held = isinstance(value, (torch.Tensor, np.ndarray, *CONTAINERS))
+                iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
+                if iterates or not opened and (held or is_written_here(self.owners[place[0]])):
                     lost.add(".".join(place))
         return {"lost": sorted(lost)} | packed
 

@@ -131,12 +131,8 @@ def parts_of(owner):
         yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
-        if isinstance(owner, type):
-            yield from (
-                (f".{name}", each) for name, each in vars(owner).items() if isinstance(each, types.FunctionType)
-            )
-        elif is_somebodys(owner):
-            yield from ((f".{kind.__name__}", kind) for kind in type(owner).__mro__)
+        code = vars(owner) if isinstance(owner, type) else {kind.__name__: kind for kind in type(owner).__mro__}
+        yield from ((f".{name}", each) for name, each in code.items() if isinstance(each, types.FunctionType | type))
 
 
 def named_in(function):
