@@ -98,6 +98,7 @@ class RandomState:
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
+CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
 MOST = 10_000  # objects looked at, in a fifth of a second
 
 
@@ -131,8 +132,16 @@ def parts_of(owner):
         yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
-        code = vars(owner) if isinstance(owner, type) else {kind.__name__: kind for kind in type(owner).__mro__}
-        yield from ((f".{name}", each) for name, each in code.items() if isinstance(each, types.FunctionType | type))
+        kinds = {f"__mro__[{i}]": kind for i, kind in enumerate(type(owner).__mro__)}
+        code = vars(owner) if isinstance(owner, type) else kinds
+        yield from ((f".{name}", function_of(each)) for name, each in code.items() if isinstance(each, CODE))
+
+
+def function_of(member):
+    """Returns the function of a class's property or method; a function or class as it is."""
+    if isinstance(member, types.FunctionType | type):
+        return member
+    return next(getattr(member, name) for name in ("__func__", "fget", "func") if hasattr(member, name))
 
 
 def named_in(function):

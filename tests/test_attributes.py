@@ -189,6 +189,12 @@ def with_global(sampler):
     return NUMBER + NUMBERS["all"]
 
 
+class Counting:
+    @property
+    def number(self):
+        return with_global(self)
+
+
 def with_default(sampler, numbers=(collections.Counter(),)):
     with_default.calls += 1
     numbers[0]["all"] += 1
@@ -221,6 +227,7 @@ STATES = {
     "class": lambda: Sampler(with_class),
     "cell": with_cell,
     "global": lambda: Sampler(with_global),
+    "global that a property changes": lambda: Sampler(lambda sampler: sampler.counting.number, counting=Counting()),
     "default and attribute of a function": fresh_function,
     "argument of a partial": lambda: Sampler(functools.partial(of_partial, [0])),
 }
