@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import itertools
-import numbers
 import os
 import sys
 import tempfile
@@ -180,8 +179,7 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
             result = run(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
             if result.history.unfinished:
                 raise KeyboardInterrupt
-            measured = [{name: rounded(value) for name, value in row.items()} for row in result.history]
-            measured = [row | {"epoch": int(row["epoch"])} for row in measured]
+            measured = [{name: written(name, value) for name, value in row.items()} for row in result.history]
         except FloatingPointError as error:
             if not keep_diverged:
                 return None, describe_error(error)
@@ -192,9 +190,10 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     return [about | row | {"settings": key} for row in measured], None
 
 
-def rounded(value):
-    """Returns a number in six digits, and what is none, such as a note of somebody's own, as it is."""
-    return float(f"{value:.6g}") if isinstance(value, numbers.Real) else value
+def written(name, value):
+    """Returns what the file has of a value: of a metric six digits, of a note of somebody's own all, and no tensor."""
+    value = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+    return float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value
 
 
 def can_write(folder):

@@ -128,11 +128,17 @@ def test_names_that_look_like_numbers_stay_names(small, tmp_path, norms):
 
 
 def test_what_on_epoch_adds_to_a_row_is_kept(small, tmp_path):
+    notes = {"seen": 12345678, "stamp": 1764191581.25, "best": True, "step": np.int64(7654321)}
+    notes |= {"mean": torch.tensor(0.123456789, dtype=torch.float64), "count": torch.tensor(7654321)}
+
     def note(history):
-        history[-1].update(note="warm", nothing=None)
+        history[-1].update(note="warm", nothing=None, **notes)
 
     rows = run_many(grid(norm="layer", on_epoch=note, **ONE), small, tmp_path / "s.csv")
     assert rows["note"].tolist() == ["warm"] and rows["test_acc"].notna().all()
+    assert rows[list(notes)].iloc[0].tolist() == list(notes.values())
+    assert "".join(rows[name].dtype.kind for name in notes) == "ifbifi"  # whole, float, bool
+    assert all(loss == float(f"{loss:.6g}") for loss in rows[["train_loss", "test_loss"]].iloc[0])
 
 
 def test_rows_come_by_epoch_however_the_file_is_sorted(small, tmp_path):
