@@ -192,17 +192,23 @@ def settings_table(rows):
 
 
 def select(rows, **settings):
-    """Returns the rows of the runs with these settings, such as select(rows, lr=0.01); rows: of study.run_many."""
+    """Returns the rows of the runs with these settings, such as select(rows, lr=0.01, seed=range(3)).
+
+    rows: of study.run_many.
+    """
     rows = check_rows(rows)
     text = settings_table(rows)
     table = text.apply(as_numbers)
     chosen = np.ones(len(rows), dtype=bool)
     for name, value in settings.items():
         check_choice("setting", name, list(table))
-        alike = (table[name] == value) | (text[name] == str(value))  # a column with "channels" has its 4 as text
-        if not alike.any():
-            check_choice(name, value, table[name].unique().tolist())
-        chosen &= alike.to_numpy()
+        alike = np.zeros(len(rows), dtype=bool)
+        for each in value if pd.api.types.is_list_like(value) else [value]:
+            found = (table[name] == each) | (text[name] == str(each))  # a column with "channels" has its 4 as text
+            if not found.any():
+                check_choice(name, each, table[name].unique().tolist())
+            alike |= found.to_numpy()
+        chosen &= alike
     return rows[chosen]
 
 

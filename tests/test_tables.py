@@ -253,8 +253,16 @@ def test_settings_are_chosen_as_numbers_truth_values_or_text(rows):
     for chosen in ({"num_groups": 4}, {"num_groups": "4"}, {"skip": True}, {"skip": "True"}, {"skip": np.True_}):
         assert len(tables.select(rows, **chosen)) == len(ways[0]), chosen
     assert len(tables.select(rows, num_groups="channels", skip=False, lr=0.05)) == len(ways[0]) / 2
-    with pytest.raises(ValueError, match="unknown num_groups 8: choose 4 or channels"):
-        tables.select(rows, num_groups=8)
+    for wrong in (8, [4, 8]):
+        with pytest.raises(ValueError, match="unknown num_groups 8: choose 4 or channels"):
+            tables.select(rows, num_groups=wrong)
+
+
+def test_several_values_are_chosen_at_once(rows):
+    for seeds in (range(3), (0, 1, 2), np.arange(3), {0, 1, 2}, pd.Series([0, 1, 2]), ["0", "1", "2"]):
+        assert tables.select(rows, seed=seeds)["seed"].isin([0, 1, 2]).sum() == 24, seeds
+        assert len(tables.select(rows, seed=seeds, norm=["batch"], recipe="best")) == 6
+    assert len(tables.select(rows, norm=["batch", "layer"])) == len(rows)
 
 
 def test_what_is_no_study_is_refused_with_the_next_step(results, rows):
