@@ -112,3 +112,19 @@ def test_looking_changes_no_seed():
     for check, answer, _ in WRONG.values():
         check(answer)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_answer_counts_in_any_dtype(capsys):
+    for number, block in ANSWERS.items():
+        name = check_of(QUESTIONS[number]).split("(")[1].rstrip(")")
+        if f"def {name}" in block:
+            double = f"in_float32 = {name}\ndef {name}(*given):\n    return in_float32(*given).double()\n"
+            ask(block, double, check_of(QUESTIONS[number]))
+            assert capsys.readouterr().out == "Right.\n", number
+
+
+def test_an_ellipsis_is_no_answer_to_any_exercise(capsys):
+    for check in {check for check, *_ in WRONG.values()}:
+        for nothing in (..., None):
+            check(nothing)
+            assert capsys.readouterr().out == "Nothing filled in yet.\n", check.__name__
