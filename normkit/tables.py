@@ -162,9 +162,9 @@ def last_epochs(rows, *columns):
     rows = check_rows(rows, *columns).drop_duplicates(ignore_index=True)
     if "norm" in rows and rows["norm"].isna().any():
         raise ValueError("a norm is missing, or called None: read the file with keep_default_na=False, na_values=['']")
-    if "recipe" in rows:
-        recipes = rows["recipe"].astype(object)
-        rows = rows.assign(recipe=recipes.where(recipes.notna(), UNNAMED))
+    rows = with_recipes_named(rows)
+    if "recipe" in rows and (rows["recipe"] == UNNAMED).all():
+        rows = rows.drop(columns="recipe")
     twice = rows[rows.duplicated(["settings", "epoch"], keep=False)]
     if len(twice):
         several = twice.groupby(["settings", "epoch"]).nunique(dropna=False).gt(1).any()
@@ -175,12 +175,21 @@ def last_epochs(rows, *columns):
     return rows[rows["epoch"] == rows.groupby("settings")["epoch"].transform("max")]
 
 
+def with_recipes_named(rows):
+    """Returns the rows with a name for each recipe: one that was given as an object is there as its settings."""
+    if "recipe" not in rows:
+        return rows
+    recipes = rows["recipe"].astype(object)
+    nameless = recipes.isna() | recipes.astype(str).str.match(r"\w+=\S+ \w+=")
+    return rows.assign(recipe=recipes.mask(nameless, UNNAMED))
+
+
 def settings_table(rows):
     """Returns the settings of each row's run as text, a column each, as its recipe and its line "settings" name them.
 
     What a line says beyond that, such as the mark of a norm's code, is in the last column alone.
     """
-    lines = []
+    lines, rows = [], with_recipes_named(rows)
     for i, line in enumerate(rows["settings"]):
         found = {name: rows[name].iloc[i] for name in ("recipe", "norm") if name in rows}
         found = {name: UNNAMED if pd.isna(value) else str(value) for name, value in found.items()}
@@ -205,6 +214,8 @@ def select(rows, **settings):
         alike = np.zeros(len(rows), dtype=bool)
         for each in value if pd.api.types.is_list_like(value) else [value]:
             found = (table[name] == each) | (text[name] == str(each))  # a column with "channels" has its 4 as text
+            if name == "recipe":  # given as an object
+                found |= rows[name].astype(str) == str(each)
             if not found.any():
                 check_choice(name, each, table[name].unique().tolist())
             alike |= found.to_numpy()

@@ -200,6 +200,21 @@ def test_rows_without_the_name_of_a_recipe(rows):
     assert len(tables.select(some, recipe="not named")) == len(best)
 
 
+def test_recipes_given_as_objects_are_told_apart_by_what_differs(rows):
+    objects = {name: str(utils.get_recipe(lr=lr)) for name, lr in (("best", 0.05), ("classic", 0.02))}
+    given = rows.replace({"recipe": objects})
+    given["settings"] = given["settings"].str.replace("lr=0.01", "lr=0.02")
+    assert tables.seeds_table(given).index.names == ["lr", "variant"]
+    assert list(tables.trials_table(given.assign(test_loss=1.0)))[:2] == ["seed", "lr"]
+    assert tables.compare_norms(given).loc[(0.05, "batch - layer"), "points"] == "+1.40"
+    ticks = plots.plot_seeds(given).axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["lr 0.05", "lr 0.02"]
+    assert [ax.get_title() for ax in plots.plot_league(given).axes] == ["lr 0.05", "lr 0.02"]
+    assert len(tables.select(given, recipe=utils.get_recipe(lr=0.02))) == len(rows) / 2
+    some = rows.replace({"recipe": objects | {"classic": "classic"}})
+    assert set(tables.seeds_table(some).index.get_level_values("recipe")) == {"classic", "not named"}
+
+
 def test_a_norms_name_may_look_like_a_setting(rows):
     other = rows.replace({"norm": {"layer": "gn lr=8"}})
     other["settings"] = other["settings"].str.replace("norm=layer", "norm=gn lr=8#0123abcd")
