@@ -1,4 +1,7 @@
-"""Curves, galleries and confusions of trained networks, and the pictures of studies."""
+"""Curves, galleries and confusions of trained networks, and the pictures of studies.
+
+Each returns its figure, which a notebook shows. To keep it, figure.savefig("name.png"): pyplot knows nothing of it.
+"""
 
 import io
 import math
@@ -36,7 +39,7 @@ def plot_curves(histories, title=None, until=None):
 
     histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history;
     results of one norm are labelled by the settings that tell them apart.
-    until: the epoch that the axis reaches, if further than the histories do.
+    until: the epoch that the axis reaches, if further than the histories do. Returns the figure, which has a savefig.
     """
     until = 1 if until is None else whole_number("until", until)
     runs, data = histories_of(histories)
