@@ -305,7 +305,7 @@ def plot_seeds(rows, ax=None):
     ax.grid(axis="x", visible=False)
     ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))
     ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
-    return ax.figure
+    return ax
 
 
 def captions_of(group):
@@ -363,7 +363,7 @@ def plot_batch_sizes(rows, ax=None):
     ax.set_xticks(sorted(last["batch_size"].unique()), sorted(last["batch_size"].unique()))
     label_ends(ax, ends, colors, "{:.1f} %")
     ax.set(xlabel="batch size", ylabel="test accuracy, %", title="\n".join(about(last)))
-    return ax.figure
+    return ax
 
 
 @styled
@@ -384,7 +384,7 @@ def plot_learning_rates(rows, ax=None):
     ax.minorticks_off()
     legend_beside(ax, colors)
     ax.set(xlabel="learning rate", ylabel="test accuracy, %", title="\n".join(about(last)))
-    return ax.figure
+    return ax
 
 
 @styled
@@ -404,4 +404,4 @@ def plot_groups(rows, ax=None):
     names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
     ax.set_xticks(range(len(sizes)), [names.get(str(size), str(size)) for size in sizes])
     ax.set(xlabel="groups", ylabel="test accuracy, %", title="\n".join(about(last)))
-    return ax.figure
+    return ax

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import textwrap
+import weakref
 
 import matplotlib.style
 from matplotlib.colors import to_hex
@@ -35,16 +36,19 @@ STYLE = {
 
 
 def styled(plot):
-    """Decorates a function that returns a figure: the style holds while it is made, whatever the user's own says."""
+    """Decorates a function that returns a figure, or the axes it drew in: the style holds, whatever the user's says.
+
+    Of a figure of somebody's own, only these axes are touched.
+    """
 
     @functools.wraps(plot)
     def wrapper(*args, **options):
         with matplotlib.style.context(["default", STYLE]):
-            figure = plot(*args, **options)
-            fit_text(figure.figure)  # ticks are made here, in the style of the moment
+            drawn = plot(*args, **options)
+            fit_text(drawn)  # ticks are made here, in the style of the moment
             interactive = matplotlib.is_interactive()
         matplotlib.interactive(interactive)  # a notebook's first figure turns it on, and the end of the style off again
-        return figure
+        return drawn.figure
 
     return wrapper
 
@@ -101,6 +105,7 @@ def subplots(*shape, figsize, **options):
 LINE = 0.21  # inches, that a line of names takes
 PAD = 8  # pixels between texts
 KEPT = "\N{NO-BREAK SPACE}"  # at which no line is broken
+GIVEN = weakref.WeakSet()  # axes drawn in by themselves: the next picture beside them may leave them less room
 
 
 def broken(text, longest=24):
@@ -149,7 +154,8 @@ def legend_beside(ax, names):
     """
     drawn = ax.containers[-len(names) :]
     names = [broken(name) for name in names]
-    ax.legend(drawn, names, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    color = ax.yaxis.label.get_color()  # of axes that somebody else made, their own
+    ax.legend(drawn, names, frameon=False, labelcolor=color, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def legend_below(figure, handles, names):
@@ -163,22 +169,27 @@ def legend_below(figure, handles, names):
             return
 
 
-def fit_text(figure):
-    """Breaks the names of ticks, and the headings, that are cut off or meet their neighbours; then lays out anew."""
+def fit_text(drawn):
+    """Breaks the names of ticks, and the headings, that are cut off or meet their neighbours; then lays out anew.
+
+    drawn: a figure, or axes in somebody's.
+    """
+    figure, axes, headings = drawn.figure.figure, drawn.axes, drawn.texts  # of a subfigure, the figure around it
+    if drawn is not drawn.figure:
+        GIVEN.add(drawn)
+        axes, headings = [ax for ax in figure.axes if ax in GIVEN], []
     figure.draw_without_rendering()
-    if any([fit_ticks(ax) for ax in figure.axes]):
+    if any([fit_ticks(ax) for ax in axes]):
         figure.draw_without_rendering()
-    if fit_headings(figure):
+    if fit_headings(figure, [*headings, *(ax.title for ax in axes)]):
         figure.draw_without_rendering()
 
 
-def fit_headings(figure):
+def fit_headings(figure, headings):
     """Breaks headings that are wider than their room, to the figure's edges or a neighbour; returns whether it did."""
     boxes = [ax.get_window_extent() for ax in figure.axes]
-    headings = {heading: heading.get_window_extent() for heading in figure.texts}
-    headings |= {ax.title: box for ax, box in zip(figure.axes, boxes)}
     rooms = []
-    for box in headings.values():
+    for box in [(heading.axes or heading).get_window_extent() for heading in headings]:
         beside = [abs(middle(box) - middle(other)) - PAD for other in boxes if are_beside(box, other)]
         rooms.append(min(2 * middle(box) - PAD, 2 * (figure.bbox.width - middle(box)) - PAD, *beside))
     return any([break_to(heading, room) for heading, room in zip(headings, rooms)])

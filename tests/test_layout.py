@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import study
+from matplotlib.colors import to_hex
 
 import utils
 from normkit import plots, probes, robustness
@@ -163,4 +164,36 @@ def test_axes_of_ones_own_keep_their_figures_size():
     plots.plot_batch_sizes(rows_of([LONG], batch_size=[2]), axes[1])
     assert figure.get_size_inches().tolist() == [9, 3]
     check_layout(figure)
+    plt.close(figure)
+
+
+def test_other_axes_of_a_figure_stay_as_they_are():
+    from matplotlib import pyplot as plt
+
+    pictures, locators = [], []
+    for also in (False, True):
+        figure, (mine, ax) = plt.subplots(1, 2, figsize=(8, 3))
+        mine.plot(pd.date_range("2024-01-01", periods=8), range(8))
+        mine.set_title("a heading that reaches further than it should, to be mended by whoever made it")
+        figure.suptitle(mine.get_title() + ", and once more " * 8)
+        if also:
+            plots.plot_batch_sizes(rows_of(batch_size=[2, 4]), ax)
+        ax.remove()
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba()))
+        locators.append(type(mine.xaxis.get_major_locator()))
+        plt.close(figure)
+    assert np.array_equal(*pictures) and locators[0] is locators[1]
+
+
+def test_text_in_dark_axes_can_be_read():
+    from matplotlib import pyplot as plt
+
+    with plt.style.context("dark_background"):
+        figure, axes = plt.subplots(1, 4, figsize=(20, 4))
+    rows = rows_of(batch_size=[2, 4], num_groups=[1]).assign(base_lr=0.1).replace({"norm": {"layer": "group"}})
+    one = rows[rows["batch_size"] == 2]
+    for draw, ax in zip((plots.plot_seeds, plots.plot_batch_sizes, plots.plot_learning_rates, plots.plot_groups), axes):
+        draw(rows if draw is plots.plot_batch_sizes else one, ax=ax)
+        assert "#000000" not in [to_hex(text.get_color()) for text in ax.findobj(plt.Text) if text.get_text()]
     plt.close(figure)
