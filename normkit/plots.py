@@ -22,6 +22,7 @@ from normkit.style import (
     colors_of,
     height_for,
     label_ends,
+    label_point,
     legend_below,
     legend_beside,
     new_figure,
@@ -298,9 +299,7 @@ def plot_seeds(rows, ax=None):
             mean, deviation = values.mean(), values.std() if values.count() > 1 else 0.0
             ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
             label = f"{labels[norm]}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
-            text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10}
-            lowest = min(values.min(), mean - deviation)
-            ax.annotate(label, (place, lowest), (0, -8), textcoords="offset points", **text)
+            label_point(ax, (place, min(values.min(), mean - deviation)), label, color)
     ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions)
     ax.grid(axis="x", visible=False)
     ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))

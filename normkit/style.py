@@ -8,6 +8,7 @@ import textwrap
 import weakref
 
 import matplotlib.style
+import numpy as np
 from matplotlib.colors import to_hex
 
 from normkit.checks import describe
@@ -105,12 +106,13 @@ def subplots(*shape, figsize, **options):
 LINE = 0.21  # inches, that a line of names takes
 PAD = 8  # pixels between texts
 KEPT = "\N{NO-BREAK SPACE}"  # at which no line is broken
+POINT = "_point"  # which marks the labels of points
 GIVEN = weakref.WeakSet()  # axes drawn in by themselves: the next picture beside them may leave them less room
 
 
 def broken(text, longest=24):
     """Returns a text with its lines broken between words, and none longer than so many characters."""
-    lines = str(text).replace(" %", KEPT + "%").splitlines()
+    lines = str(text).replace(" %", KEPT + "%").replace("± ", "±" + KEPT).splitlines()
     return "\n".join(textwrap.fill(line, longest, break_on_hyphens=False) for line in lines).replace(KEPT, " ")
 
 
@@ -147,6 +149,12 @@ def label_ends(ax, ends, colors, number):
         ax.text(1.02, places[name], f"{broken(name)}: {end}", transform=ax.get_yaxis_transform(), **text)
 
 
+def label_point(ax, point, label, color):
+    """Writes a label below a point; fit_labels makes it fit."""
+    text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10, "label": POINT}
+    ax.annotate(label, point, (0, -8), textcoords="offset points", **text)
+
+
 def legend_beside(ax, names):
     """A legend to the right of the axes, of what was drawn last.
 
@@ -175,14 +183,22 @@ def fit_text(drawn):
     drawn: a figure, or axes in somebody's.
     """
     figure, axes, headings = drawn.figure.figure, drawn.axes, drawn.texts  # of a subfigure, the figure around it
-    if drawn is not drawn.figure:
-        GIVEN.add(drawn)
-        axes, headings = [ax for ax in figure.axes if ax in GIVEN], []
     figure.draw_without_rendering()
-    if any([fit_ticks(ax) for ax in axes]):
+    room = None
+    if drawn is not drawn.figure:
+        headings = []
+        if figure.get_layout_engine() is None:
+            axes, room = [drawn], room_of(drawn)
+            make_room(drawn, room)
+        else:
+            GIVEN.add(drawn)
+            axes = [ax for ax in figure.axes if ax in GIVEN]
+    if any([fit_ticks(ax) | fit_labels(ax) for ax in axes]):
         figure.draw_without_rendering()
     if fit_headings(figure, [*headings, *(ax.title for ax in axes)]):
         figure.draw_without_rendering()
+    if room is not None:
+        make_room(drawn, room)  # for the further lines
 
 
 def fit_headings(figure, headings):
@@ -193,6 +209,56 @@ def fit_headings(figure, headings):
         beside = [abs(middle(box) - middle(other)) - PAD for other in boxes if are_beside(box, other)]
         rooms.append(min(2 * middle(box) - PAD, 2 * (figure.bbox.width - middle(box)) - PAD, *beside))
     return any([break_to(heading, room) for heading, room in zip(headings, rooms)])
+
+
+def make_room(ax, room):
+    """Moves the edges of axes inwards, as a colorbar does, where their text reaches out of the room."""
+    box, text, (low, high) = ax.bbox.get_points(), ax.get_tightbbox().get_points(), room
+    over = np.maximum(0, (low - text[0], text[1] - high))
+    if not over.any():
+        return
+    (left, bottom), (right, top) = over
+    width, height = np.maximum(45, box[1] - box[0] - (left + right, bottom + top))  # pixels
+    place = ax.get_subplotspec() if ax.get_in_layout() else None  # that of axes that were placed by hand says nothing
+    if place is None:
+        edges = dict(zip(("left", "bottom", "right", "top"), ax.get_position().extents))
+        place = ax.figure.add_gridspec(1, 1, **edges)[0]
+    ratios = {"width_ratios": (left, width, right), "height_ratios": (top, height, bottom)}
+    ax.set_subplotspec(place.subgridspec(3, 3, wspace=0, hspace=0, **ratios)[1, 1])
+
+
+def room_of(ax):
+    """Returns how far the text of axes may reach: to the figure's edges, its neighbours' text, or halfway to them."""
+    box, room = ax.bbox.get_points(), ax.figure.bbox.padded(-PAD).get_points()
+    for other in ax.figure.figure.axes:
+        near, text = other.bbox.get_points(), (other.get_tightbbox() or other.bbox).get_points()
+        for i in (0, 1):  # along x, along y
+            if min(box[1, 1 - i], near[1, 1 - i]) > max(box[0, 1 - i], near[0, 1 - i]):
+                if near[0, i] >= box[1, i]:
+                    room[1, i] = min(room[1, i], (box[1, i] + near[0, i]) / 2, max(box[1, i], text[0, i] - PAD))
+                elif near[1, i] <= box[0, i]:
+                    room[0, i] = max(room[0, i], (box[0, i] + near[1, i]) / 2, min(box[0, i], text[1, i] + PAD))
+    return room
+
+
+def fit_labels(ax):
+    """Breaks the labels of points, and makes them smaller, where they are wider than the points are apart.
+
+    Axes that are too low for the labels reach further down. Returns whether anything has changed.
+    """
+    labels = [text for text in ax.texts if text.get_label() == POINT]
+    if not labels:
+        return False
+    points, (low, high) = ax.transData.transform([label.xy for label in labels]), ax.get_ylim()
+    room = np.diff(np.unique(points[:, 0]), append=math.inf).min() - PAD / 2
+    changed = any([break_to(label, room, 9) for label in labels])
+    smaller = min(1, room / max(label.get_window_extent().width for label in labels))
+    for label in labels:
+        label.set_fontsize(max(6, smaller * label.get_fontsize()))
+    for label, (_, y) in zip(labels, points):
+        part = min(0.5, (y - label.get_window_extent().y0 + PAD / 2) / ax.bbox.height)  # that a label takes
+        ax.set_ylim(min(ax.get_ylim()[0], (label.xy[1] - part * high) / (1 - part)))
+    return changed or smaller < 1 or ax.get_ylim()[0] < low
 
 
 def fit_ticks(ax):
@@ -220,10 +286,10 @@ def fit_ticks(ax):
     return True
 
 
-def break_to(text, width):
-    """Breaks a text of a figure until it is so many pixels wide, or a dozen letters; returns whether it did."""
+def break_to(text, width, shortest=12):
+    """Breaks a text of a figure until it is so many pixels wide, or so many letters; returns whether it did."""
     whole = text.get_text()
-    for longest in range(max(map(len, whole.splitlines()), default=0), 11, -1):
+    for longest in range(max(map(len, whole.splitlines()), default=0), shortest - 1, -1):
         if text.get_window_extent().width <= width:
             break
         text.set_text(broken(whole, longest))

@@ -167,6 +167,24 @@ def test_axes_of_ones_own_keep_their_figures_size():
     plt.close(figure)
 
 
+@pytest.mark.parametrize("shape, size", [((1, 4), (14, 3)), ((2, 2), (11, 8))])
+def test_axes_of_a_plain_figure_make_room_for_their_text(shape, size):
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(*shape, figsize=size)
+    rows = rows_of(batch_size=[2, 4], num_groups=[1, "channels"]).replace({"norm": {"layer": "group"}})
+    rows = rows.assign(base_lr=rows["batch_size"] / 10)
+    of_groups, of_sizes = rows[rows["batch_size"] == 2], rows[rows["num_groups"] == "channels"]
+    plots.plot_batch_sizes(of_sizes, axes.flat[0])
+    plots.plot_learning_rates(of_sizes, axes.flat[1])
+    plots.plot_seeds(of_groups, axes.flat[2])
+    plots.plot_groups(of_groups, axes.flat[3])
+    check_layout(figure)
+    figure.tight_layout()
+    check_layout(figure)
+    plt.close(figure)
+
+
 def test_other_axes_of_a_figure_stay_as_they_are():
     from matplotlib import pyplot as plt
 
