@@ -52,7 +52,8 @@ def plot_curves(histories, title=None, until=None):
         for label, history in runs.items():
             epochs = [row["epoch"] for row in history]
             train, test = ([row[f"{split}_{metric}"] for row in history] for split in ("train", "test"))
-            ax.plot(epochs, train, "--", color=colors[label], linewidth=1.3, alpha=0.8)
+            dashed = "--" if len(epochs) > 1 else "_"
+            ax.plot(epochs, train, dashed, color=colors[label], linewidth=1.3, alpha=0.8, markersize=9)
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
             ends[label] = test
         if until >= last:

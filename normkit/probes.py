@@ -122,17 +122,17 @@ def plot_by_layer(rows, quantity):
     check_choice("quantity", quantity, list(captions))
     rows = rows[rows["quantity"] == quantity].sort_index(kind="stable")
     colors = colors_of(rows["norm"])
-    stages = {rows["step"].min(): "at the start", rows["step"].max(): f"after {rows['step'].max()} steps"}
-    figure, axes = subplots(1, 2, figsize=(11, 3.4), sharey=True)
+    steps = sorted({rows["step"].min(), rows["step"].max()})
+    figure, axes = subplots(1, len(steps), figsize=(5.5 * len(steps), 3.4), sharey=True, squeeze=False)
     layers = list(dict.fromkeys(rows["layer"]))
-    for ax, (step, caption) in zip(axes, stages.items()):
+    for ax, step in zip(axes[0], steps):
         for norm, each in rows[rows["step"] == step].groupby("norm", sort=False):
             means = each.groupby("layer")["value"].mean()[layers]
             ax.plot(layers, means, "-o", color=colors[norm], markersize=5)
-        ax.set_title(caption)
+        ax.set_title(f"after {step} steps" if step else "at the start")
     if quantity == "gradient norm":
-        axes[0].set_yscale("log")
-    axes[0].set_ylabel(captions[quantity])
+        axes[0, 0].set_yscale("log")
+    axes[0, 0].set_ylabel(captions[quantity])
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
     legend_below(figure, lines, colors)
     return figure
@@ -152,6 +152,9 @@ def plot_loss_ranges(rows):
         low, high = by_step.min(), by_step.max()
         ax.fill_between(low.index, low, high, color=colors[norm], alpha=0.35, linewidth=0)
         ax.plot(low.index, low, color=colors[norm], linewidth=1)
+        if len(low) == 1:  # of which neither shows anything
+            ax.errorbar(low.index, low, [0 * low, high - low], color=colors[norm], fmt="none", capsize=8)
+            ax.set_xticks(low.index)
         ax.set(title=f"{norm}: {np.median(high - low):.2f} nats", xlabel="step")
     axes[0, 0].set_ylabel("loss, nats")
     axes[0, 0].set_ylim(bottom=0)

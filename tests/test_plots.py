@@ -32,7 +32,8 @@ def test_curves_show_the_histories(results):
 
 def test_curves_of_plain_histories_seeds_and_a_single_epoch(results):
     history = results[0].history
-    assert "mine" in drawn(plots.plot_curves({"mine": history[:1]}))
+    figure = plots.plot_curves({"mine": history[:1]})
+    assert "mine" in drawn(figure) and [line.get_marker() for line in figure.axes[0].lines] == ["_", "o"]
     assert "run 2" in drawn(plots.plot_curves([history, history]))
     assert "batch, run 2" in drawn(plots.plot_curves([results[0], results[0]]))
     other = dataclasses.replace(results[0], seed=1)

@@ -4,6 +4,7 @@ import collections
 import copy
 import threading
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -181,6 +182,12 @@ def test_pictures(batch):
         assert all(len(line.get_xdata()) == layers for ax in figure.axes for line in ax.lines)
     figure = probes.plot_loss_ranges(rows)
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["batch", "layer"]
+    for step, title in ((0, "at the start"), (5, "after 5 steps")):
+        (ax,) = probes.plot_by_layer(rows[rows["step"] == step], "similarity").axes
+        assert ax.get_title() == title and len(ax.lines) == 2
+        for ax in probes.plot_loss_ranges(rows[rows["step"] == step]).axes:
+            (bar,) = ax.containers[0].lines[2]
+            assert np.ptp(bar.get_segments()[0][:, 1]) > 0
     with pytest.raises(ValueError, match="unknown quantity 'loss': choose gradient norm or similarity"):
         probes.plot_by_layer(rows, "loss")
     shuffled = probes.plot_by_layer(rows.sample(frac=1, random_state=0), "gradient norm")
