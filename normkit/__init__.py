@@ -8,7 +8,8 @@ files        files of tensors and plain values, written atomically
 checks       the errors for bad input, in training and elsewhere
 checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
-identity     what makes a run, a data set or a function that one, as text
+identity     what makes a run that one, as text
+code         marks of code, and of objects by what they are made of
 randomness   seeds, and the state of every generator that training draws from
 objects      objects and functions of somebody's own, and their attributes
 packing      values as what a file can keep, and back, kind and all

@@ -1,11 +1,13 @@
 """What makes a run that run, as text: settings, code and data, told apart from those of another one."""
 
-import ast
+import collections
+import enum
 import functools
-import io
 import itertools
+import math
+import os
+import stat
 import sys
-import tokenize
 import types
 import zlib
 
@@ -13,12 +15,25 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from normkit.checksum import ADDRESS, crc32_of
+from normkit.attributes import own_attributes
+from normkit.checksum import ADDRESS, crc32_of, crc32_of_file
+from normkit.code import code_of, functions_of, is_librarys, used_by
 from normkit.files import is_plain, plain
 from normkit.objects import LIBRARIES
-from normkit.randomness import closed_over, objects_of, parts_of
+from normkit.packing import CONTAINERS, GENERATORS
 
-NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
+MOST = 50_000  # objects looked at
+FEW = 100  # entries of a list that are told one by one, and characters of a text
+SOME = 1000  # arrays, files and objects of a longer list that are read: all of them would take too long
+LARGEST = 2**30  # bytes of an array that is read as a whole
+NUMBERS = (type(None), bool, int, float, complex, np.generic, enum.Enum, slice, range, torch.dtype, np.dtype)
+NAMES = (str, bytes, bytearray, os.PathLike)
+PLAIN = (*NUMBERS, *NAMES)
+CLOSED = LIBRARIES | sys.stdlib_module_names  # what their objects hold is their own affair, but for these:
+OPEN = ("torch.nn.", "torch.optim.", "torch.utils.data.", "torchvision.", "normkit.", "utils.", "types.", "argparse.")
+BUILDING = {"__init__", "__new__", "__post_init__"}  # what these look up has gone into the object
+# How a loader of a library's works, or where it stands, and not what it yields.
+HOW = {"num_workers", "prefetch_factor", "pin_memory", "pin_memory_device", "persistent_workers", "timeout", "epoch"}
 
 
 def settings_of(model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype):
@@ -32,8 +47,9 @@ def settings_of(model, optimizer, scheduler, loaders, criterion, scheduler_step,
         has_text = type(loader).__repr__ is not object.__repr__ and not isinstance(loader, list | tuple)
         text = repr(loader) if has_text else type(loader).__name__
         settings[name] = f"{ADDRESS.sub('', text)}, {len(loader)} batches"
-    settings["data"] = data_mark(loaders)
-    return settings | {"criterion": f"{name_of(criterion)}#{mark_of(criterion)}", "precision": str(compute_dtype)}
+    settings["precision"] = str(compute_dtype)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion} | loaders
+    return settings | {f"code of {where}" if where in parts else where: text for where, text in lines_of(parts, {})}
 
 
 def plain_lines(part, *states):
@@ -57,104 +73,154 @@ def parameter_lines(model, optimizer):
             yield f"{name} {shape}{frozen}, in {group}"
 
 
-def name_of(value):
-    """Returns the name of a function or class, or of what an object is an instance of."""
-    return getattr(value, "__name__", type(value).__name__)
+def lines_of(parts, seen):
+    """Yields (where, text) for all that makes parts, by name, what they are: code, settings, arrays, files.
+
+    What cannot be told, or is another in each process, is left out. seen: objects by id, so that each is told once.
+    """
+    waiting = collections.deque(parts.items())
+    while waiting and len(seen) < MOST:
+        where, value = waiting.popleft()
+        if id(value) in seen:
+            continue
+        if not isinstance(value, (*NUMBERS, str)):
+            seen[id(value)] = value  # which keeps it there, and so its id
+        try:
+            text, inner = told(value, where.startswith("criterion"), seen)
+        except Exception:  # whatever properties, texts and lengths of somebody's own raise
+            continue
+        if text is not None:
+            yield where, text
+        waiting.extend((where + step, each) for step, each in inner.items())
 
 
-def data_mark(loaders):
-    """Returns a checksum of the arrays and the lists of numbers in what loaders hold, and in their data sets."""
-    checksum, seen = 0, set()
-    for where, owner in objects_of(**loaders):
-        if ".dataset" in where or where.partition("[")[0] in loaders:
-            if isinstance(owner, list) and all(isinstance(each, bool | int | float) for each in owner):
-                checksum = zlib.crc32(repr(owner).encode(), checksum)
-            for _, part in parts_of(owner):
-                if isinstance(part, torch.Tensor | np.ndarray) and id(part) not in seen:
-                    seen.add(id(part))  # a loader and its data set may hold the same images
-                    checksum = crc32_of(part, checksum)
-    return f"CRC-32 {checksum:08x}"
-
-
-def mark_of(value):
-    """Returns a mark of what a function, a class or an object is made of, the same in every process."""
-    return f"{zlib.crc32(' '.join(text_of(value, set())).encode()):08x}"
-
-
-@functools.cache
-def mark_of_source(source, table, entries):
-    """Returns a checksum of a module's code, of the dict called table only these entries; any Python gives the same."""
-    texts = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
-            items = zip(node.value.keys, node.value.values)
-            parts = [part for item in items if getattr(item[0], "value", None) in entries for part in item]
-        else:
-            parts = [*getattr(node, "decorator_list", []), node]
-        texts += [ast.get_source_segment(source, part) for part in parts]
-    return zlib.crc32("".join(words_of("\n".join(texts))).encode())
-
-
-def words_of(code):
-    """Yields the words of a code, without comments, docstrings and the spaces between."""
-    blocks = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
-    tokens, last = list(tokenize.generate_tokens(io.StringIO(code + "\n").readline)), tokenize.NEWLINE
-    for token, following in itertools.pairwise(tokens):
-        begins, ends = last in (tokenize.NEWLINE, tokenize.INDENT), following.type == tokenize.NEWLINE
-        docstring = token.type == tokenize.STRING and begins and ends
-        if not docstring and token.type not in (tokenize.COMMENT, tokenize.NL):
-            yield blocks.get(token.type, token.string)
-            last = token.type
-
-
-def text_of(value, seen):
-    """Yields what a value is made of, and not where it was written: code, the values it refers to, attributes."""
+def told(value, whole, seen):
+    """Returns the text that tells a value, or None, and what it holds, by step. whole: with a module's tensors."""
+    kind, root = type(value), type(value).__module__.partition(".")[0]
+    if isinstance(value, types.ModuleType | torch.device):
+        return None, {}
+    if isinstance(value, GENERATORS):
+        return seed_of(value), {}
+    if isinstance(value, NUMBERS):
+        return short(repr(value)), {}
+    if isinstance(value, NAMES):
+        return text_of_name(value), {}
+    if isinstance(value, torch.Tensor | np.ndarray) or root in ("pandas", "PIL"):
+        is_trained = isinstance(value, torch.nn.Parameter) or getattr(value, "requires_grad", False)
+        return None if is_trained and not whole else text_of_array(value), {}
+    if isinstance(value, CONTAINERS):
+        return told_container(value, seen)
     if isinstance(value, functools.partial):
-        yield from text_of([value.func, value.args, value.keywords], seen)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from text_of(each, seen)
-    elif isinstance(value, dict):
-        yield from text_of(list(value.items()), seen)
-    elif isinstance(value, set | frozenset):
-        yield from sorted(map(repr, value))
-    elif isinstance(value, torch.Tensor | np.ndarray):
-        yield f"{crc32_of(value):08x}"
-    elif isinstance(value, types.CodeType):
-        yield from (value.co_code.hex(), repr(value.co_names))
-        yield from text_of(value.co_consts, seen)
-    elif isinstance(value, types.ModuleType) or is_librarys(value):
-        yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else name_of(value)
-    elif id(value) in seen:
-        yield "again"
-    elif isinstance(value, types.FunctionType):
-        seen.add(id(value))
-        yield from text_of([value.__code__, value.__defaults__, closed_over(value)], seen)
-        yield from text_of(value.__kwdefaults__ or (), seen)
-        names = [name for name in names_in(value.__code__) if name in value.__globals__]
-        yield from text_of([value.__globals__[name] for name in names], seen)
-    elif isinstance(value, types.MethodType):
-        yield from text_of([value.__func__, value.__self__], seen)
-    elif isinstance(value, type):
-        seen.add(id(value))
-        own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
-        yield from text_of([value.__qualname__, value.__bases__, own], seen)
-    elif hasattr(value, "__dict__"):
-        seen.add(id(value))
-        yield from text_of([type(value), vars(value)], seen)
-    else:
-        yield ADDRESS.sub("", repr(value))
+        return None, {".func": value.func, ".args": value.args, ".keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return None, {".__self__": value.__self__, "": value.__func__}
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and is_librarys(value):
+        return f"{value.__module__}.{value.__qualname__}", {}
+    if isinstance(value, types.FunctionType):
+        return f"{value.__name__}, code {code_of([value])}", used_by([value])
+    if isinstance(value, type):
+        return told_class(value, functions_of(value))
+    if not is_librarys(kind):
+        text, inner = told_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])
+        return text, inner | attributes_in(value, whole)
+    if root in CLOSED and not f"{kind.__module__}.".startswith(OPEN):
+        is_value = not repr(value).startswith("<") and not hasattr(kind, "__next__")  # where an iterator is moves
+        wrapped = getattr(value, "__wrapped__", None)  # of a function with a cache
+        return short(repr(value)) if is_value else kind.__name__, {} if wrapped is None else {"": wrapped}
+    return kind.__name__, {step: each for step, each in attributes_in(value, whole).items() if step[1] != "_"}
 
 
-def names_in(code):
-    """Returns the names that a function's code, and the functions within it, look up."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
+def told_class(kind, functions):
+    """Returns the text that tells a class of somebody's own, and its attributes and what these functions use."""
+    owners = [each for each in reversed(kind.__mro__) if not is_librarys(each)]
+    items = [item for owner in owners for item in vars(owner).items() if not item[0].startswith(("__", "_abc_"))]
+    settings = {f".{name}": each for name, each in items if not hasattr(type(each), "__get__")}
+    return f"{kind.__name__}, code {code_of(functions_of(kind))}", settings | used_by(functions)
 
 
-def is_librarys(value):
-    """Whether a function or class comes from a library, whose name tells it apart."""
-    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return False
-    module = (getattr(value, "__module__", None) or "").partition(".")[0]
-    return module in LIBRARIES or module in sys.stdlib_module_names - {"__main__"}
+def attributes_in(owner, whole):
+    """Returns the attributes of an object by step, with the modules in a module; whole: its tensors, too."""
+    found = own_attributes(owner)
+    if isinstance(owner, torch.nn.Module):
+        found |= owner._modules | (owner._buffers | owner._parameters if whole else {})
+    how = HOW if is_librarys(type(owner)) or isinstance(owner, torch.utils.data.DataLoader) else ()
+    return {f".{name}": each for name, each in found.items() if name not in how}
+
+
+def told_container(values, seen):
+    """Returns the text that tells a list or the like, and its entries, unless there are many: then the text tells."""
+    kind, entries = type(values).__name__, flat(values)
+    is_set = isinstance(values, set | frozenset)
+    if len(values) <= FEW and all(isinstance(each, NUMBERS) or is_word(each) for each in entries):
+        return short(f"{kind} {entries}" if is_set else repr(values)), {}
+    if len(values) <= FEW and not is_set:
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        return f"{kind} of {len(values)}", {f"[{k!r}]": each for k, each in items if isinstance(k, str | int)}
+    step = len(entries) // SOME + 1
+    texts = [
+        repr(each) if isinstance(each, NUMBERS) else text_of_name(each, read=i % step == 0)
+        for i, each in enumerate(entries)
+        if isinstance(each, PLAIN)
+    ]
+    objects = [each for each in entries if not isinstance(each, PLAIN)]
+    for each in objects[:: len(objects) // SOME + 1]:
+        texts += map(str, lines_of({"": each}, seen))
+    return f"{kind} of {len(values)}, CRC-32 {zlib.crc32(' '.join(texts).encode(errors='replace')):08x}", {}
+
+
+def flat(values, depth=8):
+    """Returns what containers hold, and those in them, as one list; of sets what has an order."""
+    if isinstance(values, dict):
+        values = itertools.chain.from_iterable(values.items())
+    elif isinstance(values, set | frozenset):
+        values = sorted((each for each in values if isinstance(each, PLAIN)), key=repr)
+    entries = []
+    for each in values:
+        entries += flat(each, depth - 1) if isinstance(each, CONTAINERS) and depth else [each]
+    return entries
+
+
+def is_word(value):
+    """Whether a value is text, and no file's name."""
+    return isinstance(value, str) and "/" not in value and os.sep not in value
+
+
+def text_of_name(value, read=True):
+    """Returns a text for a text: of a file's name what is in the file, wherever it is; of a folder's that it is one."""
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes, CRC-32 {zlib.crc32(value):08x}"
+    if is_word(value):
+        return short(repr(value))
+    path = os.fspath(value)
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # it is no name, or of nothing that is there
+        return short(repr(os.path.basename(path) if os.path.isabs(path) else path))
+    if not stat.S_ISREG(found.st_mode):
+        return "a folder"
+    content = f", CRC-32 {crc32_of_file(path, found.st_size):08x}" if read else ""
+    return f"{os.path.basename(path)} of {found.st_size} bytes{content}"
+
+
+def text_of_array(array):
+    """Returns the shape, type and checksum of an array, an image or a table; of a very large one of some rows."""
+    array = array if isinstance(array, torch.Tensor | np.ndarray) else np.asarray(array)
+    size = array.element_size() if torch.is_tensor(array) else 1000 if array.dtype.hasobject else array.itemsize
+    rows = array[:: len(array) // SOME + 1] if array.ndim and math.prod(array.shape) * size > LARGEST else array
+    return f"{tuple(array.shape)} {array.dtype}, CRC-32 {crc32_of(rows):08x}"
+
+
+def seed_of(generator):
+    """Returns the seed that a generator was given, if that can be known: one that was drawn is a larger number."""
+    seed = None
+    if isinstance(generator, torch.Generator):
+        seed = generator.initial_seed()
+    elif isinstance(generator, np.random.Generator):
+        seed = getattr(getattr(generator.bit_generator, "seed_seq", None), "entropy", None)
+    return f"seed {seed}" if isinstance(seed, int) and seed < 2**32 else type(generator).__name__
+
+
+def short(text):
+    """Returns a text in one line, without addresses; of a long one the beginning, and a checksum."""
+    text = " ".join(ADDRESS.sub("", text).split())
+    return text if len(text) <= FEW else f"{text[:60]}..., CRC-32 {zlib.crc32(text.encode(errors='replace')):08x}"

@@ -17,9 +17,9 @@ from tqdm import tqdm
 import model
 from normkit.backend import choose_backend
 from normkit.checks import check_epochs, describe, whole_number
+from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute
-from normkit.identity import mark_of, mark_of_source
 from normkit.placement import choose_device
 from normkit.randomness import check_seed, generators_preserved
 from normkit.rows import NUMBERS, add_rows, check_place, find_done, read_rows

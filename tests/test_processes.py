@@ -12,7 +12,7 @@ from test_resume import reads_a_global, twice
 from test_structure import LATE
 from torch import nn
 
-from normkit.identity import mark_of
+from normkit.code import mark_of
 
 
 class Builder:

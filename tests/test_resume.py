@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from normkit.checksum import crc32_of
+from normkit.code import mark_of
 from normkit.files import read_state
-from normkit.identity import mark_of
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,158 @@
+"""Marks of code, and of objects by what they are made of: the same in every process, and wherever it was written."""
+
+import ast
+import contextlib
+import dis
+import functools
+import inspect
+import io
+import itertools
+import sys
+import tokenize
+import types
+import zlib
+
+import numpy as np
+import torch
+
+from normkit.checksum import ADDRESS, crc32_of
+from normkit.randomness import LIBRARIES, closed_over
+
+NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
+
+
+def mark_of(value):
+    """Returns a mark of what a function, a class or an object is made of, the same in every process."""
+    return f"{zlib.crc32(' '.join(text_of(value, set())).encode()):08x}"
+
+
+@functools.cache
+def mark_of_source(source, table, entries):
+    """Returns a checksum of a module's code, of the dict called table only these entries; any Python gives the same."""
+    texts = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
+            items = zip(node.value.keys, node.value.values)
+            parts = [part for item in items if getattr(item[0], "value", None) in entries for part in item]
+        else:
+            parts = [*getattr(node, "decorator_list", []), node]
+        texts += [ast.get_source_segment(source, part) for part in parts]
+    return zlib.crc32("".join(words_of("\n".join(texts))).encode())
+
+
+def words_of(code):
+    """Yields the words of a code, without comments, docstrings and the spaces between."""
+    blocks = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
+    tokens, last = list(tokenize.generate_tokens(io.StringIO(code + "\n").readline)), tokenize.NEWLINE
+    for token, following in itertools.pairwise(tokens):
+        begins, ends = last in (tokenize.NEWLINE, tokenize.INDENT), following.type == tokenize.NEWLINE
+        docstring = token.type == tokenize.STRING and begins and ends
+        if not docstring and token.type not in (tokenize.COMMENT, tokenize.NL):
+            yield blocks.get(token.type, token.string)
+            last = token.type
+
+
+def text_of(value, seen):
+    """Yields what a value is made of, and not where it was written: code, the values it refers to, attributes."""
+    if isinstance(value, functools.partial):
+        yield from text_of([value.func, value.args, value.keywords], seen)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from text_of(each, seen)
+    elif isinstance(value, dict):
+        yield from text_of(list(value.items()), seen)
+    elif isinstance(value, set | frozenset):
+        yield from sorted(map(repr, value))
+    elif isinstance(value, torch.Tensor | np.ndarray):
+        yield f"{crc32_of(value):08x}"
+    elif isinstance(value, types.CodeType):
+        yield from (value.co_code.hex(), repr(value.co_names))
+        yield from text_of(value.co_consts, seen)
+    elif isinstance(value, types.ModuleType) or is_librarys(value):
+        yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value.__name__
+    elif id(value) in seen:
+        yield "again"
+    elif isinstance(value, types.FunctionType):
+        seen.add(id(value))
+        yield from text_of([value.__code__, value.__defaults__, closed_over(value)], seen)
+        yield from text_of(value.__kwdefaults__ or (), seen)
+        names = [name for name in names_in(value.__code__) if name in value.__globals__]
+        yield from text_of([value.__globals__[name] for name in names], seen)
+    elif isinstance(value, types.MethodType):
+        yield from text_of([value.__func__, value.__self__], seen)
+    elif isinstance(value, type):
+        seen.add(id(value))
+        own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
+        yield from text_of([value.__qualname__, value.__bases__, own], seen)
+    elif hasattr(value, "__dict__"):
+        seen.add(id(value))
+        yield from text_of([type(value), vars(value)], seen)
+    else:
+        yield ADDRESS.sub("", repr(value))
+
+
+def names_in(code):
+    """Returns the names that a function's code, and the functions within it, look up."""
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def is_librarys(value):
+    """Whether a function or class comes from a library, whose name tells it apart."""
+    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+        return False
+    return is_library(getattr(value, "__module__", None) or "")
+
+
+def is_library(name):
+    """Whether a module belongs to Python, to the kit or to a package that was installed."""
+    root = name.partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    installed = "site-packages" in file or "dist-packages" in file
+    return installed or root in LIBRARIES or root in sys.stdlib_module_names - {"__main__"}
+
+
+def code_of(functions):
+    """Returns a mark of the code of functions alone, whatever that refers to; model.py has one for all of it."""
+    texts = []
+    for function in functions:
+        try:
+            if function.__module__ != "model":
+                raise OSError
+            texts.append(str(mark_of_source(inspect.getsource(sys.modules["model"]), "NORMS", ())))
+        except OSError:  # there is no source
+            consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
+            texts += text_of(function.__code__.replace(co_consts=tuple(consts)), set())
+    return f"{zlib.crc32(' '.join(texts).encode()):08x}"
+
+
+def functions_of(kind):
+    """Returns the functions that a class and its bases consist of, but for a library's."""
+    parts = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
+    owners = [each for each in kind.__mro__ if not is_librarys(each)]
+    values = [value for owner in owners for _, value in sorted(vars(owner).items()) if hasattr(type(value), "__get__")]
+    found = [each for value in values for each in (value, *(getattr(value, part, None) for part in parts))]
+    return [each for each in found if isinstance(each, types.FunctionType) and not is_librarys(each)]
+
+
+def used_by(functions):
+    """Returns what functions have from around them, as defaults and by name, by where that is."""
+    found = {}
+    for function in functions:
+        code, around = function.__code__, function.__globals__
+        for name, cell in zip(code.co_freevars, function.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # of an empty cell
+                found[name] = cell.cell_contents
+        found |= {name: around[name] for name in globals_in(code) if name in around}
+        for module in [each for each in found.values() if isinstance(each, types.ModuleType)]:
+            if not is_library(module.__name__):
+                found |= {name: vars(module)[name] for name in code.co_names if name in vars(module)}
+        found |= dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    return {f"'s {name}": each for name, each in found.items()}
+
+
+def globals_in(code):
+    """Returns the names of globals that a function's code, and the functions within it, look up, in their order."""
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const)]
+    own = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return [name for name in dict.fromkeys(own + inner) if not name.startswith("__")]

@@ -1,0 +1,149 @@
+"""What makes another run is told apart, by what differs; what makes none is not."""
+
+import functools
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import fit
+from PIL import Image
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, WeightedRandomSampler, default_collate
+from torchvision import datasets
+from torchvision.transforms import v2
+
+SCALE = 1.0
+PAIRS = [(torch.full((3, 2, 2), i / 150), i % 10) for i in range(150)]  # more than are told one by one
+
+
+def scaled(images):
+    return images * SCALE
+
+
+def written(code, name, line=1, **names):
+    """Returns what code makes, as if written in a notebook's cell, so many lines below its beginning."""
+    names = {"nn": nn, "torch": torch, "__name__": "__main__"} | names
+    exec(compile("\n" * line + code, f"cell {line}", "exec"), names)
+    return names[name]
+
+
+class Own(Dataset):
+    """A data set of somebody's own around the pairs, with whatever else it has."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(PAIRS)
+
+    def __getitem__(self, i):
+        return PAIRS[i]
+
+
+class Odd:
+    """Nothing that can be asked about it answers."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+    __hash__ = __bool__ = __len__ = __iter__ = __repr__ = __eq__
+
+
+def net(factor="1", line=1):
+    code = f"class Net(nn.Module):\n def forward(self, x): return self.linear(x.flatten(1)) * {factor}"
+    made = written(code, "Net", line)()
+    made.linear, made.factor = nn.Linear(12, 10), 3
+    return made
+
+
+def crop(size, line=1):
+    return written(f"class Crop:\n size = {size}\n def __call__(self, x): return x[..., :self.size]", "Crop", line)()
+
+
+def counting(batch):
+    return lambda samples: default_collate(samples[:batch])
+
+
+def images(folder, color):
+    for i in range(120):
+        path = folder / f"{i % 2}" / f"{i}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2), (color, i, 0)).save(path)
+    return datasets.ImageFolder(folder, v2.ToTensor())
+
+
+def weighted(first):
+    return WeightedRandomSampler([first] + [1.0] * 149, 150)
+
+
+def own(**attributes):
+    return {"data": Own(**attributes)}
+
+
+# What differs -> the parts of a run, and those of another.
+OTHERS = {
+    "code of model has 'Net, code": ({}, {"net": net("2")}),
+    "model.factor has '3', this one's '4'": ({}, {"net": lambda n=net(): vars(n).update(factor=4) or n}),
+    "loader.batch_size has '32', this one's '31'": ({}, {"batch_size": 31}),
+    "loader.sampler has 'SequentialSampler', this one's 'RandomSampler'": ({}, {"shuffle": True}),
+    "loader.sampler.weights has '(150,)": ({"sampler": weighted(1.0)}, {"sampler": weighted(9.0)}),
+    "loader.generator has 'seed 1', this one's 'seed 2'": tuple(
+        {"shuffle": True, "generator": torch.Generator().manual_seed(seed)} for seed in (1, 2)
+    ),
+    "loader.collate_fn's batch has '30', this one's '20'": tuple({"collate_fn": counting(n)} for n in (30, 20)),
+    "loader.collate_fn has '<lambda>, code": (
+        {"collate_fn": lambda samples: default_collate(samples)},
+        {"collate_fn": lambda samples: default_collate(samples[::-1])},
+    ),
+    "loader.dataset.crop.size has '1', this one's '2'": (own(crop=crop(1)), own(crop=crop(2))),
+    "loader.dataset.crop.func has 'scaled, code": tuple(
+        own(crop=functools.partial(written(f"def scaled(x): return x * {k}", "scaled"))) for k in (1, 2)
+    ),
+    "loader.dataset.crop's SCALE has '1', this one's '2'": tuple(
+        own(crop=written("def scaled(x): return x * SCALE", "scaled", SCALE=k)) for k in (1, 2)
+    ),
+    "loader.dataset.crop.p has '0.5', this one's '0.6'": tuple(
+        own(crop=v2.RandomHorizontalFlip(p)) for p in (0.5, 0.6)
+    ),
+    "loader.dataset has 'list of 150": ({}, {"data": [*PAIRS[:140], *((-x, y) for x, y in PAIRS[140:])]}),
+    "loader.dataset has 'list of 150, ": ({}, {"data": [*PAIRS[:149], (PAIRS[149][0], 0)]}),
+    "loader.dataset.datasets[1] has 'list of 150": tuple(
+        {"data": ConcatDataset([PAIRS, [(x, y * k) for x, y in PAIRS]])} for k in (0, 1)
+    ),
+    "scheduler.lr_lambdas[0] has '<lambda>, code": tuple(
+        {"schedule": written(f"f = lambda epoch: {rate} ** epoch", "f")} for rate in (0.9, 0.5)
+    ),
+}
+
+
+def run(path, net=net, data=PAIRS, schedule=lambda epoch: 1.0, epochs=1, **options):
+    torch.manual_seed(0)
+    model = net() if not isinstance(net, nn.Module) else net
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    loaders = (DataLoader(data, **({"batch_size": 32} | options)), DataLoader(PAIRS, 64))
+    return fit(model, loaders, optimizer, LambdaLR(optimizer, schedule), epochs, checkpoint=path)
+
+
+@pytest.mark.parametrize("differs", OTHERS)
+def test_what_makes_another_run_is_refused(tmp_path, differs):
+    one, other = OTHERS[differs]
+    run(tmp_path / "c", **one)
+    with pytest.raises(ValueError) as error:
+        run(tmp_path / "c", **other)
+    assert f"is of another run: its {differs}" in str(error.value)
+
+
+def test_other_files_are_refused_and_the_same_elsewhere_are_not(tmp_path):
+    one, other = images(tmp_path / "one", 0), images(tmp_path / "other", 200)
+    run(tmp_path / "c", data=one)
+    with pytest.raises(ValueError, match="its loader.dataset.samples has 'list of 120"):
+        run(tmp_path / "c", data=other)
+    shutil.move(tmp_path / "one", tmp_path / "deeper" / "down")
+    os.utime(tmp_path / "deeper" / "down" / "0" / "0.bmp", (0, 0))
+    moved = datasets.ImageFolder(tmp_path / "deeper" / "down", v2.ToTensor())
+    assert len(run(tmp_path / "c", data=moved, epochs=2)) == 2
