@@ -1,9 +1,14 @@
 """What makes another run is told apart, by what differs; what makes none is not."""
 
 import functools
+import itertools
+import logging
 import os
+import random
 import shutil
+import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import fit
@@ -14,12 +19,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, WeightedRandomS
 from torchvision import datasets
 from torchvision.transforms import v2
 
-SCALE = 1.0
+import model
+from normkit.identity import lines_of
+
 PAIRS = [(torch.full((3, 2, 2), i / 150), i % 10) for i in range(150)]  # more than are told one by one
-
-
-def scaled(images):
-    return images * SCALE
 
 
 def written(code, name, line=1, **names):
@@ -54,10 +57,10 @@ class Odd:
     __hash__ = __bool__ = __len__ = __iter__ = __repr__ = __eq__
 
 
-def net(factor="1", line=1):
+def net(factor="1", line=1, factor_of_its_own=3):
     code = f"class Net(nn.Module):\n def forward(self, x): return self.linear(x.flatten(1)) * {factor}"
     made = written(code, "Net", line)()
-    made.linear, made.factor = nn.Linear(12, 10), 3
+    made.linear, made.factor = nn.Linear(12, 10), factor_of_its_own
     return made
 
 
@@ -74,7 +77,7 @@ def images(folder, color):
         path = folder / f"{i % 2}" / f"{i}.bmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2), (color, i, 0)).save(path)
-    return datasets.ImageFolder(folder, v2.ToTensor())
+    return datasets.ImageFolder(folder, v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]))
 
 
 def weighted(first):
@@ -88,7 +91,7 @@ def own(**attributes):
 # What differs -> the parts of a run, and those of another.
 OTHERS = {
     "code of model has 'Net, code": ({}, {"net": net("2")}),
-    "model.factor has '3', this one's '4'": ({}, {"net": lambda n=net(): vars(n).update(factor=4) or n}),
+    "model.factor has '3', this one's '4'": ({}, {"net": net(factor_of_its_own=4)}),
     "loader.batch_size has '32', this one's '31'": ({}, {"batch_size": 31}),
     "loader.sampler has 'SequentialSampler', this one's 'RandomSampler'": ({}, {"shuffle": True}),
     "loader.sampler.weights has '(150,)": ({"sampler": weighted(1.0)}, {"sampler": weighted(9.0)}),
@@ -145,5 +148,67 @@ def test_other_files_are_refused_and_the_same_elsewhere_are_not(tmp_path):
         run(tmp_path / "c", data=other)
     shutil.move(tmp_path / "one", tmp_path / "deeper" / "down")
     os.utime(tmp_path / "deeper" / "down" / "0" / "0.bmp", (0, 0))
-    moved = datasets.ImageFolder(tmp_path / "deeper" / "down", v2.ToTensor())
+    moved = datasets.ImageFolder(
+        tmp_path / "deeper" / "down", v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    )
     assert len(run(tmp_path / "c", data=moved, epochs=2)) == 2
+
+
+class Counting(Own):
+    """What it counts moves on in training; its cache fills."""
+
+    def __getitem__(self, i):
+        self.drawn, self.cache[i] = self.drawn + 1, PAIRS[i]
+        return self.cache[i]
+
+
+# What is no other run: parts built anew, the first time (0) or the second (1).
+SAME = {
+    "the same anew": lambda k: own(crop=crop(1), names={"a", "b"}, steps=[crop(2), counting(3)], table={(1, 2): crop}),
+    "another line": lambda k: {"net": net(line=1 + 9 * k), **own(crop=crop(1, line=1 + 9 * k))},
+    "a docstring": lambda k: own(crop=written(f"def f(x):\n 'Of {k}.'\n return x", "f")),
+    "how it is loaded": lambda k: {"num_workers": k, "timeout": k * 60, "pin_memory_device": ""},
+    "what moves": lambda k: {"data": Counting(drawn=0, cache={})},
+    "iterators, locks, files, loggers": lambda k: own(
+        step=itertools.count(k),
+        lock=threading.Lock(),
+        file=open(os.devnull),
+        log=logging.getLogger("kit"),
+        odd=[Odd()],
+    ),
+    "a generator without a seed": lambda k: own(rng=np.random.default_rng(), other=random.Random()),
+    "an object that holds itself": lambda k: own(ring=ring(), rings=[ring() for _ in range(200)]),
+    "a device": lambda k: own(device=torch.device("cpu", 0) if k else torch.device("cpu")),
+    "a set of functions": lambda k: own(all={crop, counting, *(lambda x, i=i: i for i in range(200))}),
+    "a global that is trained": lambda k: own(crop=written("def f(x): return net(x)", "f", net=nn.Linear(1, 1))),
+}
+
+
+def ring():
+    held = []
+    held.append(held)
+    return held
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("kind", SAME)
+def test_what_makes_no_other_run_is_not_refused(tmp_path, kind):
+    random.seed(0), run(tmp_path / "c", **SAME[kind](0))
+    random.seed(1), run(tmp_path / "c", **SAME[kind](1))
+    assert len(run(tmp_path / "c", **SAME[kind](0), epochs=2)) == 2
+
+
+def test_nothing_that_an_object_does_stops_the_others_from_being_told():
+    lines = dict(lines_of({"loader": [Odd(), Own(odd=Odd(), size=3)]}, {}))
+    assert lines["loader[1].size"] == "3" and lines["loader[1]"].startswith("Own, code")
+
+
+def test_a_model_py_as_it_came_has_a_mark_that_every_python_computes(monkeypatch):
+    before = dict(lines_of({"model": model.Net()}, {}))
+    monkeypatch.setitem(model.NORMS, "further", lambda channels, num_groups: nn.Identity())
+    assert dict(lines_of({"model": model.Net()}, {})) == before
+    monkeypatch.setattr(model.ConvBlock, "forward", lambda self, x, skip=None: x)
+    after = dict(lines_of({"model": model.Net()}, {}))
+    assert {where for where in before if before[where] != after[where]} == {
+        f"model.C{i}" for i in (1, 2, 3, 4, 5, 7, 8, 9)
+    }

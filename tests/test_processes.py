@@ -13,6 +13,7 @@ from test_structure import LATE
 from torch import nn
 
 from normkit.code import mark_of
+from normkit.identity import lines_of
 
 
 class Builder:
@@ -26,7 +27,11 @@ def marks():
     nested = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: nn.Identity())
     norms = [reads_a_global, twice(0)[1], twice(1)[1], with_eps, nested, Builder()]
     others = [lambda x: x in {"a", "b", "c", "d", "e", "f", "g", "h"}, nn.CrossEntropyLoss(torch.arange(3.0))]
-    return [mark_of(each) for each in norms + others]
+    parts = {
+        "loader": [Builder(), {"a", "b", "c"}, dict.fromkeys(norms), lambda x: x in {"a", "b", "c"}],
+        "model": norms,
+    }
+    return [*(mark_of(each) for each in norms + others), str(list(lines_of(parts, {})))]
 
 
 @pytest.fixture(scope="module")
