@@ -107,9 +107,11 @@ def is_librarys(value):
 def is_library(name):
     """Whether a module belongs to Python, to the kit or to a package that was installed."""
     root = name.partition(".")[0]
+    if root in ("__main__", "__mp_main__"):  # a notebook or script, whichever program it runs in
+        return False
     file = getattr(sys.modules.get(root), "__file__", None) or ""
     installed = "site-packages" in file or "dist-packages" in file
-    return installed or root in LIBRARIES or root in sys.stdlib_module_names - {"__main__"}
+    return installed or root in LIBRARIES or root in sys.stdlib_module_names
 
 
 def code_of(functions):

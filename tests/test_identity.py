@@ -174,7 +174,6 @@ SAME = {
         lock=threading.Lock(),
         file=open(os.devnull),
         log=logging.getLogger("kit"),
-        odd=[Odd()],
     ),
     "a generator without a seed": lambda k: own(rng=np.random.default_rng(), other=random.Random()),
     "an object that holds itself": lambda k: own(ring=ring(), rings=[ring() for _ in range(200)]),
