@@ -1,8 +1,6 @@
 """Marks of code, and of objects by what they are made of: the same in every process, and wherever it was written."""
 
 import ast
-import contextlib
-import dis
 import functools
 import inspect
 import io
@@ -16,8 +14,10 @@ import numpy as np
 import torch
 
 from normkit.checksum import ADDRESS, crc32_of
-from normkit.randomness import LIBRARIES, closed_over
+from normkit.objects import cells_of, globals_in, is_library
+from normkit.randomness import closed_over
 
+STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "functools", "types"}
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 
 
@@ -86,7 +86,8 @@ def text_of(value, seen):
         yield from text_of([value.__qualname__, value.__bases__, own], seen)
     elif hasattr(value, "__dict__"):
         seen.add(id(value))
-        yield from text_of([type(value), vars(value)], seen)
+        closed = type(value).__module__.partition(".")[0] in STANDARD  # a logger holds all loggers of the process
+        yield from text_of([type(value), {} if closed else vars(value)], seen)
     else:
         yield ADDRESS.sub("", repr(value))
 
@@ -102,16 +103,6 @@ def is_librarys(value):
     if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return False
     return is_library(getattr(value, "__module__", None) or "")
-
-
-def is_library(name):
-    """Whether a module belongs to Python, to the kit or to a package that was installed."""
-    root = name.partition(".")[0]
-    if root in ("__main__", "__mp_main__"):  # a notebook or script, whichever program it runs in
-        return False
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    installed = "site-packages" in file or "dist-packages" in file
-    return installed or root in LIBRARIES or root in sys.stdlib_module_names
 
 
 def code_of(functions):
@@ -142,19 +133,10 @@ def used_by(functions):
     found = {}
     for function in functions:
         code, around = function.__code__, function.__globals__
-        for name, cell in zip(code.co_freevars, function.__closure__ or ()):
-            with contextlib.suppress(ValueError):  # of an empty cell
-                found[name] = cell.cell_contents
-        found |= {name: around[name] for name in globals_in(code) if name in around}
+        found |= {name: cell.cell_contents for name, cell in cells_of(function).items()}
+        found |= {name: around[name] for name in globals_in(code) if name in around and name[:2] != "__"}
         for module in [each for each in found.values() if isinstance(each, types.ModuleType)]:
             if not is_library(module.__name__):
                 found |= {name: vars(module)[name] for name in code.co_names if name in vars(module)}
         found |= dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
     return {f"'s {name}": each for name, each in found.items()}
-
-
-def globals_in(code):
-    """Returns the names of globals that a function's code, and the functions within it, look up, in their order."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const)]
-    own = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    return [name for name in dict.fromkeys(own + inner) if not name.startswith("__")]

@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
-STANDARD = sys.stdlib_module_names - {"__main__"}
 
 
 def is_somebodys(owner):
@@ -18,11 +17,18 @@ def is_somebodys(owner):
 
 
 def is_written_here(owner):
-    """Whether a function's code, or that of an object's class, is no installed library's."""
-    name = getattr(owner, "__module__", None) or ""
+    """Whether a function's code, or that of an object's class, is no library's."""
+    return not is_library(getattr(owner, "__module__", None) or "")
+
+
+def is_library(name):
+    """Whether a module belongs to Python, to the kit or to a package that was installed."""
+    root = name.partition(".")[0]
+    if root in ("__main__", "__mp_main__"):  # a notebook or script, whichever program it runs in
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
-    return name.partition(".")[0] not in LIBRARIES | STANDARD and not installed
+    return bool(installed) or root in LIBRARIES or root in sys.stdlib_module_names
 
 
 def attributes_of(owner):

@@ -83,7 +83,7 @@ def test_the_best_recipe_resumes_as_exactly(data, tmp_path, norm, device, determ
 def test_a_resume_that_forgets_a_part_differs(data, tmp_path, monkeypatch, never_stopped, two_epochs, forgotten):
     (tmp_path / "parts").write_bytes(two_epochs[1])
     restore = Checkpoint.restore
-    monkeypatch.setattr(Checkpoint, "restore", lambda self: self.parts.pop(forgotten) and restore(self))
+    monkeypatch.setattr(Checkpoint, "restore", lambda self, *args: self.parts.pop(forgotten) and restore(self, *args))
     scramble()
     assert not same(run(data, tmp_path / "parts").history, never_stopped)
 

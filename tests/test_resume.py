@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from normkit.checksum import crc32_of
-from normkit.code import mark_of
 from normkit.files import read_state
 
 
@@ -440,59 +439,3 @@ def test_a_lazy_network_that_is_stopped_in_its_first_epoch(pairs):
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     history = fit(net, (Stopping(pairs, 16), DataLoader(pairs, 16)), optimizer)
     assert history == [] and history.unfinished == 1
-
-
-# --------------------------------------------------------------------- marks of code and of objects
-
-SCALE = 1.0
-
-
-def reads_a_global(channels, num_groups):
-    return nn.BatchNorm2d(channels, eps=SCALE)
-
-
-def class_with(eps):
-    class Norm(nn.Module):
-        def __init__(self, channels, num_groups=None):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(channels, eps=1e-3) if eps else nn.Identity()
-
-        def forward(self, x):
-            return self.norm(x) if eps else x
-
-    return Norm
-
-
-def twice(eps):
-    class Norm(nn.Module):
-        def forward(self, x):
-            return x * 2.0
-
-    class Other(nn.Module):
-        def forward(self, x):
-            return x * 3.0
-
-    chosen = Norm if eps else Other
-    return chosen, lambda channels, num_groups: chosen()
-
-
-def test_what_was_changed_behind_a_builder_changes_its_mark(monkeypatch):
-    before = mark_of(reads_a_global)
-    monkeypatch.setitem(globals(), "SCALE", 2.0)
-    assert mark_of(reads_a_global) != before
-    assert mark_of(class_with(0)) != mark_of(class_with(1))
-    assert all(mark_of(a) != mark_of(b) for a, b in zip(twice(0), twice(1)))
-    assert all(mark_of(a) == mark_of(b) for a, b in zip(twice(1), twice(1)))
-
-    def keyword_only(eps):
-        def build(channels, num_groups, *, eps=eps):
-            return nn.BatchNorm2d(channels, eps)
-
-        return build
-
-    assert mark_of(keyword_only(1e-3)) == mark_of(keyword_only(1e-3)) != mark_of(keyword_only(1e-5))
-
-    def recursive(channels, num_groups):
-        return recursive(channels, num_groups - 1) if num_groups else nn.Identity()
-
-    assert mark_of(recursive) == mark_of(recursive)

@@ -1,0 +1,75 @@
+"""Marks of code, and of objects by what they are made of."""
+
+import logging
+
+from torch import nn
+
+from normkit.code import mark_of
+
+SCALE = 1.0
+
+
+def reads_a_global(channels, num_groups):
+    return nn.BatchNorm2d(channels, eps=SCALE)
+
+
+def class_with(eps):
+    class Norm(nn.Module):
+        def __init__(self, channels, num_groups=None):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(channels, eps=1e-3) if eps else nn.Identity()
+
+        def forward(self, x):
+            return self.norm(x) if eps else x
+
+    return Norm
+
+
+def twice(eps):
+    class Norm(nn.Module):
+        def forward(self, x):
+            return x * 2.0
+
+    class Other(nn.Module):
+        def forward(self, x):
+            return x * 3.0
+
+    chosen = Norm if eps else Other
+    return chosen, lambda channels, num_groups: chosen()
+
+
+def test_what_was_changed_behind_a_builder_changes_its_mark(monkeypatch):
+    before = mark_of(reads_a_global)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert mark_of(reads_a_global) != before
+    assert mark_of(class_with(0)) != mark_of(class_with(1))
+    assert all(mark_of(a) != mark_of(b) for a, b in zip(twice(0), twice(1)))
+    assert all(mark_of(a) == mark_of(b) for a, b in zip(twice(1), twice(1)))
+
+    def keyword_only(eps):
+        def build(channels, num_groups, *, eps=eps):
+            return nn.BatchNorm2d(channels, eps)
+
+        return build
+
+    assert mark_of(keyword_only(1e-3)) == mark_of(keyword_only(1e-3)) != mark_of(keyword_only(1e-5))
+
+    def recursive(channels, num_groups):
+        return recursive(channels, num_groups - 1) if num_groups else nn.Identity()
+
+    assert mark_of(recursive) == mark_of(recursive)
+
+
+LOG = logging.getLogger("norms")
+
+
+def logs(channels, num_groups):
+    LOG.debug("%d channels", channels)
+    return nn.BatchNorm2d(channels)
+
+
+def test_a_logger_makes_no_other_builder():
+    before = mark_of(logs)
+    logging.getLogger("norms.another").setLevel(logging.ERROR)
+    LOG.isEnabledFor(logging.DEBUG)  # which it remembers
+    assert mark_of(logs) == before
