@@ -43,7 +43,7 @@ def test_the_table_of_results():
         expected = [f"{last['train_acc']:.2f} %", f"{last['test_acc']:.2f} %", "48,178"]
         expected += [f"{seeds.loc[(recipe, norm), 'test accuracy %']} %" for recipe in ("classic", "best")]
         assert line[0].startswith(norm) and line[1:] == expected
-    assert last["epoch"] == 20 and set(rows_of("seeds")["seed"]) == set(range(5))
+    assert last["epoch"] == 20 and set(rows_of("seeds")["seed"]) == set(range(10))
 
 
 def test_the_sample_of_the_log_is_of_the_measured_run():
