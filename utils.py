@@ -260,6 +260,7 @@ def fit(
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
+    parts |= optim.stepped_in(on_epoch)
     loaders = {"loader": train_loader, "test_loader": test_loader}
     everything, parts = loaders | parts, {name: part for name, part in parts.items() if is_stateful(part)}
     with_epochs = epoch_takers(train_loader)

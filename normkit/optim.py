@@ -6,7 +6,9 @@ import math
 import warnings
 
 from torch import Tensor
-from torch.optim import LBFGS, lr_scheduler
+from torch.optim import LBFGS, Optimizer, lr_scheduler
+
+from normkit.objects import attributes_of
 
 
 def needs_closure(optimizer):
@@ -54,6 +56,20 @@ def check_part(name, part, attribute, example):
     if isinstance(part, type) or not hasattr(part, attribute):
         given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
         raise TypeError(f"the {name} is {given}: expected an object such as {example}")
+
+
+def stepped_in(on_epoch):
+    """Returns the schedulers that on_epoch names, or that its object holds, by name: it may step them."""
+    owners = [getattr(on_epoch, "__func__", on_epoch), getattr(on_epoch, "__self__", None)]
+    found = {name: each for owner in owners for name, each in attributes_of(owner).items()}
+    schedulers = {name: each for name, each in found.items() if is_scheduler(each)}
+    return {f"{name} of on_epoch": each for name, each in schedulers.items()}
+
+
+def is_scheduler(value):
+    """Whether an object is one of torch's schedulers, or has their step and state."""
+    methods = [getattr(value, name, None) for name in ("step", "state_dict", "load_state_dict")]
+    return all(map(callable, methods)) and not isinstance(value, type | Optimizer)
 
 
 def is_torchs(scheduler):
