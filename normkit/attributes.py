@@ -13,7 +13,10 @@ from normkit.objects import attributes_of, is_written_here, put
 from normkit.packing import CONTAINERS, LARGEST, leaves_of, pack, put_into, size_of, unpack
 
 # Of these a state_dict has what is to be kept.
-COMMON = {torch.nn.Module: set(vars(torch.nn.Module())), torch.optim.Optimizer: {"defaults", "state", "param_groups"}}
+COMMON = {
+    torch.nn.Module: {*vars(torch.nn.Module()), "_is_torch_compile"},  # which torch.compile sets in passing
+    torch.optim.Optimizer: {"defaults", "state", "param_groups"},
+}
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
 
 

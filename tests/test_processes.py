@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_resume import reads_a_global, twice
+from test_code import reads_a_global, twice
 from test_structure import LATE
 from torch import nn
 

@@ -25,20 +25,18 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-class Interrupting(utils.Loader):
-    """Sends this process the signal of Ctrl-C, and of the notebook's stop button, in its second epoch."""
-
-    def __iter__(self):
-        for i, batch in enumerate(super().__iter__()):
-            if self.epoch == 1 and i == 2:
-                signal.raise_signal(signal.SIGINT)
-            yield batch
+def interrupting(loader, iterate=utils.Loader.__iter__):
+    """Sends this process the signal of Ctrl-C, and of the notebook's stop button, in the loader's second epoch."""
+    for i, batch in enumerate(iterate(loader)):
+        if loader.epoch == 1 and i == 2:
+            signal.raise_signal(signal.SIGINT)
+        yield batch
 
 
 def test_an_interrupt_keeps_the_history_and_the_same_call_goes_on(interruptible, data, tmp_path, monkeypatch, capsys):
     whole = run(data)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "Loader", Interrupting)
+        patch.setattr(utils.Loader, "__iter__", interrupting)
         stopped = run(data, tmp_path / "file", progress=True)
     assert same(stopped.history, whole.history[:1]) and stopped.history.unfinished == 2
     assert "Interrupted in epoch 2" in capsys.readouterr().out
@@ -49,7 +47,7 @@ def test_an_interrupt_keeps_the_history_and_the_same_call_goes_on(interruptible,
 
 
 def test_an_interrupt_without_a_checkpoint_returns_too(interruptible, data, monkeypatch):
-    monkeypatch.setattr(utils, "Loader", Interrupting)
+    monkeypatch.setattr(utils.Loader, "__iter__", interrupting)
     history = run(data).history
     assert len(history) == 1 and history.unfinished == 2
 
