@@ -3,6 +3,8 @@
 import enum
 import io
 import itertools
+import secrets
+import types
 import zlib
 
 import numpy as np
@@ -17,6 +19,8 @@ COMMON = {
     torch.nn.Module: {*vars(torch.nn.Module()), "_is_torch_compile"},  # which torch.compile sets in passing
     torch.optim.Optimizer: {"defaults", "state", "param_groups"},
 }
+PROCESS = secrets.token_hex(8)  # tells this process
+SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
 
 
@@ -54,7 +58,9 @@ class MovingAttributes:
                 iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
                 if iterates or not opened and (held or is_written_here(self.owners[place[0]])):
                     lost.add(".".join(place))
-        return {"lost": sorted(lost)} | packed
+        shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
+        started = {" ".join(place): repr(self.start.get(place)) for place in shared}
+        return {"process": PROCESS, "started": started, "lost": sorted(lost)} | packed
 
     def load_state_dict(self, state):
         lost, found, known = set(state["lost"]), self.found(), dict(self.known)
@@ -62,7 +68,9 @@ class MovingAttributes:
         for name, packed in state.items():
             where, _, attribute = name.rpartition(" ")
             place, now = (where, attribute), found.get((where, attribute))
-            if where not in self.owners:
+            # In the process that wrote it, what others use too goes on from where it is, unless it began anew.
+            shared = state["process"] == PROCESS and name in state["started"]
+            if where not in self.owners or shared and state["started"][name] != repr(mark_of(now)):
                 continue
             self.moved.add(place)
             try:

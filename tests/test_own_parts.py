@@ -362,3 +362,22 @@ def test_rates_that_are_none_are_refused_before_anything_runs(value):
         return
     with pytest.raises(ValueError, match="lr=.*expected a number above 0"):
         utils.get_recipe(lr=value)
+
+
+def test_what_a_process_shares_is_not_set_back_in_it(pairs, tmp_path):
+    """A loader that counts in its class, and stops once: run again, it goes on."""
+
+    class Stopping(DataLoader):
+        passes = 0
+
+        def __iter__(self):
+            Stopping.passes += 1
+            if Stopping.passes == 2:
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for epochs in (1, 3):
+        history = fit(net, (Stopping(pairs, 16), DataLoader(pairs, 64)), optimizer, epochs=3, checkpoint=tmp_path / "c")
+        assert len(history) == epochs
