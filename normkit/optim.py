@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer, lr_scheduler
 
 from normkit.objects import attributes_of
+from normkit.randomness import is_stateful
 
 
 def needs_closure(optimizer):
@@ -68,8 +69,7 @@ def stepped_in(on_epoch):
 
 def is_scheduler(value):
     """Whether an object is one of torch's schedulers, or has their step and state."""
-    methods = [getattr(value, name, None) for name in ("step", "state_dict", "load_state_dict")]
-    return all(map(callable, methods)) and not isinstance(value, type | Optimizer)
+    return is_stateful(value) and callable(getattr(value, "step", None)) and not isinstance(value, Optimizer)
 
 
 def is_torchs(scheduler):
