@@ -60,17 +60,17 @@ class MovingAttributes:
                     lost.add(".".join(place))
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         started = {" ".join(place): repr(self.start.get(place)) for place in shared}
-        return {"process": PROCESS, "started": started, "lost": sorted(lost)} | packed
+        return {"started": {PROCESS: started} if shared else {}, "lost": sorted(lost)} | packed
 
     def load_state_dict(self, state):
         lost, found, known = set(state["lost"]), self.found(), dict(self.known)
         values, reopened = {}, set()
+        started = state["started"].get(PROCESS, {})
         for name, packed in state.items():
             where, _, attribute = name.rpartition(" ")
             place, now = (where, attribute), found.get((where, attribute))
             # In the process that wrote it, what others use too goes on from where it is, unless it began anew.
-            shared = state["process"] == PROCESS and name in state["started"]
-            if where not in self.owners or shared and state["started"][name] != repr(mark_of(now)):
+            if where not in self.owners or name in started and started[name] != repr(mark_of(now)):
                 continue
             self.moved.add(place)
             try:
