@@ -15,7 +15,7 @@ objects      objects and functions of somebody's own, and their attributes
 packing      values as what a file can keep, and back, kind and all
 attributes   what moves, while training goes on, in objects of somebody's own
 optim        what the loop has to know of optimizers and schedulers that are not its own
-muon         Muon, its matrices in the number type that the hardware multiplies
+muon         Muon, all its matrices orthogonalised together
 device       device, precision, memory format, and the self-check of norms
 placement    on Macs, whether the GPU or the CPU trains a network faster
 backend      what computes a network: its modules, the fused kernel, CUDA graphs, or torch.compile
