@@ -1,6 +1,7 @@
 """The kernel as a function that autograd can differentiate once."""
 
 import functools
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from normkit.fused import params
 from normkit.fused.build import library
-from normkit.fused.workspace import take_workspace
+from normkit.fused.workspace import give_back, shared, take_workspace
 
 
 class Call(NamedTuple):
@@ -34,14 +35,18 @@ def prepare_call(layers, dtype, needs_grad, shape, nchw, threads):
 
 
 def forward_pass(call, x, parameters):
-    """Returns the last layer's output, channels_last, and what backward_pass takes: structs, activations, inputs."""
+    """Returns the last layer's output, channels_last, and what backward_pass takes: structs, activations, inputs.
+
+    The activations are a workspace to give back.
+    """
     plan = call.plan
     out = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu", memory_format=torch.channels_last)
     inputs = [x, *parameters, *draw_dropout_scales(call.blocks, x.shape[0])]
     structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
     params.set_addresses(structs, plan.inputs, inputs)
-    statistics = [each for layer in call.blocks for each in running_stats(layer.norm)]
-    params.set_addresses(structs, plan.outputs, [out, *statistics])
+    norms = [layer.norm for layer in call.blocks]
+    params.set_addresses(structs, plan.outputs, [out, *(each for norm in norms for each in running_stats(norm))])
+    count_batch(norms)
     plan.forward(structs.ctypes.data, workspace.data_ptr())
     return out, structs, workspace, inputs
 
@@ -59,6 +64,7 @@ def backward_pass(plan, structs, activations, gradients, dout, dx=None):
     workspace = take_workspace(plan.backward_bytes)
     params.set_addresses(structs, plan.gradients, [dout, dx, *gradients])
     plan.backward(structs.ctypes.data, activations.data_ptr(), workspace.data_ptr())
+    give_back(workspace)
 
 
 class FusedFunction(torch.autograd.Function):
@@ -68,16 +74,20 @@ class FusedFunction(torch.autograd.Function):
     def forward(ctx, call, x, *parameters):
         out, structs, workspace, inputs = forward_pass(call, x, parameters)
         if call.plan.needs_grad:
-            ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(inputs)
             # But for the biases, which may be changed before the backward pass, as in PyTorch: it does not read them.
-            ctx.save_for_backward(workspace, *(inputs[i] for i in call.plan.read_again))
+            read_again = [inputs[i] for i in call.plan.read_again]
+            ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(read_again)
+            ctx.gradients = layouts_of(parameters)
+            ctx.save_for_backward(shared(workspace), *read_again)
+        else:
+            give_back(workspace)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         plan, (activations, *inputs) = ctx.plan, ctx.saved_tensors
         # Which autograd does not notice where it was done by .data, as in to().
-        if layouts_of(inputs) != [ctx.layouts[i] for i in plan.read_again]:
+        if layouts_of(inputs) != ctx.layouts:
             raise RuntimeError(
                 "a parameter changed its dtype, shape or memory format between the fused kernel's forward and backward "
                 "pass: call the network again"
@@ -86,8 +96,10 @@ class FusedFunction(torch.autograd.Function):
         # Anew: saved tensors may have been moved in between.
         params.set_addresses(structs, plan.inputs[plan.read_again], inputs)
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[1] else None
-        layouts = ctx.layouts[1 : len(plan.gradients) - 1]
-        gradients = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in layouts]
+        gradients = [
+            torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+            for _, (dtype, _, shape), stride, _ in ctx.gradients
+        ]
         backward_pass(plan, structs, activations, gradients, dout, dx)
         return None, dx, *gradients
 
@@ -98,23 +110,14 @@ def is_batched(tensor):
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-class Layout(NamedTuple):
-    """What .data = may change of a tensor, beside numbers and address."""
-
-    kind: type
-    dtype: torch.dtype
-    device: torch.device
-    stride: tuple
-    shape: torch.Size
-    negated: bool
+dtype_device_shape = operator.attrgetter("dtype", "device", "shape")
 
 
 def layouts_of(tensors):
-    """Returns the Layout of each of the tensors; None may be among them."""
-    return [
-        None if each is None else Layout(type(each), each.dtype, each.device, each.stride(), each.shape, each.is_neg())
-        for each in tensors
-    ]
+    """Returns what .data = may change of each of the tensors but None, beside numbers and address."""
+    tensors = [each for each in tensors if each is not None]
+    kinds, negated = map(type, tensors), map(torch.Tensor.is_neg, tensors)
+    return list(zip(kinds, map(dtype_device_shape, tensors), map(torch.Tensor.stride, tensors), negated))
 
 
 def sizes_of(layers, shape, nchw):
@@ -184,13 +187,15 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
 
 
 def running_stats(norm):
-    """Returns a batch norm's running mean and variance, and counts the batch where it does; Nones for group norm."""
-    if type(norm) is nn.GroupNorm:
-        return None, None
-    statistics = norm._buffers
-    if norm.training and statistics["num_batches_tracked"] is not None:
-        statistics["num_batches_tracked"].add_(1)
-    return statistics["running_mean"], statistics["running_var"]
+    """Returns a batch norm's running mean and variance; Nones for group norm."""
+    return norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+
+
+def count_batch(norms):
+    """Counts the batch where a batch norm in training mode does."""
+    counts = [norm._buffers.get("num_batches_tracked") for norm in norms if norm.training]
+    if counts := [each for each in counts if each is not None]:
+        torch._foreach_add_(counts, 1)
 
 
 def draw_dropout_scales(blocks, N):
@@ -199,9 +204,13 @@ def draw_dropout_scales(blocks, N):
     if not any(drop):
         return [None] * len(blocks)
     sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
-    scales = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)
+    memory = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+    scales = memory.split(sizes)
     for scale, p in zip(scales, drop):
         if p:
             scale.bernoulli_(1 - p) if p < 1 else scale.zero_()
-    torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
+    if len(set(drop)) == 1:  # one operation in place of eight
+        memory.div_(1 - drop[0] or 1.0)
+    else:
+        torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
     return [scale if p else None for scale, p in zip(scales, drop)]

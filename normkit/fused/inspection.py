@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from itertools import chain
 
 from torch import nn
 
@@ -24,7 +25,10 @@ class Inspection:
         self.net = net
         self.modules = modules = modules_of(net)
         self.types = list(map(type, modules))
-        self.attributes = [copy_attributes(module) for module in modules]
+        attributes = list(map(vars, modules))
+        inner = [value for each in attributes for value in each.values() if isinstance(value, dict)]
+        self.dicts, self.empty = attributes + [each for each in inner if each], [each for each in inner if not each]
+        self.keys, self.values = list(chain(*self.dicts)), list(chain(*map(dict.values, self.dicts)))
         self.tensors = tensors_of(modules)
         self.layouts = layouts_of(self.tensors)
         # Once more: another thread may have changed it meanwhile.
@@ -39,17 +43,22 @@ class Inspection:
     def is_current(self):
         """Whether nothing of what was looked at has changed but numbers: one attribute more or less is a change.
 
-        Classes are compared first, as a == of somebody's own may say anything, and tensors by themselves.
+        A module's attributes are compared by identity, as a == of somebody's own may say anything, and so are those
+        that its dicts hold: hooks, parameters, buffers and children.
         """
         if self.reason is not None:
             return False
+        modules, values = self.modules, chain.from_iterable(map(dict.values, self.dicts))
         try:
-            modules = modules_of(self.net)
-            if list(map(type, modules)) != self.types or list(map(vars, modules)) != self.attributes:
-                return False
-            tensors = tensors_of(modules)
-            return all(map(operator.is_, tensors, self.tensors)) and layouts_of(tensors) == self.layouts
-        except Exception:  # of something of somebody's own, which then is no longer what it was
+            return (
+                all(map(operator.is_, map(vars, modules), self.dicts))
+                and list(map(type, modules)) == self.types
+                and not any(self.empty)
+                and list(chain.from_iterable(self.dicts)) == self.keys
+                and all(map(operator.is_, values, self.values))
+                and layouts_of(self.tensors) == self.layouts
+            )
+        except Exception:  # of a dict that another thread changes, or of something of somebody's own
             return False
 
 
@@ -57,11 +66,6 @@ def modules_of(net):
     """Returns the network and those below it that its forward pass calls, without asking any but nn.Module's dicts."""
     children = [net._modules[name] for name in legality.CHILDREN]
     return [net, *children, *(part for child in children for part in child._modules.values())]
-
-
-def copy_attributes(module):
-    """Returns a module's attributes; its dicts, of hooks and children, as they are now."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
 
 
 def tensors_of(modules):

@@ -8,6 +8,7 @@ from normkit.fused.build import library
 from normkit.fused.function import backward_pass, forward_pass
 from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
+from normkit.fused.workspace import give_back
 
 # What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
 CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")
@@ -47,6 +48,7 @@ class FusedLoss:
         (plan, structs, activations, _, dlogits, parameters), self.saved = self.saved, None
         gradients = [torch.empty_like(parameter) for parameter in parameters]
         backward_pass(plan, structs, activations, gradients, dlogits)
+        give_back(activations)
         for parameter, gradient in zip(parameters, gradients):
             if parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -8,6 +8,7 @@ from torch import nn
 from normkit.fused.function import FusedFunction, forward_pass
 from normkit.fused.inspection import Inspection
 from normkit.fused.legality import compute_dtype, reason_against
+from normkit.fused.workspace import give_back
 
 
 def fuse(model):
@@ -51,7 +52,8 @@ class Fused(nn.Module):
             images = images.to(dtype).contiguous(memory_format=torch.channels_last)
         call = inspection.prepare_call(dtype, needs_grad, images.shape, nchw, torch.get_num_threads())
         if not needs_grad:
-            logits, *_ = forward_pass(call, images, parameters)
+            logits, _, workspace, _ = forward_pass(call, images, parameters)
+            give_back(workspace)
         else:
             logits = FusedFunction.apply(call, images, *parameters)
         return logits.flatten(1)

@@ -11,13 +11,21 @@ _POOL = collections.deque(maxlen=2)
 
 
 def take_workspace(size):
-    """Returns a uint8 tensor of at least size bytes, whose memory goes back to the pool with its last reference."""
+    """Returns a uint8 tensor of at least size bytes, for give_back; what is never given back is freed."""
     try:
         memory = _POOL.pop()
     except IndexError:
         memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-    if memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return memory if memory.numel() >= size else torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def give_back(memory):
+    """Puts a workspace into the pool, for the next pass."""
+    _POOL.append(memory)
+
+
+def shared(memory):
+    """Returns the workspace as a tensor that gives it back with its last reference."""
     array = memory.numpy()
     weakref.finalize(array, _POOL.append, memory).atexit = False
-    return torch.from_numpy(array)[:size]
+    return torch.from_numpy(array)
