@@ -13,6 +13,10 @@ from normkit.files import read_state, to_bytes, write_state
 VERSION = 5  # of the file
 
 
+class CheckpointRefused(ValueError):
+    """There is a checkpoint, and the run cannot go on from it: it is damaged, or of another run or version."""
+
+
 class Checkpoint:
     """A file for the state of a run, written after each epoch.
 
@@ -27,7 +31,7 @@ class Checkpoint:
             self.path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
         except TypeError:
             raise TypeError(f"checkpoint is {path!r}: expected a file's name, as text or Path") from None
-        self.previous = self.path.with_name(self.path.name + ".previous")
+        _, self.previous = files_of(self.path)
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings
         self.settings = settings()
@@ -85,10 +89,10 @@ class Checkpoint:
     def restore(self, epochs):
         """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None.
 
-        Raises ValueError where the file holds more epochs than are asked for.
+        Raises CheckpointRefused where none is whole, or the newest has other settings or more epochs.
         """
         damaged = []
-        for path in (self.path, self.previous):
+        for path in files_of(self.path):
             if not path.exists():
                 continue
             state = read_state(path)
@@ -101,19 +105,19 @@ class Checkpoint:
             self.compare(path, state)
             if (done := len(state["history"])) > epochs:
                 advice = f"ask for as many, or name another file or delete {path}"
-                raise ValueError(f"{path} holds {done} epochs, more than epochs={epochs}: {advice}")
+                raise CheckpointRefused(f"{path} holds {done} epochs, more than epochs={epochs}: {advice}")
             self.load(path, state)
             self.settings = state["settings"]
             return state["history"], path
         if damaged:
             files = " and ".join(damaged)
-            raise ValueError(
+            raise CheckpointRefused(
                 f"{files} damaged, or never a checkpoint: name another file, or delete to start from the first epoch"
             )
         return [], None
 
     def load(self, path, state):
-        """Brings every part to a state; where one does not fit, raises ValueError and leaves all as they were."""
+        """Brings every part to a state; where one does not fit, leaves all as they were and refuses."""
         before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
         try:
             for name, part in self.parts.items():
@@ -121,19 +125,19 @@ class Checkpoint:
         except Exception as error:  # each kind of part has errors of its own
             for each, part in self.parts.items():
                 part.load_state_dict(before[each])
-            raise ValueError(
+            raise CheckpointRefused(
                 f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
                 f"name another file, or delete {self.names()} to start from the first epoch"
             ) from error
 
     def names(self):
         """Returns the names of the files that are there, in words."""
-        return " and ".join(path.name for path in (self.path, self.previous) if path.exists())
+        return " and ".join(path.name for path in files_of(self.path) if path.exists())
 
     def compare(self, path, state):
-        """Raises ValueError with the first setting in which the file's run and this one differ."""
+        """Raises CheckpointRefused with the first setting in which the file's run and this one differ."""
         if not isinstance(state, dict) or state.get("version") != VERSION:
-            raise ValueError(
+            raise CheckpointRefused(
                 f"{path} is no checkpoint of this version of the kit: name another file, or delete {self.names()}"
             )
         for name in self.settings | state["settings"]:
@@ -141,10 +145,15 @@ class Checkpoint:
             lines = (str(side.get(name)).splitlines() for side in sides)
             for saved, moved, actual in itertools.zip_longest(*lines, fillvalue=""):
                 if saved != actual and moved == saved:
-                    raise ValueError(
+                    raise CheckpointRefused(
                         f"{path} is of another run: its {name} has {saved.strip()!r}, this one's {actual.strip()!r}. "
                         f"Name another file, or delete {self.names()} to start from the first epoch"
                     )
+
+
+def files_of(path):
+    """Returns where a checkpoint is, and where the one before it is kept."""
+    return path, path.with_name(path.name + ".previous")
 
 
 def is_readable(state):
@@ -157,8 +166,7 @@ def is_readable(state):
 
 def seed_in(path):
     """Returns the seed of the run that a checkpoint file keeps, or None."""
-    path = Path(path).expanduser()
-    for file in (path, path.with_name(path.name + ".previous")):
+    for file in files_of(Path(path).expanduser()):
         state = read_state(file) if file.is_file() else None
         settings = state.get("settings") if isinstance(state, dict) else None
         if isinstance(settings, dict) and (found := re.search(r" seed=(-?\d+)", str(settings.get("loader")))):

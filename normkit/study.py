@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import model
 from normkit.backend import choose_backend
+from normkit.checkpoint import CheckpointRefused, files_of
 from normkit.checks import check_epochs, describe, whole_number
 from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
@@ -91,10 +92,11 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     """Does all the runs that the file does not hold yet; returns the rows of all as a DataFrame, one row an epoch.
 
     runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. Stopped at
-    any moment, the same call goes on after the last whole epoch. A run that fails costs no other, and is told at the
-    end; so is one that kills its process, where that is not this one. processes: runs at a time. More than one have
-    one thread each, which gets more done on a CPU. Inside joblib.parallel_config(backend="dask"), or another engine of
-    joblib's, the runs go there instead; a machine that cannot write into the file's folder keeps no checkpoints.
+    any moment, the same call goes on after the last whole epoch, or from a run's start where its checkpoint is of no
+    use any more. A run that fails costs no other, and is told at the end; so is one that kills its process, where that
+    is not this one. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    Inside joblib.parallel_config(backend="dask"), or another engine of joblib's, the runs go there instead; a machine
+    that cannot write into the file's folder keeps no checkpoints.
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
     """
@@ -138,8 +140,7 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
                 failures.append(f"{key}: {failure}")
             else:
                 add_rows(file, rows)
-                for each in (paths[key], paths[key].with_name(paths[key].name + ".previous")):
-                    each.unlink(missing_ok=True)
+                forget(paths[key])
             bar.update()
     with contextlib.suppress(OSError):  # there is none, or it holds what failed or others are at
         checkpoints.rmdir()  # not before: a run that was about to write its first would find no folder
@@ -149,6 +150,12 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     chosen = [row for row in read_rows(file) if row["settings"] in order]
     table = pd.DataFrame(sorted(chosen, key=lambda row: (order[row["settings"]], row["epoch"])))
     return table.reindex(columns=[*table, *(name for name in NUMBERS if name not in table)])  # where all diverged
+
+
+def forget(checkpoint):
+    """Deletes a checkpoint, and the one before it."""
+    for path in files_of(checkpoint):
+        path.unlink(missing_ok=True)
 
 
 def describe_error(error):
@@ -176,7 +183,7 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     options["checkpoint"] = checkpoint if can_write(checkpoint.parent.parent) else None
     with generators_preserved():  # an engine may have several threads a process
         try:
-            result = run(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
+            result = run_or_begin_anew(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
             if result.history.unfinished:
                 raise KeyboardInterrupt
             measured = [{name: written(name, value) for name, value in row.items()} for row in result.history]
@@ -188,6 +195,16 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
             return None, describe_error(error)
         about = describe_run(planned, data, device)
     return [about | row | {"settings": key} for row in measured], None
+
+
+def run_or_begin_anew(checkpoint, **options):
+    """Does a run: from its start where what is kept of it is damaged, or another version's or machine's."""
+    try:
+        return run(checkpoint=checkpoint, **options)
+    except CheckpointRefused as error:
+        print(f"{options['norm']}, seed {options['seed']}, is begun anew, as what is kept of it is refused: {error}")
+        forget(checkpoint)
+        return run(checkpoint=checkpoint, **options)
 
 
 def written(name, value):

@@ -15,7 +15,7 @@ from torch import nn
 
 import model
 import utils
-from normkit import plots, study, tables
+from normkit import checkpoint, device, plots, study, tables
 from normkit.data import Data
 from normkit.rows import read_rows
 from normkit.study import grid, run_many
@@ -158,6 +158,26 @@ def test_a_study_in_which_all_diverged_has_its_columns(small, tmp_path):
 def test_joblibs_own_processes_compute_a_study(small, tmp_path):
     with parallel_config("multiprocessing", n_jobs=2):
         assert len(run_many(grid(norm=["batch", "layer"], **ONE), small, tmp_path / "s.csv")) == 2
+
+
+@pytest.mark.parametrize("useless", ["of another version", "of another precision", "damaged"])
+def test_a_run_whose_checkpoint_is_of_no_use_is_begun_anew(small, tmp_path, monkeypatch, capsys, useless):
+    def stop(history):
+        raise KeyboardInterrupt
+
+    file, run = tmp_path / "s.csv", ONE | {"norm": "layer", "epochs": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if useless == "of another version":
+            patch.setattr(checkpoint, "VERSION", checkpoint.VERSION - 1)
+        elif useless == "of another precision":  # which a machine with another device chooses
+            patch.setattr(device, "choose_precision", lambda *_: torch.bfloat16)
+        run_many(run | {"on_epoch": stop}, small, file)
+    for each in (tmp_path / "s.csv.unfinished").iterdir():
+        each.write_bytes(each.read_bytes()[: 99 if useless == "damaged" else None])
+    rows = run_many(run, small, file)
+    assert "layer, seed 0, is begun anew" in capsys.readouterr().out
+    assert losses(rows) == losses(run_many(run, small, tmp_path / "alone.csv"))
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 # ------------------------------------------------------------------------------------- the file
