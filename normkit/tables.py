@@ -187,17 +187,20 @@ def with_recipes_named(rows):
 def settings_table(rows):
     """Returns the settings of each row's run as text, a column each, as its recipe and its line "settings" name them.
 
-    What a line says beyond that, such as the mark of a norm's code, is in the last column alone.
+    "code" has the marks of a norm or model.py of somebody's own. What a line leaves out, such as the precision, was
+    "auto"; what it says beyond all that is in the last column alone.
     """
     lines, rows = [], with_recipes_named(rows)
     for i, line in enumerate(rows["settings"]):
         found = {name: rows[name].iloc[i] for name in ("recipe", "norm") if name in rows}
         found = {name: UNNAMED if pd.isna(value) else str(value) for name, value in found.items()}
         data, _, said = line.rpartition(f": norm={found.get('norm')}")  # the name of a norm may look like a setting
-        found = {"data": data} | dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", said)) | found
+        code = " ".join(re.findall(r"\S*#[0-9a-f]{8}", said)) or "as it came"
+        found = {"data": data, "code": code} | dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", said)) | found
         lines.append(found | {"settings": re.sub(r" seed=\S+", "", line)})
-    table = pd.DataFrame(lines, index=rows.index)
-    return table[["recipe", *table.columns.drop("recipe")]] if "recipe" in rows else table
+    table = pd.DataFrame(lines, index=rows.index).fillna("auto")
+    first, last = [name for name in ("recipe",) if name in rows], "settings"
+    return table[[*first, *table.columns.drop([*first, last]), last]]
 
 
 def select(rows, **settings):

@@ -137,6 +137,20 @@ def test_a_setting_swept_beside_the_seed_is_not_mixed_in(swept):
     assert "2 seeds each" in ax.get_title()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_some_lines_leave_out_was_auto(rows, order):
+    runs = [rows, rows.assign(settings=rows["settings"] + " precision=float32", test_acc=rows["test_acc"] + 1)]
+    both = pd.concat(runs[::order])
+    table = tables.seeds_table(both)
+    assert table.index.names == ["recipe", "precision", "variant"] and (table["seeds"] == 5).all()
+    assert table.loc[("best", "auto", "batch"), "test accuracy %"] == "82.00 ± 1.58"
+    assert table.loc[("best", "float32", "batch"), "test accuracy %"] == "83.00 ± 1.58"
+    assert (tables.compare_norms(both)["seeds"] == 5).all() and len(tables.compare_norms(both)) == 4
+    assert len(plots.plot_seeds(both).axes[0].get_xticks()) == len(plots.plot_league(both).axes) == 4
+    assert set(tables.trials_table(both.assign(test_loss=1.0))["precision"]) == {"auto", "float32"}
+    pd.testing.assert_frame_equal(tables.select(both, precision="auto"), rows)
+
+
 def test_other_data_are_not_mixed_in(rows):
     other = rows.assign(settings=rows["settings"].str.replace("0x1", "0x2"), test_acc=50.0)
     table = tables.seeds_table(pd.concat([rows, other]))
@@ -221,7 +235,9 @@ def test_a_norms_name_may_look_like_a_setting(rows):
     assert set(tables.trials_table(other.assign(test_loss=1.0)).index) == {"batch", "gn lr=8"}
     assert tables.seeds_table(other).loc[("classic", "gn lr=8"), "lowest test %"] == "79.00"
     edited = other.assign(settings=other["settings"].str.replace("#0123abcd", "#4567cdef"))
-    assert tables.seeds_table(pd.concat([other, edited]).drop_duplicates()).index.names[1] == "settings"
+    table = tables.seeds_table(pd.concat([other, edited]).drop_duplicates())
+    assert table.index.names[1] == "code"
+    assert {*table.index.get_level_values("code")} == {"as it came", "#0123abcd", "#4567cdef"}
 
 
 def test_diverged_runs_are_counted(rows):
