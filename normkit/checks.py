@@ -100,6 +100,13 @@ def check_callback(name, function):
         raise TypeError(f"{name} is {function!r}: expected a function, or None; for several, one that calls them all")
 
 
+def check_notes(row, columns):
+    """Raises ValueError where a row of a history would hide one of these columns of a table."""
+    taken = [name for name in row if name in columns]
+    if taken:
+        raise ValueError(f"on_epoch notes {', '.join(taken)}, and the table has that of its own: take another name")
+
+
 def lazy_in(part):
     """Returns the names of a module's parameters that get their shapes with the first batch."""
     named = part.named_parameters() if isinstance(part, torch.nn.Module) else ()

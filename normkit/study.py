@@ -17,13 +17,13 @@ from tqdm import tqdm
 import model
 from normkit.backend import choose_backend
 from normkit.checkpoint import CheckpointRefused, files_of
-from normkit.checks import check_epochs, describe, whole_number
+from normkit.checks import check_epochs, check_notes, describe, whole_number
 from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute
 from normkit.placement import choose_device
 from normkit.randomness import check_seed, generators_preserved
-from normkit.rows import NUMBERS, add_rows, check_place, find_done, read_rows
+from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, read_rows
 from utils import Recipe, get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
@@ -168,12 +168,13 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     norm, epochs, seed, recipe, keywords = planned
     if builder is not None:
         model.NORMS[norm] = builder.value
-    finished = []
+    asked, finished = describe_request(planned, data), []
 
     def follow(history):
         finished[:] = history
         if keywords.get("on_epoch") is not None:
             keywords["on_epoch"](history)
+            check_notes(history[-1], {*asked, *TEXTS} - {*NUMBERS})
 
     device = keywords.get("device")
     if device is None and torch.cuda.device_count() > 1:
@@ -193,7 +194,7 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
             measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
         except (Exception, SystemExit) as error:
             return None, describe_error(error)
-        about = describe_run(planned, data, device)
+        about = asked | describe_machine(planned, device)
     return [about | row | {"settings": key} for row in measured], None
 
 
@@ -222,16 +223,21 @@ def can_write(folder):
     return True
 
 
-def describe_run(planned, data, device):
-    """Returns the columns that the rows of a run have in common: what was asked, on what data and machine."""
+def describe_request(planned, data):
+    """Returns the columns that the rows of a run have in common: what was asked, on what data."""
     norm, epochs, seed, recipe, keywords = planned
     asked = {"data": data.name, "recipe": keywords.get("recipe") or "classic", "epochs": epochs, "seed": seed}
     asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr, "norm": norm}
     further = {name: value for name, value in keywords.items() if name not in {*asked, "on_epoch"}}
     asked |= {name: getattr(recipe, name, value) for name, value in further.items()}  # where it is None, the recipe's
+    return asked | {"data_crc32": data.crc32()}
+
+
+def describe_machine(planned, device):
+    """Returns the columns that say where and by what a run was computed."""
+    norm, _, _, recipe, keywords = planned
     net, backend = model.Net(norm, recipe.num_groups), keywords.get("backend", "auto")
     device, _ = choose_device(device, net, backend)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
     backend = choose_backend(backend, net.to(device))[1].split(":")[0]
-    where = f"{device}, {precision}, torch {torch.__version__}"
-    return asked | {"data_crc32": data.crc32(), "where": where, "backend": backend}
+    return {"where": f"{device}, {precision}, torch {torch.__version__}", "backend": backend}

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from normkit.checks import check_choice, describe
+from normkit.checks import check_choice, check_notes, describe
 from normkit.style import name_of
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
@@ -68,11 +68,13 @@ def results_table(results):
 
 def histories_table(results):
     """Returns a DataFrame of every epoch of every result, one row each."""
-    return pd.DataFrame(
-        {"norm": result.norm, "seed": result.seed, "data": result.data} | row
-        for result in results_of(results)
-        for row in result.history
-    )
+    rows = []
+    for result in results_of(results):
+        about = {"norm": result.norm, "seed": result.seed, "data": result.data}
+        for row in result.history:
+            check_notes(row, about)
+            rows.append(about | row)
+    return pd.DataFrame(rows)
 
 
 def label_results(results):

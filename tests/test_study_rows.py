@@ -141,6 +141,21 @@ def test_what_on_epoch_adds_to_a_row_is_kept(small, tmp_path):
     assert all(loss == float(f"{loss:.6g}") for loss in rows[["train_loss", "test_loss"]].iloc[0])
 
 
+@pytest.mark.parametrize("name", ["norm", "seed", "where", "diverged", "dropout"])
+def test_a_note_that_would_hide_a_column_is_told_in_the_first_epoch(small, tmp_path, name):
+    epochs = []
+
+    def note(history):
+        epochs.append(len(history))
+        history[-1][name] = 0.5  # of the gradient, say
+
+    runs = grid(norm="layer", dropout=0.1, on_epoch=[note, None], epochs=2, batch_size=50)
+    runs[1]["seed"] = 1
+    with pytest.raises(RuntimeError, match=f"on_epoch notes {name}, and the table has that of its own") as told:
+        run_many(runs, small, tmp_path / "s.csv")
+    assert len(str(told.value).splitlines()) == 2 and epochs == [1]
+
+
 def test_rows_come_by_epoch_however_the_file_is_sorted(small, tmp_path):
     run = ONE | {"norm": "layer", "epochs": 3}
     run_many(run, small, tmp_path / "s.csv")

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import warnings
 
@@ -39,6 +40,12 @@ def test_the_histories_of_the_stand_in_are_marked(results):
     assert len(table) == 2 * len(NORMS) and table["data"].str.contains("synthetic").all()
     assert table["norm"].tolist() == [norm for norm in NORMS for _ in range(2)] and (table["seed"] == 0).all()
     assert table[list(rows[0])].to_dict("records") == rows
+
+
+def test_a_note_that_would_hide_a_column_is_told(results):
+    noted = dataclasses.replace(results[0], history=[row | {"norm": 0.5, "note": 1} for row in results[0].history])
+    with pytest.raises(ValueError, match="on_epoch notes norm, and the table has that of its own: take another name"):
+        tables.histories_table([noted])
 
 
 def test_a_table_of_results_takes_what_run_returns_and_nothing_else(results):
