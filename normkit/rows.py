@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import tempfile
 
@@ -50,12 +51,16 @@ def is_whole(rows, epochs):
 
 
 def read_rows(file):
-    """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None."""
+    """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None.
+
+    The lines of commas alone that a spreadsheet leaves are passed over: they would make each 25 a 25.0.
+    """
     if not file.exists():
         return []
     try:
         text = file.read_text(encoding="utf-8")
         check_lines(text)
+        text = re.sub(r"^,+\n", "", text, flags=re.MULTILINE)
         table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error

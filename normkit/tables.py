@@ -341,4 +341,5 @@ def about(last):
     settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)
     fewest, most = settings.value_counts().agg(["min", "max"])
     seeds = f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
-    return ", ".join(dict.fromkeys(last["data"])), seeds
+    data = last["data"].astype(object).fillna("data without a name")
+    return ", ".join(dict.fromkeys(data)), seeds

@@ -127,6 +127,23 @@ def test_names_that_look_like_numbers_stay_names(small, tmp_path, norms):
     plots.plot_seeds(rows)
 
 
+def test_data_may_lack_a_name(small, tmp_path):
+    rows = run_many(grid(norm=["batch", "layer"], **ONE), dataclasses.replace(small, name=""), tmp_path / "s.csv")
+    assert plots.plot_seeds(rows).axes[0].get_title().startswith("data without a name: 1 seed each")
+    plots.plot_batch_sizes(rows)
+
+
+def test_empty_lines_of_a_spreadsheet_change_no_number(small, tmp_path):
+    file, runs = tmp_path / "s.csv", grid(norm="layer", seed=[2**60 + 1, 3], **ONE)
+    first = run_many(runs[0], small, file)
+    with open(file, "a") as opened:
+        opened.write("," * (len(first.columns) - 1) + "\n")
+    rows = run_many(runs, small, file)
+    assert rows["seed"].tolist() == [2**60 + 1, 3] and rows["seed"].dtype.kind == "i"
+    assert len(file.read_text().splitlines()) == 3
+    pd.testing.assert_frame_equal(rows[:1], first)
+
+
 def test_what_on_epoch_adds_to_a_row_is_kept(small, tmp_path):
     notes = {"seen": 12345678, "stamp": 1764191581.25, "best": True, "step": np.int64(7654321)}
     notes |= {"mean": torch.tensor(0.123456789, dtype=torch.float64), "count": torch.tensor(7654321)}
