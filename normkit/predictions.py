@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from normkit.checks import describe
-from normkit.style import name_of
+from normkit.style import by_name
 
 NEXT_STEP = "give what utils.predict(model, test_loader) returns, or its first part, the logits"
 
@@ -38,7 +38,7 @@ def logits_by_name(data, given):
         return {"one network": logits_of(data, given)}
     if not given:
         raise ValueError(f"there are no logits to draw: the dict is empty; {NEXT_STEP}, by name")
-    return {name_of(key): logits_of(data, each, f"logits[{key!r}]") for key, each in given.items()}
+    return {name: logits_of(data, each, f"logits[{name!r}]") for name, each in by_name(given).items()}
 
 
 def class_names(data, *logits):

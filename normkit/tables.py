@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from normkit.checks import check_choice, check_notes, describe
-from normkit.style import name_of
+from normkit.style import by_name
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
 WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
@@ -111,7 +111,7 @@ def histories_of(given):
     if not runs:
         raise ValueError("there is nothing to draw: give at least one history of at least one epoch")
     data = sorted({each.data for each in runs.values() if hasattr(each, "history")})
-    runs = {name_of(key): getattr(each, "history", each) for key, each in runs.items()}
+    runs = {name: getattr(each, "history", each) for name, each in by_name(runs).items()}
     return {name: check_history(name, each) for name, each in runs.items()}, ", ".join(data)
 
 
@@ -125,11 +125,21 @@ def check_history(label, history):
         raise ValueError(f"{label} is no history: its rows lack {', '.join(missing)}, which those of utils.fit have")
     if not rows:
         raise ValueError(f"there is nothing to draw: {label} needs at least one epoch")
+    rows = [row | {name: number_of(label, name, row[name]) for name in ("epoch", "lr", *METRICS)} for row in rows]
     epochs = [row["epoch"] for row in rows]
     if len(set(epochs)) < len(epochs):
         twice = max(epochs, key=epochs.count)
-        raise ValueError(f"{label} has epoch {twice} more than once: give each run by itself, of a table {BY_RUN}")
+        raise ValueError(f"{label} has epoch {twice:g} more than once: give each run by itself, of a table {BY_RUN}")
     return sorted(rows, key=lambda row: row["epoch"])
+
+
+def number_of(label, name, value):
+    """Returns a value of a history as a number: files have text in place of it, or nothing in place of a NaN."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return math.nan if value is None or value is pd.NA else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{label} has {name}={value!r} in a row: expected a number") from None
 
 
 # ---------------------------------------------------------------------------------- of a study

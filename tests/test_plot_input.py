@@ -1,0 +1,58 @@
+"""What pictures are given: histories and predictions as files, other tools and other functions have them."""
+
+import csv
+import io
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from normkit import plots
+
+
+def row(**changes):
+    metrics = {"train_loss": 2.0, "train_acc": 40.0, "test_loss": 1.5, "test_acc": 50.0}
+    return {"epoch": 1, "lr": 0.01} | metrics | changes
+
+
+HISTORY = [row(epoch=epoch, test_loss=1 / epoch) for epoch in (1, 2, 10)]
+
+
+def as_text(history):
+    """What csv reads of a file: text alone."""
+    text = pd.DataFrame(history).to_csv(index=False)
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def as_null(history):
+    """What a NaN becomes in many a JSON file."""
+    return json.loads(json.dumps([{**each, "test_loss": None} for each in history]))
+
+
+def as_tensors(history):
+    return [{name: torch.tensor(float(each), requires_grad=True) for name, each in row.items()} for row in history]
+
+
+@pytest.mark.parametrize("form", [as_text, as_tensors, lambda history: pd.DataFrame(history).convert_dtypes()])
+def test_numbers_of_a_history_in_other_forms(form):
+    drawn = plots.plot_curves({"mine": form(HISTORY)}).axes[0].lines[1]
+    assert drawn.get_xdata().tolist() == [1, 2, 10] and drawn.get_ydata().tolist() == pytest.approx([1, 0.5, 0.1])
+
+
+def test_a_missing_number_of_a_history_is_not_drawn():
+    for form in (as_null(HISTORY), pd.DataFrame(HISTORY).assign(test_loss=pd.NA)):
+        assert all(map(math.isnan, plots.plot_curves({"mine": form}).axes[0].lines[1].get_ydata()))
+
+
+def test_what_is_no_number_in_a_history_is_told():
+    for name, value in (("epoch", "one"), ("test_acc", [1, 2]), ("lr", torch.zeros(2))):
+        with pytest.raises(ValueError, match=rf"mine has {name}=.* in a row: expected a number"):
+            plots.plot_curves({"mine": [row(**{name: value})]})
+
+
+def test_names_that_read_alike_are_told():
+    for keys in ((1, "1"), (("batch", 0), "batch, 0")):
+        with pytest.raises(ValueError, match=rf"2 of the keys read '{keys[1]}' in a picture"):
+            plots.plot_curves(dict.fromkeys(keys, HISTORY))
