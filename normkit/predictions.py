@@ -12,7 +12,7 @@ NEXT_STEP = "give what utils.predict(model, test_loader) returns, or its first p
 def logits_of(data, given, name="logits"):
     """Returns a network's logits, float32 (N, classes) on the CPU, for the test images of data.
 
-    given: what utils.predict returns, or its logits alone, as a tensor or an array.
+    given: what utils.predict returns, or its logits alone, or probabilities, as a tensor or an array.
     """
     logits, labels = given, None
     if isinstance(given, tuple | list) and len(given) == 2 and getattr(given[1], "ndim", 0) == 1:
@@ -26,7 +26,19 @@ def logits_of(data, given, name="logits"):
         )
     if labels is not None and not torch.equal(torch.as_tensor(labels, device="cpu"), data.test_labels.cpu()):
         raise ValueError(f"{name} was predicted for other labels than {data.name}'s, or in another order: {NEXT_STEP}")
-    return torch.as_tensor(logits, device="cpu").detach().float()
+    logits = as_logits(logits)
+    if not (finite := logits.softmax(1).isfinite().all(1)).all():
+        raise ValueError(
+            f"{name} has no finite logits of {int((~finite).sum())} images: there is nothing to draw of them"
+        )
+    return logits
+
+
+def as_logits(given):
+    """Returns logits (N, classes), float32 on the CPU; of probabilities, which sum to 1, their logarithms."""
+    values = torch.as_tensor(given, device="cpu").detach().float()
+    are_probabilities = (values >= 0).all() and ((values.sum(1) - 1).abs() < 0.02).all()
+    return values.log() if are_probabilities else values
 
 
 def logits_by_name(data, given):

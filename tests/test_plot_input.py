@@ -8,8 +8,10 @@ import math
 import pandas as pd
 import pytest
 import torch
+from helpers import drawn
 
 from normkit import plots
+from normkit.robustness import calibration, plot_calibration
 
 
 def row(**changes):
@@ -37,8 +39,8 @@ def as_tensors(history):
 
 @pytest.mark.parametrize("form", [as_text, as_tensors, lambda history: pd.DataFrame(history).convert_dtypes()])
 def test_numbers_of_a_history_in_other_forms(form):
-    drawn = plots.plot_curves({"mine": form(HISTORY)}).axes[0].lines[1]
-    assert drawn.get_xdata().tolist() == [1, 2, 10] and drawn.get_ydata().tolist() == pytest.approx([1, 0.5, 0.1])
+    line = plots.plot_curves({"mine": form(HISTORY)}).axes[0].lines[1]
+    assert line.get_xdata().tolist() == [1, 2, 10] and line.get_ydata().tolist() == pytest.approx([1, 0.5, 0.1])
 
 
 def test_a_missing_number_of_a_history_is_not_drawn():
@@ -56,3 +58,23 @@ def test_names_that_read_alike_are_told():
     for keys in ((1, "1"), (("batch", 0), "batch, 0")):
         with pytest.raises(ValueError, match=rf"2 of the keys read '{keys[1]}' in a picture"):
             plots.plot_curves(dict.fromkeys(keys, HISTORY))
+
+
+def test_probabilities_are_as_good_as_logits(data):
+    logits = 3 * torch.randn(len(data.test_labels), 10)
+    expected = calibration(logits, data.test_labels)[0]
+    for given in (logits.softmax(1), logits.log_softmax(1), logits.softmax(1).half(), logits.softmax(1).numpy()):
+        assert calibration(given, data.test_labels)[0] == pytest.approx(expected, abs=1e-3)
+        for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes, plots.plot_disagreements):
+            assert drawn(draw(data, given)) == drawn(draw(data, logits))
+    sure = torch.nn.functional.one_hot(data.test_labels.roll(1), 10)  # classes alone
+    assert " 100 %" in drawn(plots.plot_mistakes(data, sure))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_told(data, value):
+    logits = torch.randn(len(data.test_labels), 10)
+    logits[3:5, 2] = value
+    for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes, plots.plot_disagreements):
+        with pytest.raises(ValueError, match="has no finite logits of 2 images"):
+            draw(data, logits)
