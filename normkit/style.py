@@ -49,7 +49,7 @@ def styled(plot):
             fit_text(drawn)  # ticks are made here, in the style of the moment
             interactive = matplotlib.is_interactive()
         matplotlib.interactive(interactive)  # a notebook's first figure turns it on, and the end of the style off again
-        return drawn.figure
+        return drawn.figure.figure  # of a subfigure, the figure around it
 
     return wrapper
 
@@ -88,8 +88,10 @@ def axes_or_new(ax, figsize):
     """Returns the axes given to draw in, or where none are, those of a new figure."""
     if ax is None:
         return subplots(figsize=figsize)[1]
-    if not hasattr(ax, "errorbar"):
-        raise TypeError(f"ax is a {describe(ax)}: give one of matplotlib's axes, such as axes[0]")
+    if getattr(ax, "name", None) != "rectilinear":
+        raise TypeError(
+            f"ax is a {describe(ax)}: give one of matplotlib's axes, such as axes[0], with straight x and y"
+        )
     return ax
 
 
@@ -151,7 +153,8 @@ def label_ends(ax, ends, colors, number):
     for name in reversed(upwards):
         places[name] = min(places[name], edge - half[name])
         edge = places[name] - half[name]
-        end = number.format(ends[name][-1]) if math.isfinite(ends[name][-1]) else "diverged"
+        last = ends[name][-1]
+        end = "diverged" if not math.isfinite(last) else number.format(last) if abs(last) < 1e6 else f"{last:.1e}"
         text = {"va": "center", "color": colors[name], "fontweight": "bold", "fontsize": 10}
         ax.text(1.02, places[name], f"{broken(name)}: {end}", transform=ax.get_yaxis_transform(), **text)
 

@@ -8,7 +8,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from helpers import drawn
+from helpers import drawn, study
+from matplotlib import pyplot as plt
 
 from normkit import plots
 from normkit.robustness import calibration, plot_calibration
@@ -58,6 +59,23 @@ def test_names_that_read_alike_are_told():
     for keys in ((1, "1"), (("batch", 0), "batch, 0")):
         with pytest.raises(ValueError, match=rf"2 of the keys read '{keys[1]}' in a picture"):
             plots.plot_curves(dict.fromkeys(keys, HISTORY))
+
+
+def test_a_huge_number_leaves_room_for_the_curves():
+    figure = plots.plot_curves([row(epoch=epoch, test_loss=10.0 ** (10 * epoch)) for epoch in (1, 2, 3)])
+    assert "run: 1.0e+30" in drawn(figure)
+    left, right = (ax.get_window_extent().width for ax in figure.axes)
+    assert left == pytest.approx(right, rel=0.2)
+
+
+def test_axes_may_be_of_a_subfigure_and_have_to_be_straight():
+    rows = study(norm=["batch"], batch_size=[2, 4], seed=range(2))
+    figure = plt.figure(layout="constrained")
+    assert plots.plot_batch_sizes(rows, figure.subfigures(1, 2)[1].subplots()) is figure
+    for projection in ("polar", "3d"):
+        with pytest.raises(TypeError, match=r"ax is a \w*Axes\w*: give one of matplotlib's axes, .* straight x and y"):
+            plots.plot_batch_sizes(rows, plt.figure().add_subplot(projection=projection))
+    plt.close("all")
 
 
 def test_probabilities_are_as_good_as_logits(data):
