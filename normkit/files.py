@@ -89,7 +89,9 @@ def read_state(file):
             file.seek(0)
         return with_arrays(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors and plain values, and is not read: delete it") from error
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, and is not read: name another file, or delete it"
+        ) from error
     except PermissionError:
         raise
     except Exception:  # each damaged byte has an error of its own in zipfile and torch

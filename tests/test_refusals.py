@@ -108,6 +108,12 @@ def test_a_file_of_somebody_elses_is_no_checkpoint(data, tmp_path, content):
         utils.run("batch", data, 1, seed=None, device="cpu", checkpoint=tmp_path / "c", progress=False)
 
 
+def test_a_whole_network_that_was_saved_is_not_to_be_deleted(data, tmp_path):
+    torch.save(linear(), tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="mine.pt holds more than tensors and plain values.*: name another file, or"):
+        utils.run("batch", data, 1, device="cpu", checkpoint=tmp_path / "mine.pt", progress=False)
+
+
 def test_complex_logits_are_told(loaders):
     class Complex(nn.Module):
         def forward(self, x):
