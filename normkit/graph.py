@@ -54,9 +54,10 @@ class Graphed(nn.Module):
 
     def inspect(self):
         """Returns an Inspection of the network as it is now; graphs of what it was before are given up."""
-        if self.inspection is None or not self.inspection.is_current():
+        model = self.model
+        if self.inspection is None or not self.inspection.is_current(model):
             self.graphs.clear()
-            self.inspection = Inspection(self.model, DEVICE)
+            self.inspection = Inspection(model, DEVICE)
         return self.inspection
 
 

@@ -106,6 +106,19 @@ def test_settings_that_may_change_in_place_are_the_modules_matter(attribute, mod
     assert fused.reason.startswith(f"{module} has") and torch.equal(fused(IMAGES), net(IMAGES))
 
 
+@pytest.mark.parametrize("put", [setattr, lambda network, name, net: network._modules.update({name: net})])
+def test_another_model_in_its_place_is_the_one_that_is_computed(put):
+    """As one whose weights are an average of the first one's."""
+    nets = [model.Net("group", dropout=0) for _ in range(2)]
+    fused = fuse(nets[0])
+    fused(IMAGES)
+    put(fused, "model", nets[1])
+    logits = fused(IMAGES)
+    torch.testing.assert_close(logits, nets[1](IMAGES), rtol=1e-3, atol=1e-4)
+    logits.sum().backward()
+    assert fused.reason is None and nets[0].C10.bias.grad is None and nets[1].C10.bias.grad is not None
+
+
 def test_attributes_of_ones_own_do_no_harm():
     net = model.Net("group", dropout=0)
     fused = fuse(net)

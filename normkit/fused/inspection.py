@@ -40,13 +40,13 @@ class Inspection:
         self.frozen = any(type(norm) is nn.BatchNorm2d and not norm.training for norm in norms)
         self.prepare_call = functools.lru_cache(functools.partial(prepare_call, layers))
 
-    def is_current(self):
-        """Whether nothing of what was looked at has changed but numbers: one attribute more or less is a change.
+    def is_current(self, net):
+        """Whether it is of this network, of which nothing has changed but numbers: one attribute more is a change.
 
         A module's attributes are compared by identity, as a == of somebody's own may say anything, and so are those
         that its dicts hold: hooks, parameters, buffers and children.
         """
-        if self.reason is not None:
+        if self.reason is not None or net is not self.net:
             return False
         modules, values = self.modules, chain.from_iterable(map(dict.values, self.dicts))
         try:

@@ -60,9 +60,9 @@ class Fused(nn.Module):
 
     def inspect(self):
         """Returns an Inspection of the model as it is now."""
-        inspection = self.inspection  # read once: another thread may be here
-        if inspection is None or not inspection.is_current():
-            inspection = self.inspection = Inspection(self.model)
+        inspection, model = self.inspection, self.model  # read once: another thread may be here
+        if inspection is None or not inspection.is_current(model):
+            inspection = self.inspection = Inspection(model)
         return inspection
 
     def run_modules(self, images, reason):
