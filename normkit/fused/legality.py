@@ -30,11 +30,12 @@ NUMBERS = int, float
 
 # What the kernel stands in for, as it was when this was imported: somebody may replace it later.
 KINDS = {*CHILDREN.values(), model.Net, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
-CALLED = [(kind, "forward") for kind in KINDS] + [(nn.Conv2d, "_conv_forward"), (model, "check_images")]
-CALLED += [(nn.Module, name) for name in ("__call__", "_call_impl")]
+CALLED = [(kind, name) for name in ("__call__", "_call_impl", "forward") for kind in (nn.Module, *KINDS)]
+CALLED += [(nn.Conv2d, "_conv_forward"), (model, "check_images")]
 CALLED += [(F, name) for name in "conv2d batch_norm group_norm relu dropout2d max_pool2d linear".split()]
 CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
-REPLACED = {"forward", "_call_impl", "_conv_forward", "weight", "bias"}  # what an instance may have of its own
+# What an instance may have of its own: a forward, what compile() makes of it, a tensor that is no parameter.
+REPLACED = {"forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "weight", "bias"}
 
 
 def replaced(called):
@@ -165,8 +166,10 @@ def of_network(net, device_type="cpu"):
     for module in (net, *children.values(), *parts):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             yield f"{name_of(module, net)} has a hook"
-        if not REPLACED.isdisjoint(module.__dict__):
-            yield f"{name_of(module, net)} has a forward, weight or bias of its own"
+        # An attribute goes before a parameter, a buffer or a module of the same name.
+        hiding = REPLACED.union(module._parameters, module._buffers, module._modules).intersection(module.__dict__)
+        if hiding:
+            yield f"{name_of(module, net)} has a {min(hiding)} of its own"
     for module in (*parts, *children.values()):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type != device_type:
@@ -226,7 +229,8 @@ def of_norm(norm, K):
     tensors = parameters_of(norm)
     if type(norm) is nn.BatchNorm2d:
         statistics = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
-        if not norm.track_running_stats or any(each is None for each in (*statistics, norm.momentum)):
+        counted = norm.track_running_stats and "num_batches_tracked" in norm._buffers
+        if not counted or any(each is None for each in (*statistics, norm.momentum)):
             yield norm, "keeps no exponential running average"
         elif not is_number(norm.momentum):
             yield norm, f"has momentum={norm.momentum!r}"
