@@ -5,6 +5,7 @@ import gc
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import QUIET, stand_in
@@ -57,6 +58,8 @@ CHANGES = {  # done to a network that the kernel has computed before
     "a weight's memory": lambda net: setattr(net.C4.conv.weight, "data", torch.randn(32, 32, 3, 3)),
     "a weight's layout": lambda net: net.to(memory_format=torch.channels_last),
     "a weight's dtype": lambda net: setattr(net.C4.conv.weight, "data", torch.randn(32, 32, 3, 3).double()),
+    "a weight's shape": lambda net: setattr(net.C4.conv.weight, "data", torch.randn(9)),
+    "a weight's only number": lambda net: setattr(net.C4.conv.weight, "data", torch.tensor(1.0)),
     "a weight behind a minus sign": lambda net: setattr(
         net.C4.conv.weight, "data", torch._neg_view(net.C4.conv.weight.data)
     ),
@@ -96,6 +99,45 @@ def test_one_number_replaced_by_an_equal_one_is_another_parameter():
     net.C10.bias = nn.Parameter(net.C10.bias.detach().clone())
     fused(IMAGES).sum().backward()
     assert fused.reason is None and float(net.C10.bias.grad) == 4
+
+
+SETTINGS = [  # module, attribute, value, and whether PyTorch's modules take it
+    ("C4.norm", "num_groups", -4, False),
+    ("C4.norm", "num_groups", 0, False),
+    ("C4.norm", "num_groups", 4.0, False),
+    ("C4.norm", "num_groups", np.int64(4), True),
+    ("C4.dropout", "training", 1, False),
+    ("C4.dropout", "inplace", True, False),
+    ("C4.conv", "groups", True, False),
+    ("C4.conv", "kernel_size", np.array([3, 3]), True),
+    ("c3", "stride", np.int64(2), True),
+    ("c3", "stride", [1, 1], True),
+    ("C10", "padding", np.float32(0.3), True),
+    ("P1", "padding", False, False),
+    ("P1", "ceil_mode", 0, False),
+    ("P1", "return_indices", 0, True),
+]
+
+
+@pytest.mark.parametrize("module, attribute, value, taken", SETTINGS)
+def test_settings_of_other_kinds_are_the_modules_matter(module, attribute, value, taken):
+    """Whether they compute with them, or say what is wrong."""
+    net = model.Net("group", dropout=0.2)
+    fused = fuse(net)
+    fused(IMAGES)
+    setattr(net.get_submodule(module), attribute, value)
+    results = []
+    for network in (fused, net):
+        torch.manual_seed(0)
+        try:
+            logits = network(IMAGES)
+            logits.sum().backward()
+        except (RuntimeError, TypeError, ZeroDivisionError) as error:
+            assert not taken
+            results.append(str(error))
+        else:
+            results.append(logits.tolist())
+    assert results[0] == results[1] and module in fused.reason
 
 
 @pytest.mark.parametrize("attribute, module", [("skip", "the network"), ("num_groups", "C4.norm")])

@@ -195,31 +195,28 @@ def of_layer(layer, width):
     """Yields (module, reason) for what is wrong with a layer of `width` input channels."""
     conv = layer.conv
     size = 3 if layer.kind == params.CONV_NORM_RELU else 1
-    expected = (width, (size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
     if type(conv) is not (model.Conv2d if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
         yield conv, f"is a {type(conv).__name__}"
         return
     weight, bias = parameters_of(conv)
     yield from of_tensors(conv, weight, bias)
-    K, C = weight.shape[0], weight.shape[1]
-    if (C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != expected:
+    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    expected = (size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros"
+    if weight.shape[1:2] != (width,) or not are(settings, expected):
         yield conv, f"is another convolution than {size}×{size} of {width} channels"
-    if weight.shape != (K, C, size, size) or bias.shape != (K,):
+    K = weight.shape[0]
+    if weight.shape != (K, width, size, size) or bias.shape != (K,):
         yield conv, f"has a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)}"
-    if (K if layer.kind == params.CONV_NORM_RELU else C) % 16:
-        yield conv, f"has {K} output and {C} input channels: the kernel's vectors take multiples of 16"
+    if (K if layer.kind == params.CONV_NORM_RELU else width) % 16:
+        yield conv, f"has {K} output and {width} input channels: the kernel's vectors take multiples of 16"
     if layer.kind == params.CONV_NORM_RELU:
         yield from of_norm(layer.norm, K)
-        if type(layer.dropout) is not nn.Dropout2d:
-            yield layer.dropout, f"is a {type(layer.dropout).__name__}"
-        elif not is_number(layer.dropout.p) or not 0 <= layer.dropout.p <= 1:
-            yield layer.dropout, f"has p={layer.dropout.p!r}"
+        yield from of_dropout(layer.dropout)
     elif layer.kind == params.CONV1X1_MAXPOOL:
         pool = layer.pool
-        if (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) != (2, 2, 0, 1, False):
+        settings = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices
+        if not are(settings, (2, 2, 0, 1, False, False)):
             yield pool, "is another pooling than 2×2"
-        if pool.return_indices:
-            yield pool, "returns indices"
 
 
 def of_norm(norm, K):
@@ -235,13 +232,22 @@ def of_norm(norm, K):
         elif not is_number(norm.momentum):
             yield norm, f"has momentum={norm.momentum!r}"
         tensors += statistics
-    elif not is_number(norm.num_groups) or K % norm.num_groups:
+    elif type(norm.num_groups) is not int or norm.num_groups < 1 or K % norm.num_groups:
         yield norm, f"has {norm.num_groups!r} groups for {K} channels"
     if not is_number(norm.eps) or not norm.eps > 0:
         yield norm, f"has eps={norm.eps!r}"
     yield from of_tensors(norm, *tensors)
     if any(tensor.shape != (K,) for tensor in tensors):
         yield norm, f"is for another number of channels than {K}"
+
+
+def of_dropout(dropout):
+    if type(dropout) is not nn.Dropout2d:
+        yield dropout, f"is a {type(dropout).__name__}"
+    elif not is_number(dropout.p) or not 0 <= dropout.p <= 1:
+        yield dropout, f"has p={dropout.p!r}"
+    elif type(dropout.training) is not bool or dropout.inplace is not False:
+        yield dropout, f"has training={dropout.training!r} and inplace={dropout.inplace!r}"
 
 
 def of_tensors(module, *tensors):
@@ -256,6 +262,11 @@ def of_tensors(module, *tensors):
             yield module, f"has a tensor of strides {tensor.stride()}"
         elif tensor.is_neg():
             yield module, "holds a negative view"
+
+
+def are(settings, expected):
+    """Whether settings are these, of these types: modules refuse many another, and an array's == is no answer."""
+    return all(type(setting) is type(each) and setting == each for setting, each in zip(settings, expected))
 
 
 def is_number(value):
