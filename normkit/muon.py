@@ -1,6 +1,7 @@
 """Muon, all its matrices orthogonalised together."""
 
 import math
+from itertools import chain
 
 import pytorch_optimizer  # takes a second, and brings a hundred other optimizers: to be imported where it is used
 import torch
@@ -24,7 +25,11 @@ class Muon(pytorch_optimizer.Muon):
             return super()._step_foreach_group(group)
         states = [self.state[p] for p in params]
         if not group["use_muon"]:
-            return step_vectors(group, params, states)
+            averages, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            tensors = params, [p.grad for p in params], averages, squares
+            if not all(map(torch.Tensor.is_contiguous, chain(*tensors))):  # a fused AdamW takes memory as it lies
+                return super()._step_foreach_group(group)
+            return step_vectors(group, *tensors)
         if group["ns_method"] != "newton_schulz" or group["use_adjusted_lr"] or group.get("cautious"):
             return super()._step_foreach_group(group)
         step_matrices(group, params, states)
@@ -38,13 +43,11 @@ def are_alike(params):
     return len(kinds) == 1 and dtype in (torch.float32, torch.float64) and fast
 
 
-def step_vectors(group, params, states):
+def step_vectors(group, params, gradients, averages, squares):
     """Changes params by a step of AdamW, in place."""
-    averages, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-    steps = torch.full((len(params),), group["step"] - 1.0, device=params[0].device).unbind()
+    steps = torch.full((len(params),), group["step"] - 1.0, dtype=torch.float32, device=params[0].device).unbind()
     beta1, beta2 = group["betas"]
     settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
-    gradients = [p.grad for p in params]
     adamw(
         params, gradients, averages, squares, [], list(steps), fused=True,
         amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, **settings,
@@ -58,7 +61,7 @@ def step_matrices(group, params, states):
     torch._foreach_lerp_(momenta, updates, 1 - momentum)
     updates = torch._foreach_lerp(updates, momenta, momentum) if group["nesterov"] else momenta
     coefficients = [group["ns_coeffs"][min(i, len(group["ns_coeffs"]) - 1)] for i in range(group["ns_steps"])]
-    matrices = [update.flatten(1) for update in updates]
+    matrices = [update.reshape(len(update), -1) for update in updates]  # of a vector one column
     shapes = [matrix.shape for matrix in matrices]
     scales = [-group["lr"] * math.sqrt(max(1, rows / columns)) for rows, columns in shapes]
     steps = orthogonalise(matrices, coefficients, scales)

@@ -189,6 +189,51 @@ def test_the_librarys_other_ways_stay(options):
     torch.testing.assert_close(parameters[2], twins[2], rtol=0, atol=1e-6 * differ)
 
 
+LAYOUTS = {
+    "a gradient's": lambda p: setattr(p, "grad", p.grad.T.contiguous().T),
+    "one number for all": lambda p: setattr(p, "grad", p.grad[:1, :1].expand_as(p)),
+    "the parameter's": lambda p: setattr(p, "data", p.data.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("use_muon", [True, False])
+@pytest.mark.parametrize("change", LAYOUTS)
+def test_muon_heeds_how_gradients_and_parameters_lie(change, use_muon):
+    """Beside a copy of which all lie in the same way."""
+    parameters = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+    twins = copy.deepcopy(parameters)
+    optimizers = [muon.Muon([{"params": each, "use_muon": use_muon}], adamw_lr=0.1) for each in (parameters, twins)]
+    for step in range(3):
+        for p, twin in zip(parameters, twins):
+            p.grad = torch.randn(4, 6)
+            if step == 1:
+                LAYOUTS[change](p)
+            twin.grad = p.grad.contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(parameters, twins)
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_muon_takes_any_default_dtype_and_vectors_among_the_matrices(default):
+    shapes = (4, 6), (5,)
+    results = []
+    for kind, dtype in ((muon.Muon, default), (pytorch_optimizer.Muon, torch.float32)):
+        torch.manual_seed(0)
+        groups = [{"params": [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]} for _ in range(2)]
+        results.append([p for group in groups for p in group["params"]])
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = kind([group | {"use_muon": use} for group, use in zip(groups, (True, False))])
+            for p in results[-1]:
+                p.grad = torch.ones_like(p).cumsum(-1)
+            for _ in range(3):
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*results, rtol=0, atol=5e-3)  # the library's iteration is in bfloat16
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 5, 9, 10, 25, 100])
 def test_one_cycle_rises_to_the_rate_and_falls_towards_zero(steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
