@@ -137,7 +137,7 @@ def train(
     closure_needed = optim.needs_closure(optimizer)
     fast = fast_loss(network, criterion, compute_dtype)
     network.train()
-    optim.set_mode(optimizer, "train")
+    optim.begin(optimizer)
 
     def read_metrics():
         if not sound:

@@ -5,7 +5,7 @@ import inspect
 import math
 import warnings
 
-from torch import Tensor
+from torch import Tensor, empty_like
 from torch.optim import LBFGS, Optimizer, lr_scheduler
 
 from normkit.objects import attributes_of
@@ -34,6 +34,25 @@ def set_mode(optimizer, mode):
     """Calls optimizer.train() or optimizer.eval() where there is one: schedule-free optimizers swap weights there."""
     if callable(switch := getattr(optimizer, mode, None)):
         switch()
+
+
+def begin(optimizer):
+    """Makes an optimizer ready for training: in that mode, and with its state where it looks for it."""
+    set_mode(optimizer, "train")
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                lay_out(getattr(optimizer, "state", {}).get(parameter, {}), parameter)
+
+
+def lay_out(state, parameter):
+    """Gives tensors of the parameter's shape its strides, too: fused optimizers take both as they lie in memory.
+
+    A checkpoint may be of another memory format, and so may a model since to(memory_format=...).
+    """
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            state[name] = empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def check_optimizer(optimizer, model, scheduler=None):

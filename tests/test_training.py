@@ -56,6 +56,21 @@ def test_an_epoch_equals_plain_sgd(data):
     torch.testing.assert_close(net.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_optimizers_find_their_state_when_a_model_is_laid_out_anew(name):
+    weights, loader = [], utils.get_loaders(stand_in(24, 10), 24, device="cpu")[0]
+    for fused in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(torch.optim, name)(net.parameters(), 0.01, **options, fused=fused)
+        for memory_format in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+            net.to(memory_format=memory_format)
+            utils.train(net, loader, optimizer, precision="float32", **QUIET)
+        weights.append(net.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
 def test_a_plain_dataloader_will_do(data, device):
     images, labels = everything(utils.get_loaders(data, 64, device="cpu")[1])
     loader = DataLoader(TensorDataset(images, labels), 30)
