@@ -171,6 +171,17 @@ def test_a_subclass_and_other_models_run_as_they_are():
             assert torch.equal(fused.eval()(IMAGES), net(IMAGES))
 
 
+def test_a_subclass_in_the_networks_place_runs_as_it_is(monkeypatch):
+    class Doubled(model.Net):
+        def forward(self, images):
+            return 2 * super().forward(images)
+
+    monkeypatch.setattr(model, "Net", Doubled)
+    fused = fuse(model.Net("layer", dropout=0))
+    assert fused.reason == "the model is a Doubled: the kernel computes model.Net alone"
+    assert torch.equal(fused(IMAGES), fused.model(IMAGES))
+
+
 class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))

@@ -22,14 +22,16 @@ from normkit.fused.layers import layers_of, parameters_of
 
 MAX_PIXELS = 40 * 40  # of an image: in larger maps the kernel's float32 sums lose digits of a norm's variance
 
-CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), model.ConvBlock)
+# The classes as they were when this was imported: somebody may put a subclass in their place.
+NET, BLOCK = model.Net, model.ConvBlock
+CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), BLOCK)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
 CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
 PARTS = ("conv", "norm", "dropout")  # of a ConvBlock
 NUMBERS = int, float
 
 # What the kernel stands in for, as it was when this was imported: somebody may replace it later.
-KINDS = {*CHILDREN.values(), model.Net, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
+KINDS = {*CHILDREN.values(), NET, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
 CALLED = [(kind, name) for name in ("__call__", "_call_impl", "forward") for kind in (nn.Module, *KINDS)]
 CALLED += [(nn.Conv2d, "_conv_forward"), (model, "check_images")]
 CALLED += [(F, name) for name in "conv2d batch_norm group_norm relu dropout2d max_pool2d linear".split()]
@@ -147,8 +149,8 @@ PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
 
 def of_network(net, device_type="cpu"):
     """model.Net with its own kinds of modules, in float32 on a kind of device, and nobody watching them."""
-    if type(net) is not model.Net:
-        again = " as it was before model was reloaded" if type(net).__qualname__ == "Net" else ""
+    if type(net) is not NET:
+        again = " of another loading of model.py" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
         return
     children = net._modules
@@ -158,7 +160,7 @@ def of_network(net, device_type="cpu"):
             return
     parts = []
     for name, kind in CHILDREN.items():
-        if kind is model.ConvBlock:
+        if kind is BLOCK:
             parts += [children[name]._modules.get(part) for part in PARTS]
             if None in parts or len(children[name]._modules) != len(PARTS):
                 yield f"{name} lacks a part, or has one more"
@@ -195,7 +197,7 @@ def of_layer(layer, width):
     """Yields (module, reason) for what is wrong with a layer of `width` input channels."""
     conv = layer.conv
     size = 3 if layer.kind == params.CONV_NORM_RELU else 1
-    if type(conv) is not (model.Conv2d if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
+    if type(conv) is not (CHILDREN["C10"] if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
         yield conv, f"is a {type(conv).__name__}"
         return
     weight, bias = parameters_of(conv)
