@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from model import Net
+import model as networks  # of which a notebook may have loaded another since
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
 from normkit.backend import BACKENDS, choose_backend, evaluating, fast_loss, plain_model
@@ -474,7 +474,7 @@ def run(
     checks.check_choice("backend", backend, BACKENDS)
     with generators_preserved(get_device(device)):
         seed_everything(seed)
-        model = Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain)
+        model = networks.Net(norm, recipe.num_groups, recipe.dropout, recipe.skip, recipe.head_gain)
         check_data(data, model.C10.out_channels)
         device, device_line = choose_device(device, model, backend)
         dtype = choose_precision(precision, device)

@@ -1,6 +1,8 @@
 """Many runs into one file."""
 
 import contextlib
+import functools
+import importlib
 import inspect
 import itertools
 import os
@@ -48,13 +50,17 @@ def is_single(choice):
 
 
 class Planned(NamedTuple):
-    """A run that keywords of utils.run ask for. Another process may know other recipes by name, so it has its own."""
+    """A run that keywords of utils.run ask for. Another process may know other recipes by name, so it has its own.
+
+    network: a mark of the network that is meant.
+    """
 
     norm: str
     epochs: int
     seed: int
     recipe: Recipe
     keywords: dict
+    network: str
 
 
 def plan(keywords):
@@ -67,25 +73,39 @@ def plan(keywords):
     if seed is None:
         raise ValueError("seed=None: a study finds its runs again by their seeds; grid(seed=range(5), ...) has five")
     recipe = get_recipe(settings.pop("recipe", None) or "classic", **settings)
-    return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords)
+    return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords, mark_of_network(model.Net))
 
 
 def run_key(planned, data_line):
     """Returns the settings of a run in one line; two runs with the same line are the same."""
-    norm, epochs, seed, recipe, keywords = planned
+    norm, epochs, seed, recipe, keywords, network = planned
     chosen = [f" {name}={keywords[name]}" for name in CHOICES if keywords.get(name, "auto") != "auto"]
-    return f"{data_line}: norm={norm}{code_of(norm)} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
+    return f"{data_line}: norm={norm}{code_of(norm)}{network} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
 
 
 def code_of(norm):
-    """Returns a mark of what a norm or a model.py of somebody's own is made of: another code makes another run."""
-    builder, mark = model.NORMS.get(norm), ""
-    if builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model"):
-        mark = f"#{mark_of(builder)}"
-    with contextlib.suppress(OSError):  # there is no source
-        of_model = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
-        mark += f" model#{of_model:08x}" if of_model != MARK else ""
-    return mark
+    """Returns a mark of what a norm of somebody's own is made of: another code makes another run."""
+    builder = model.NORMS.get(norm)
+    is_own = builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model")
+    return f"#{mark_of(builder)}" if is_own else ""
+
+
+@functools.cache
+def mark_of_network(network):
+    """Returns a mark of a network that is not model.py's as it came.
+
+    The file may be edited, and then say what this process has not loaded: it is read once for each network.
+    """
+    if network.__module__ != "model":
+        return f" model#{mark_of(network)}"
+    try:
+        mark = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
+    except OSError:  # there is no source
+        return ""
+    return f" model#{mark:08x}" if mark != MARK else ""
+
+
+mark_of_network(model.Net)  # now, for later
 
 
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):
@@ -165,7 +185,14 @@ def describe_error(error):
 
 def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     """Returns the rows of a run and None, or None and the error that ended it as text."""
-    norm, epochs, seed, recipe, keywords = planned
+    norm, epochs, seed, recipe, keywords, network = planned
+    if mark_of_network(model.Net) != network:  # a worker may be older than what the notebook has loaded since
+        importlib.reload(model)
+    if mark_of_network(model.Net) != network:
+        return (
+            None,
+            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited",
+        )
     if builder is not None:
         model.NORMS[norm] = builder.value
     asked, finished = describe_request(planned, data), []
@@ -225,7 +252,7 @@ def can_write(folder):
 
 def describe_request(planned, data):
     """Returns the columns that the rows of a run have in common: what was asked, on what data."""
-    norm, epochs, seed, recipe, keywords = planned
+    norm, epochs, seed, recipe, keywords, _ = planned
     asked = {"data": data.name, "recipe": keywords.get("recipe") or "classic", "epochs": epochs, "seed": seed}
     asked |= {"batch_size": recipe.batch_size, "num_groups": recipe.num_groups, "base_lr": recipe.lr, "norm": norm}
     further = {name: value for name, value in keywords.items() if name not in {*asked, "on_epoch"}}
@@ -235,7 +262,7 @@ def describe_request(planned, data):
 
 def describe_machine(planned, device):
     """Returns the columns that say where and by what a run was computed."""
-    norm, _, _, recipe, keywords = planned
+    norm, _, _, recipe, keywords, _ = planned
     net, backend = model.Net(norm, recipe.num_groups), keywords.get("backend", "auto")
     device, _ = choose_device(device, net, backend)
     precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
