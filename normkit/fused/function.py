@@ -204,13 +204,9 @@ def draw_dropout_scales(blocks, N):
     if not any(drop):
         return [None] * len(blocks)
     sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
-    memory = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
-    scales = memory.split(sizes)
+    scales = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)
     for scale, p in zip(scales, drop):
         if p:
             scale.bernoulli_(1 - p) if p < 1 else scale.zero_()
-    if len(set(drop)) == 1:  # one operation in place of eight
-        memory.div_(1 - drop[0] or 1.0)
-    else:
-        torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
+    torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
     return [scale if p else None for scale, p in zip(scales, drop)]
