@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import os
 import pickle
@@ -31,6 +32,12 @@ def pytest_cmdline_main(config):
     unset = getattr(option, "numprocesses", 0) is None and option.dist == "no"
     if unset and not some and not interactive and not hasattr(config, "workerinput"):
         option.numprocesses, option.dist = 2, "worksteal"
+
+
+def pytest_collection_finish():
+    """Spares Python the search through all that was imported, which many small objects set off: 5 % of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

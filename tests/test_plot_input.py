@@ -81,10 +81,12 @@ def test_axes_may_be_of_a_subfigure_and_have_to_be_straight():
 def test_probabilities_are_as_good_as_logits(data):
     logits = 3 * torch.randn(len(data.test_labels), 10)
     expected = calibration(logits, data.test_labels)[0]
+    draws = plot_calibration, plots.plot_confusions, plots.plot_mistakes, plots.plot_disagreements
+    pictures = {draw: drawn(draw(data, logits)) for draw in draws}
     for given in (logits.softmax(1), logits.log_softmax(1), logits.softmax(1).half(), logits.softmax(1).numpy()):
         assert calibration(given, data.test_labels)[0] == pytest.approx(expected, abs=1e-3)
-        for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes, plots.plot_disagreements):
-            assert drawn(draw(data, given)) == drawn(draw(data, logits))
+        for draw, picture in pictures.items():
+            assert drawn(draw(data, given)) == picture
     sure = torch.nn.functional.one_hot(data.test_labels.roll(1), 10)  # classes alone
     assert " 100 %" in drawn(plots.plot_mistakes(data, sure))
 
