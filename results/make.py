@@ -171,6 +171,7 @@ STUDIES = (
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = "seeds", "batch_sizes", "groups", "learning_rates", "league"
 PICTURES = {study: getattr(plots, f"plot_{study}") for study in PICTURES}
+PICTURES["batch_sizes_whole"] = plots.plot_batch_sizes
 
 
 def why(data, batches=34, rates=(0.05, 0.1, 0.2, 0.4)):

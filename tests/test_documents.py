@@ -227,6 +227,20 @@ def test_what_is_said_of_batch_sizes_and_groups():
     assert groups["channels"] < groups.drop("channels").min() - 10
 
 
+def test_what_is_said_of_batch_sizes_with_all_images():
+    last = last_epochs(rows_of("batch_sizes_whole"))
+    means = last.groupby(["batch_size", "norm"])["test_acc"].mean().unstack()
+    seeds = last.groupby(["batch_size", "norm"]).size().unstack()
+    assert means.shape == (8, 3) and (seeds.loc[[128, 512]] == 3).all(axis=None) and seeds.notna().all(axis=None)
+    assert f"{len(last)} of its 72 runs" in RESULTS
+    assert (means.loc[64:, "batch"] > means.loc[64:, ["group", "layer"]].max(axis=1)).all()
+    middle = means.loc[8:32]
+    assert (middle.max(axis=1) - middle.min(axis=1) < 1).all()
+    others = means[["group", "layer"]].mean(axis=1)
+    assert round(others[2] - means["batch"][2]) == 5 and round(means["batch"][128] - means["batch"][2]) == 8
+    assert [round(means[norm][128] - means[norm][2]) for norm in ("group", "layer")] == [3, 3]
+
+
 def test_the_outputs_are_of_the_run_that_the_readme_shows():
     text = "".join(o.get("text", "") for cell in NOTEBOOK.cells for o in cell.get("outputs", []) if "text" in o)
     last = rows_of("histories").groupby("norm", sort=False).last()
