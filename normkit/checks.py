@@ -141,10 +141,8 @@ def check_loss(loss, criterion, needs_grad=True):
     """Returns a criterion's loss, if it is the mean over a batch as one number."""
     if not isinstance(loss, Tensor) or loss.dim():
         raise TypeError(f"the criterion returns {describe(loss)}: expected one number, the mean loss of the batch")
-    if getattr(criterion, "reduction", "mean") != "mean":
-        raise ValueError(
-            f"the criterion has reduction={criterion.reduction!r}: expected 'mean', the mean loss of the batch"
-        )
+    if getattr(criterion, "reduction", None) == "sum":  # "batchmean" is a mean; with "none" a class takes its own
+        raise ValueError("the criterion has reduction='sum': expected 'mean', the mean loss of the batch")
     if needs_grad and not loss.requires_grad and not torch.is_grad_enabled():
         raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")
     if needs_grad and not loss.requires_grad:

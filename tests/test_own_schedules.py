@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fit, linear, same
+from helpers import everything, fit, linear, same
 from pytorch_optimizer import ScheduleFreeSGD
 from torch import nn
 from torch.optim import lr_scheduler
@@ -227,6 +227,26 @@ def test_a_criterion_gives_the_mean_of_a_batch_or_is_refused(loaders, criterion,
             call()
     with pytest.raises(ValueError, match="all of them frozen"):
         fit(linear().requires_grad_(False), loaders)
+
+
+class OwnMean(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(reduction="none")
+
+    def forward(self, logits, labels):
+        return super().forward(logits, labels).square().mean()
+
+
+@pytest.mark.parametrize("criterion", [nn.KLDivLoss(reduction="batchmean"), OwnMean()])
+def test_a_mean_may_have_another_name(loaders, criterion):
+    images, labels = everything(loaders[1])
+    targets = F.one_hot(labels, 10).float() if isinstance(criterion, nn.KLDivLoss) else labels
+    net = nn.Sequential(linear(), nn.LogSoftmax(1))
+    expected = criterion(net(images), targets).item()
+    assert utils.test(net, [(images, targets)], criterion=criterion).loss == pytest.approx(expected, rel=1e-5)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    trained = utils.train(net, [(images, targets)], optimizer, criterion=criterion, progress=False)
+    assert trained.loss == pytest.approx(expected, rel=1e-5)
 
 
 class GradualWarmup(lr_scheduler.LRScheduler):
