@@ -1,7 +1,6 @@
 """Where the kernel cannot compute what is asked, the modules run, and the reason says why."""
 
 import copy
-import os
 import subprocess
 import sys
 import warnings
@@ -327,30 +326,26 @@ EDITS = {
 
 
 def test_who_edits_the_network_in_model_py_gets_that_network(tmp_path):
-    """In a process of its own, where each model.py is imported as if it were the first."""
-    source = Path(model.__file__).read_text(encoding="utf-8")
-    for i, (old, new, _) in enumerate(EDITS.values()):
+    root, folders = Path(model.__file__).parent, [tmp_path / edit for edit in EDITS]
+    source = (root / "model.py").read_text(encoding="utf-8")
+    for folder, (old, new, _) in zip(folders, EDITS.values()):
         assert source.count(old) == 1
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "model.py").write_text(source.replace(old, new), encoding="utf-8")
-    script = f"""if True:
+        folder.mkdir()
+        (folder / "model.py").write_text(source.replace(old, new), encoding="utf-8")
+    script = """if True:  # each model.py is imported as if it were the first
         import sys, torch
-        for i in range({len(EDITS)}):
-            sys.path.insert(0, str(i))
-            for name in [name for name in sys.modules if name.split(".")[0] in ("model", "normkit", "utils")]:
-                del sys.modules[name]
-            import model
-            from normkit.fused import fuse
-            fused, images = fuse(model.Net("group", dropout=0)), torch.randn(2, 3, 32, 32)
+        for folder in sys.argv[1:]:
+            sys.path.insert(0, folder)
+            [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in ("model", "normkit")]
+            import model, normkit.fused
+            fused, images = normkit.fused.fuse(model.Net("group", dropout=0)), torch.randn(2, 3, 32, 32)
             torch.testing.assert_close(fused(images), fused.model(images))
             print(fused.reason)
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(model.__file__).parent)}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *folders], cwd=root, capture_output=True, text=True)
     other = "{} in model.py is another one than the kernel was written for".format
-    expected = [str(edited and other(edited)) for _, _, edited in EDITS.values()]
-    assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
+    reasons = [str(edited and other(edited)) for _, _, edited in EDITS.values()]
+    assert (done.returncode, done.stdout.splitlines()) == (0, reasons), done.stderr
 
 
 def test_a_gradient_without_memory_of_its_own_or_behind_a_minus_sign():
