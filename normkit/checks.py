@@ -58,7 +58,9 @@ def describe(value):
 
 def length_of(loader):
     """Returns a loader's number of batches."""
-    if hasattr(loader, "__next__") and not hasattr(loader, "__getitem__"):
+    # A class of somebody's own may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.
+    begins_anew = hasattr(loader, "__len__") and not type(loader).__module__.startswith("torch.")
+    if hasattr(loader, "__next__") and not hasattr(loader, "__getitem__") and not begins_anew:
         raise TypeError(f"the loader is a {type(loader).__name__}, used up after one pass: give the DataLoader itself")
     try:
         return len(loader)

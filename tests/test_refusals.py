@@ -69,6 +69,24 @@ def test_an_iterator_is_refused_before_it_is_used_up(loaders):
         fit(linear(), (iter(DataLoader(loaders[0].dataset, 32)), loaders[1]), epochs=2)
 
 
+def test_a_loader_may_be_its_own_iterator(loaders):
+    class Prefetcher:
+        def __len__(self):
+            return len(loaders[1])
+
+        def __iter__(self):
+            self.batches = iter(loaders[1])
+            return self
+
+        def __next__(self):
+            return next(self.batches)
+
+    nets = linear(), linear()
+    for net, loader in zip(nets, (loaders[1], Prefetcher())):
+        fit(net, (loader, loader), epochs=2)
+    assert all(map(torch.equal, *(net.state_dict().values() for net in nets)))
+
+
 def test_gradients_that_are_switched_off_are_told(loaders):
     for off in (torch.no_grad, torch.inference_mode):
         with off(), pytest.raises(RuntimeError, match="gradients are switched off here: call this outside"):
