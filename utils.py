@@ -1,12 +1,12 @@
 """The experiment around the network: loaders, training, recipes, one whole run."""
 
 import copy
-import functools
 import math
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from normkit.fused import fuse
 from normkit.identity import settings_of
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, is_stateful, seed_everything
+from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, seed_everything, states_in
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -38,7 +38,7 @@ class Loader:
 
     The whole split is moved to the device once, as uint8; batches are cut, augmented and normalised there.
     What is random about an epoch depends on (seed, epoch) alone: looking at a batch changes nothing, and
-    every network sees the same batches. A finished pass moves on to the next epoch.
+    every network sees the same batches. A pass that got to its last batch moves on to the next epoch.
     """
 
     generator = None  # as of a DataLoader without one
@@ -69,21 +69,24 @@ class Loader:
         return (math.floor if self.drop_last else math.ceil)(len(self.labels) / self.batch_size)
 
     def __iter__(self):
-        N, B = len(self.labels), self.batch_size
+        N, B, epoch, left = len(self.labels), self.batch_size, self.epoch, len(self)
         # Drawn on the CPU for the whole epoch: the same on every device, and no small transfers on the way.
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {self.epoch}").getrandbits(63))
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(63))
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
         order, views = (each[: len(self) * B].to(self.device) for each in (order, views))
         # Gathered for several small batches at once, as far as a processor's cache reaches.
         some = max(1, (64 if self.device.type == "cpu" else 1024) * 32 * 32 // self.views.shape[1] // B) * B
-        for chosen, seen in zip(order.split(some), views.split(some)) if len(order) else ():
-            images, labels = self.images.index_select(0, chosen), self.labels[chosen]
-            if self.augment:
-                images = shift_and_flip(images, self.views.index_select(0, seen))
-            for pixels, classes in zip(images.split(B), labels.split(B)):
-                yield pixels.float().sub_(self.mean).mul_(self.scale), classes
-        self.epoch += 1
+        try:
+            for chosen, seen in zip(order.split(some), views.split(some)) if len(order) else ():
+                images, labels = self.images.index_select(0, chosen), self.labels[chosen]
+                if self.augment:
+                    images = shift_and_flip(images, self.views.index_select(0, seen))
+                for pixels, classes in zip(images.split(B), labels.split(B)):
+                    left -= 1
+                    yield pixels.float().sub_(self.mean).mul_(self.scale), classes
+        finally:  # also where a loop stops with the last batch, without asking for one more
+            self.epoch += left == 0 and self.epoch == epoch
 
     def set_epoch(self, epoch):
         """Chooses the epoch, counted from 0, whose order and augmentation the next pass has; as of samplers."""
@@ -96,10 +99,8 @@ def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_la
     augment flips and shifts training images, drop_last leaves out a ragged last batch of them. The test loader never
     shuffles, augments or drops.
     """
-    return (
-        Loader(data.train_images, data.train_labels, batch_size, True, augment, device, seed, drop_last),
-        Loader(data.test_images, data.test_labels, batch_size, False, False, device, seed),
-    )
+    train_loader = Loader(data.train_images, data.train_labels, batch_size, True, augment, device, seed, drop_last)
+    return train_loader, Loader(data.test_images, data.test_labels, batch_size, False, False, device, seed)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -243,9 +244,9 @@ def fit(
     scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch"; ReduceLROnPlateau
     gets the training loss, or with mode="max" the training accuracy.
     checkpoint: a file (and "….previous"), written at the start and after each epoch; the same call goes on from it, to
-    the very numbers of a run that never stopped. Without one, each call begins with the loader's first epoch, so that
-    equal calls see equal batches. An interrupt returns the history so far; a loss that is huge or not finite raises
-    FloatingPointError. Both leave model, optimizer and scheduler as the last finished epoch left them.
+    the very numbers of a run that never stopped, on_epoch's averages of weights included. Without one, each call begins
+    with the loader's first epoch, so that equal calls see equal batches. An interrupt returns the history so far, a
+    loss that is huge or not finite raises FloatingPointError; both leave all as the last finished epoch left it.
     on_epoch(history) is called after each finished epoch, and with those that a checkpoint held. backend: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
@@ -259,18 +260,17 @@ def fit(
     optim.check_optimizer(optimizer, model, scheduler)
     options = {"criterion": criterion, "precision": precision, "backend": None}
     log = print if progress else lambda *args, **kwargs: None
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
-    parts |= optim.stepped_in(on_epoch)
     loaders = {"loader": train_loader, "test_loader": test_loader}
-    everything, parts = loaders | parts, {name: part for name, part in parts.items() if is_stateful(part)}
+    roots = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
+    roots |= {"on_epoch": on_epoch, "hooks": optim.step_hooks(optimizer)}
+    parts = states_in(loaders, **roots)
     with_epochs = epoch_takers(train_loader)
     history, source = History(), None
     if checkpoint is not None:
         checks.check_weights(model)
         device, dtype, compute_dtype = place_of(model, train_loader, precision)
-        random_state = RandomState(device, **everything)
-        about = (model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
-        settings = functools.partial(settings_of, *about)
+        random_state = RandomState(device, **loaders | roots | parts)
+        settings = partial(settings_of, model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
         checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
         history[:], source = checkpoint.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))

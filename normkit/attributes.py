@@ -59,6 +59,7 @@ class MovingAttributes:
                 if iterates or not opened and (held or is_written_here(self.owners[place[0]])):
                     lost.add(".".join(place))
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
+        shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
         started = {" ".join(place): repr(self.start.get(place)) for place in shared}
         return {"started": {PROCESS: started} if shared else {}, "lost": sorted(lost)} | packed
 
@@ -108,6 +109,11 @@ def is_trained(value):
         torch.is_tensor(each) and (each.requires_grad or isinstance(each, torch.nn.Parameter))
         for each in itertools.islice(leaves_of(value), 1000)
     )
+
+
+def holds_arrays(value):
+    """Whether a value is, or holds, a tensor or array."""
+    return any(isinstance(each, torch.Tensor | np.ndarray) for each in itertools.islice(leaves_of(value), 1000))
 
 
 def mark_of(value):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from normkit.files import read_state, to_bytes, write_state
 
-VERSION = 5  # of the file
+VERSION = 6  # of the file
 
 
 class CheckpointRefused(ValueError):

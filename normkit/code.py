@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from normkit.checksum import ADDRESS, crc32_of
-from normkit.objects import cells_of, globals_in, is_library
-from normkit.randomness import closed_over
+from normkit.objects import closed_over, globals_in, is_library
 
 STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "functools", "types"}
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
@@ -74,7 +73,7 @@ def text_of(value, seen):
         yield "again"
     elif isinstance(value, types.FunctionType):
         seen.add(id(value))
-        yield from text_of([value.__code__, value.__defaults__, closed_over(value)], seen)
+        yield from text_of([value.__code__, value.__defaults__, [*closed_over(value).values()]], seen)
         yield from text_of(value.__kwdefaults__ or (), seen)
         names = [name for name in names_in(value.__code__) if name in value.__globals__]
         yield from text_of([value.__globals__[name] for name in names], seen)
@@ -133,7 +132,7 @@ def used_by(functions):
     found = {}
     for function in functions:
         code, around = function.__code__, function.__globals__
-        found |= {name: cell.cell_contents for name, cell in cells_of(function).items()}
+        found |= closed_over(function)
         found |= {name: around[name] for name in globals_in(code) if name in around and name[:2] != "__"}
         for module in [each for each in found.values() if isinstance(each, types.ModuleType)]:
             if not is_library(module.__name__):

@@ -53,7 +53,12 @@ def variables_of(function):
     found = {name: getattr(function, name) for name in ("__defaults__", "__kwdefaults__", "__dict__")}
     variables = function.__globals__
     found |= {name: variables[name] for name in globals_in(function.__code__) if name in variables}
-    return found | {name: cell.cell_contents for name, cell in cells_of(function).items()}
+    return found | closed_over(function)
+
+
+def closed_over(function):
+    """Returns the values that a function has from around it by name, but for those that are not there yet."""
+    return {name: cell.cell_contents for name, cell in cells_of(function).items()}
 
 
 def cells_of(function):

@@ -6,10 +6,7 @@ import math
 import warnings
 
 from torch import Tensor, empty_like
-from torch.optim import LBFGS, Optimizer, lr_scheduler
-
-from normkit.objects import attributes_of
-from normkit.randomness import is_stateful
+from torch.optim import LBFGS, lr_scheduler
 
 
 def needs_closure(optimizer):
@@ -71,24 +68,17 @@ def check_optimizer(optimizer, model, scheduler=None):
         raise ValueError("the scheduler was built for another optimizer: build it from the one that is given")
 
 
+def step_hooks(optimizer):
+    """Returns the functions that an optimizer calls before and after each step."""
+    hooks = [getattr(optimizer, f"_optimizer_step_{kind}_hooks", {}) for kind in ("pre", "post")]
+    return [hook for each in hooks for hook in each.values()]
+
+
 def check_part(name, part, attribute, example):
     """Raises TypeError unless a part is an object with that attribute, and not a class, a list or a number."""
     if isinstance(part, type) or not hasattr(part, attribute):
         given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
         raise TypeError(f"the {name} is {given}: expected an object such as {example}")
-
-
-def stepped_in(on_epoch):
-    """Returns the schedulers that on_epoch names, or that its object holds, by name: it may step them."""
-    owners = [getattr(on_epoch, "__func__", on_epoch), getattr(on_epoch, "__self__", None)]
-    found = {name: each for owner in owners for name, each in attributes_of(owner).items()}
-    schedulers = {name: each for name, each in found.items() if is_scheduler(each)}
-    return {f"{name} of on_epoch": each for name, each in schedulers.items()}
-
-
-def is_scheduler(value):
-    """Whether an object is one of torch's schedulers, or has their step and state."""
-    return is_stateful(value) and callable(getattr(value, "step", None)) and not isinstance(value, Optimizer)
 
 
 def is_torchs(scheduler):

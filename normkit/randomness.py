@@ -1,5 +1,6 @@
 """The generators that training may draw from."""
 
+import argparse
 import collections
 import contextlib
 import functools
@@ -7,7 +8,6 @@ import inspect
 import itertools
 import operator
 import random
-import re
 import secrets
 import threading
 import types
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from normkit.attributes import MovingAttributes
-from normkit.objects import attributes_of, cells_of, globals_in, is_somebodys, is_written_here
-from normkit.packing import GENERATORS, read, write
+from normkit.objects import attributes_of, closed_over, globals_in, is_somebodys, is_written_here
+from normkit.packing import CONTAINERS, GENERATORS, read, write
 
 
 def check_seed(seed):
@@ -56,7 +56,7 @@ class RandomState:
 
     def __init__(self, device=None, **parts):
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
-        self.saved = {name for name, part in parts.items() if is_stateful(part)}  # by themselves
+        self.saved = [name for name, part in parts.items() if is_stateful(part)]  # by themselves
         self.owners = dict(objects_of(**parts))
         own = {where: owner for where, owner in self.owners.items() if is_somebodys(owner)}
         unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
@@ -73,7 +73,7 @@ class RandomState:
         for where, owner in self.owners.items():
             if isinstance(owner, GENERATORS):
                 yield where, functools.partial(read, owner), functools.partial(write, owner)
-            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and root_of(where) not in self.saved:
+            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, self.saved):
                 yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
@@ -98,23 +98,34 @@ class RandomState:
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
+HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
+CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
 MOST = 10_000  # objects looked at, in a fifth of a second
 
 
-def objects_of(**roots):
-    """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders."""
+def objects_of(is_closed=lambda owner: False, **roots):
+    """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders.
+
+    is_closed: tells of an object whether what it holds is passed over.
+    """
     waiting, seen = collections.deque(roots.items()), set()
     while waiting and len(seen) < MOST:
         where, owner = waiting.popleft()
         empty = isinstance(owner, list | tuple | dict) and not owner
         librarys = isinstance(owner, type) and not is_somebodys(owner)
-        if id(owner) in seen or empty or librarys or isinstance(owner, PASSED_OVER):
+        foreign = is_within(where, CALLBACKS) and is_third_partys(owner) and not is_stateful(owner)
+        if id(owner) in seen or empty or librarys or foreign or isinstance(owner, PASSED_OVER):
             continue
         seen.add(id(owner))
         yield where, owner
-        if not isinstance(owner, GENERATORS):
+        if not isinstance(owner, GENERATORS) and not is_closed(owner):
             waiting.extend((where + step, part) for step, part in parts_of(owner))
+
+
+def is_third_partys(owner):
+    """Whether an object is neither of somebody's own class, nor torch's or the kit's, nor made to hold others."""
+    return is_somebodys(owner) and not is_written_here(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
 
 
 def parts_of(owner):
@@ -129,7 +140,8 @@ def parts_of(owner):
         yield from ((f"[{key!r}]", owner[key]) for key in itertools.islice(owner, 100) if isinstance(key, str | int))
     elif isinstance(owner, types.FunctionType):
         yield from named_in(owner)
-        yield from ((f".__closure__[{i}]", each) for i, each in enumerate(closed_over(owner)))
+        yield from ((f" {name}", each) for name, each in closed_over(owner).items())
+        yield from ((f".{name}", getattr(owner, name)) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
         kinds = {f"__mro__[{i}]": kind for i, kind in enumerate(type(owner).__mro__)}
@@ -145,22 +157,38 @@ def function_of(member):
 
 
 def named_in(function):
-    """Yields (step, object) for the generators that a function names, and if it is somebody's own all that is so."""
+    """Yields (step, object) for generators that a function names; in somebody's, also what is so or has a state."""
     names, own = function.__globals__, is_somebodys(function)
     for name in globals_in(function.__code__):
         value = names.get(name)
-        if isinstance(value, GENERATORS) or own and not isinstance(value, PASSED_OVER) and is_written_here(value):
+        looked_at = own and not isinstance(value, PASSED_OVER) and (is_written_here(value) or is_stateful(value))
+        if looked_at or isinstance(value, GENERATORS):
             yield f" {name}", value
 
 
-def closed_over(function):
-    """Returns the values that a function has from around it, but for those that are not there yet."""
-    return [cell.cell_contents for cell in cells_of(function).values()]
+def is_within(where, names):
+    """Whether an object was found under one of these names."""
+    return any(where == name or where.startswith((f"{name}.", f"{name}[", f"{name} ")) for name in names)
 
 
-def root_of(where):
-    """Returns the name of the part under which an object was found."""
-    return re.split(r"[.\[ ]", where)[0]
+def states_in(known, **roots):
+    """Returns the objects with a state of their own among roots, and in what these hold or name, by name.
+
+    So a callback's schedulers and averaged weights are found, too. known: objects by name that are left out. So are
+    modules that share all their tensors with one found before, such as a wrapper around the model.
+    """
+    tensors, found, passed_over = set(), {}, set(map(id, known.values()))
+    for where, owner in objects_of(lambda each: is_stateful(each) or id(each) in passed_over, **roots):
+        own = {id(tensor) for tensor in tensors_of(owner)}
+        if is_stateful(owner) and id(owner) not in passed_over and (not own or own - tensors):
+            found[where] = owner
+            tensors |= own
+    return found
+
+
+def tensors_of(owner):
+    """Returns a module's parameters and buffers; of anything else none."""
+    return [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
 
 
 def epoch_takers(loader):

@@ -1,9 +1,10 @@
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from helpers import everything
+from helpers import everything, same
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
@@ -52,6 +53,24 @@ def test_an_epoch_depends_on_its_seed_and_number_alone(data, augment):
     assert all(map(torch.equal, everything(loader()), everything(loader(batch_size=7))))
     assert not torch.equal(everything(loader())[1], everything(first)[1])  # another epoch
     assert not torch.equal(everything(loader())[1], everything(loader(seed=4))[1])
+
+
+STOPS = {
+    "after them": lambda loader: list(loader),
+    "at the last": lambda loader: [batch for _, batch in zip(range(len(loader)), loader)],
+    "by islice": lambda loader: list(itertools.islice(loader, len(loader))),
+    "by next": lambda loader: [next(batches) for batches in [iter(loader)] for _ in range(len(loader))],
+}
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_pass_moves_on_to_the_next_epoch_wherever_a_loop_stops(data, stop, drop_last):
+    loader = utils.get_loaders(data, 50, True, "cpu", drop_last=drop_last)[0]
+    for epoch in range(3):
+        found, expected = STOPS[stop](loader), copy.copy(loader)
+        expected.set_epoch(epoch)
+        assert same(found, list(expected))
 
 
 def test_augmentation_equals_torchvisions(data, device):

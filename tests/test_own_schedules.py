@@ -117,51 +117,6 @@ def test_every_schedule_goes_on_from_its_checkpoint_as_if_never_stopped(loaders,
     assert same(list(again), list(history)) and same(weights, resumed)
 
 
-class Callback:
-    """Steps a schedule by the test accuracy, which fit's own ReduceLROnPlateau does not get."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-
-    def step(self, history):
-        self.scheduler.step(history[-1]["test_acc"])
-
-
-def closure_over(scheduler):
-    return lambda history: scheduler.step(history[-1]["test_acc"])
-
-
-@pytest.mark.parametrize("same_objects", [True, False])
-@pytest.mark.parametrize("kind", [closure_over, lambda scheduler: Callback(scheduler).step])
-def test_a_schedule_that_on_epoch_steps_goes_on_too(loaders, tmp_path, kind, same_objects):
-    def build():
-        net = linear()
-        optimizer = torch.optim.SGD(net.parameters(), 0.05)
-        return net, optimizer, kind(lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=1, threshold=10))
-
-    def run(net, optimizer, step, **options):
-        return fit(net, loaders, optimizer, epochs=5, on_epoch=step, **options)
-
-    whole, parts = run(*build()), build()
-    assert len({row["lr"] for row in whole}) > 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "test", interrupted_in_epoch(3))
-        assert len(run(*parts, checkpoint=tmp_path / "c")) == 2
-    assert same(list(run(*(parts if same_objects else build()), checkpoint=tmp_path / "c")), list(whole))
-
-
-def interrupted_in_epoch(number):
-    """utils.test, but for an interrupt in the epoch with this number."""
-    test, calls = utils.test, iter(range(1, 100))
-
-    def interrupted(*args, **options):
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        return test(*args, **options)
-
-    return interrupted
-
-
 def test_settings_identify_a_run_and_where_its_schedule_stands_does_not(loaders, tmp_path):
     def run(lr, gamma, epochs):
         net = linear()

@@ -1,0 +1,241 @@
+"""What on_epoch and an optimizer's hooks keep for themselves: averaged weights, schedules, counters; no pictures."""
+
+import copy
+import functools
+import secrets
+import types
+
+import pytest
+import torch
+from helpers import fit, linear, same
+from matplotlib import pyplot as plt
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import utils
+from normkit import attributes
+
+
+class Shadow:
+    """An average of the weights as many projects copy it: no module, no state_dict, changed through .data."""
+
+    def __init__(self, net):
+        self.net, self.calls = net, 0
+        self.shadow = {name: value.detach().clone() for name, value in net.named_parameters()}
+
+    def __call__(self, *_):
+        self.calls += 1
+        for name, value in self.net.named_parameters():
+            self.shadow[name].data.mul_(0.9).add_(value.data, alpha=0.1)
+
+
+class Averaged(nn.Module):
+    """An average of the weights that is a module, with a counter that no state_dict has."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.module, self.nets, self.calls = copy.deepcopy(net), [net], 0
+
+    @torch.no_grad()
+    def __call__(self, *_):
+        self.calls += 1
+        for average, value in zip(self.module.parameters(), self.nets[0].parameters()):
+            average.lerp_(value, 1 / (self.calls + 1))
+
+
+class Best:
+    """The best weights so far."""
+
+    def __init__(self, net):
+        self.net, self.least, self.state = net, float("inf"), {}
+
+    def note(self, history):
+        if history[-1]["test_loss"] < self.least:
+            self.least = history[-1]["test_loss"]
+            self.state = {name: value.clone() for name, value in self.net.state_dict().items()}
+
+
+class Plateau:
+    """Steps a schedule by the test accuracy, which fit's own ReduceLROnPlateau does not get."""
+
+    def __init__(self, optimizer):
+        self.scheduler = ReduceLROnPlateau(optimizer, "max", patience=1, threshold=10)
+
+    def step(self, history):
+        self.scheduler.step(history[-1]["test_acc"])
+
+
+# Each returns on_epoch and what is to be the same in the end. net, optimizer: of the run.
+def a_closure(net, optimizer):
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    return lambda history: ema.update_parameters(net), ema
+
+
+def two_whose_names_begin_alike(net, optimizer):
+    ema, ema2 = AveragedModel(net), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    return lambda history: (ema.update_parameters(net), ema2.update_parameters(net)), ema2
+
+
+def a_default(net, optimizer):
+    ema = AveragedModel(net)
+
+    def average(history, ema=ema):
+        ema.update_parameters(net)
+
+    return average, ema
+
+
+def an_attribute_of_the_function(net, optimizer):
+    def average(history):
+        average.ema.update_parameters(net)
+
+    average.ema = AveragedModel(net)
+    return average, average.ema
+
+
+def a_partial(net, optimizer):
+    ema = AveragedModel(net)
+    return functools.partial(lambda ema, history: ema.update_parameters(net), ema), ema
+
+
+def a_namespace(net, optimizer):
+    state = types.SimpleNamespace(ema=AveragedModel(net), net=net)
+    return lambda history: state.ema.update_parameters(state.net), state.ema
+
+
+def an_object(net, optimizer):
+    shadow = Shadow(net)
+    return shadow, shadow
+
+
+def a_method(net, optimizer):
+    best = Best(net)
+    return best.note, best
+
+
+def a_module(net, optimizer):
+    average = Averaged(net)
+    return average, average
+
+
+def a_list_of_callbacks(net, optimizer):
+    callbacks = [Shadow(net), Averaged(net)]
+    return lambda history: [each(history) for each in callbacks], callbacks
+
+
+def a_dict_of_tensors(net, optimizer):
+    shadow = {name: value.detach().clone() for name, value in net.named_parameters()}
+
+    def average(history):
+        for name, value in net.named_parameters():
+            shadow[name].lerp_(value.detach(), 0.5)
+
+    return average, shadow
+
+
+def a_hook(net, optimizer):
+    ema = AveragedModel(net)
+    optimizer.register_step_post_hook(lambda *_: ema.update_parameters(net))
+    return None, ema
+
+
+def a_hook_that_is_an_object(net, optimizer):
+    shadow = Shadow(net)
+    optimizer.register_step_pre_hook(shadow)
+    return None, shadow
+
+
+def a_schedule_in_a_closure(net, optimizer):
+    plateau = Plateau(optimizer)
+    return lambda history: plateau.scheduler.step(history[-1]["test_acc"]), plateau.scheduler
+
+
+def a_schedule_of_an_object(net, optimizer):
+    plateau = Plateau(optimizer)
+    return plateau.step, plateau.scheduler
+
+
+KINDS = [
+    a_closure, two_whose_names_begin_alike, a_default, an_attribute_of_the_function, a_partial, a_namespace, an_object,
+    a_method, a_module, a_list_of_callbacks, a_dict_of_tensors, a_hook, a_hook_that_is_an_object,
+    a_schedule_in_a_closure, a_schedule_of_an_object,
+]  # fmt: skip
+
+
+def state_of(kept):
+    """All that an object keeps, as plain values and tensors."""
+    if isinstance(kept, list):
+        return [state_of(each) for each in kept]
+    if isinstance(kept, dict):
+        return kept
+    state = kept.state_dict() if hasattr(kept, "state_dict") else {}
+    plain = {name: value for name, value in vars(kept).items() if isinstance(value, int | float | dict)}
+    return state | {name: value for name, value in plain.items() if name[0] != "_"}
+
+
+def built(kind):
+    net = linear()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    return net, optimizer, *kind(net, optimizer)
+
+
+def trained(loaders, parts, **options):
+    net, optimizer, on_epoch, _ = parts
+    return fit(net, loaders, optimizer, epochs=4, on_epoch=on_epoch, **options)
+
+
+def interrupted_in_epoch(number):
+    """utils.test, but for an interrupt in the epoch with this number."""
+    test, calls = utils.test, iter(range(1, 100))
+
+    def interrupted(*args, **options):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return test(*args, **options)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("goes_on", ["same objects", "new objects", "new process"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_callbacks_keep_goes_on_as_if_never_stopped(loaders, tmp_path, monkeypatch, kind, goes_on):
+    whole, parts = built(kind), built(kind)
+    history = trained(loaders, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "test", interrupted_in_epoch(3))
+        assert len(trained(loaders, parts, checkpoint=tmp_path / "c")) == 2
+    if goes_on == "new process":
+        monkeypatch.setattr(attributes, "PROCESS", secrets.token_hex(8))
+    parts = parts if goes_on == "same objects" else built(kind)
+    assert same(list(trained(loaders, parts, checkpoint=tmp_path / "c")), list(history))
+    assert same(state_of(parts[-1]), state_of(whole[-1])) and not same(state_of(parts[-1]), state_of(built(kind)[-1]))
+
+
+def test_an_average_in_a_hook_is_set_back_with_the_weights(loaders, monkeypatch):
+    """The stop button in the second epoch: both are those of the first."""
+    whole, stopped = built(a_hook), built(a_hook)
+    fit(whole[0], loaders, whole[1])
+    monkeypatch.setattr(utils, "test", interrupted_in_epoch(2))
+    assert len(trained(loaders, stopped)) == 1
+    assert same(whole[0].state_dict(), stopped[0].state_dict())
+    assert same(state_of(whole[-1]), state_of(stopped[-1]))
+
+
+def test_pictures_and_files_of_a_callback_are_left_alone(loaders, tmp_path, capsys):
+    figure, ax = plt.subplots()
+    file = (tmp_path / "log").open("a")
+
+    def show(history):
+        ax.clear()
+        ax.plot([row["test_loss"] for row in history])
+        print(history[-1], file=file)
+
+    for epochs in (1, 3):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        utils.fit(net, *loaders, optimizer, epochs=epochs, checkpoint=tmp_path / "c", on_epoch=show)
+    said = capsys.readouterr().out
+    assert "Going on after epoch 1" in said and "It may differ" not in said
+    assert len(ax.lines[0].get_xdata()) == 3
+    plt.close(figure), file.close()
