@@ -71,9 +71,10 @@ class RandomState:
     def stateful(self):
         """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
         for where, owner in self.owners.items():
+            kept = is_within(where, self.saved) or isinstance(owner, torch.nn.Module)
             if isinstance(owner, GENERATORS):
                 yield where, functools.partial(read, owner), functools.partial(write, owner)
-            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, self.saved):
+            elif not kept and is_stateful(owner) and gives_state(owner):
                 yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
@@ -180,7 +181,8 @@ def states_in(known, **roots):
     tensors, found, passed_over = set(), {}, set(map(id, known.values()))
     for where, owner in objects_of(lambda each: is_stateful(each) or id(each) in passed_over, **roots):
         own = {id(tensor) for tensor in tensors_of(owner)}
-        if is_stateful(owner) and id(owner) not in passed_over and (not own or own - tensors):
+        is_new = id(owner) not in passed_over and (not own or own - tensors)
+        if is_new and is_stateful(owner) and (where in roots or gives_state(owner)):
             found[where] = owner
             tensors |= own
     return found
@@ -207,8 +209,18 @@ def takes_one(method):
 
 
 def is_stateful(owner):
-    methods = [getattr(owner, name, None) for name in ("state_dict", "load_state_dict")]
-    return all(map(callable, methods)) and not isinstance(owner, type)
+    """Whether an object has both methods; a mock, or a wrapper that hands on whatever is asked, has not."""
+    methods = [inspect.getattr_static(owner, name, None) for name in ("state_dict", "load_state_dict")]
+    return None not in methods and not isinstance(owner, type)
+
+
+def gives_state(owner):
+    """Whether the state_dict of an object that is_stateful can be called as it is, and now."""
+    try:
+        owner.state_dict()
+    except Exception:  # whatever somebody's own raises
+        return False
+    return True
 
 
 def lost_in(owners):
@@ -220,6 +232,8 @@ def lost_in(owners):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
         if isinstance(found, torch.utils.data.DataLoader) and found.persistent_workers:
             yield f"{where} has persistent workers: what they draw begins anew"
+        if is_stateful(found) and not gives_state(found):
+            yield f"the state_dict of {where} fails"
 
 
 ONE_AT_A_TIME = threading.RLock()  # for threads share the generators

@@ -125,19 +125,7 @@ def trials_by_norm(data):
 
 
 def batch_sizes(data):
-    """Wu and He's question, with the classic recipe: its learning rate in proportion to the batch size.
-
-    C10 starts as PyTorch makes it, as in the first of these runs: every cell of the table has to be alike.
-    """
-    runs = [
-        run | {"lr": 0.04 * run["batch_size"] / 64, "schedule": "onecycle", "head_gain": 1.0, "epochs": 8}
-        for run in grid(seed=range(3), batch_size=[2, 4, 8, 16, 32, 64, 128], norm=NORMS)
-    ]
-    return runs, data.first(5000)
-
-
-def batch_sizes_whole(data):
-    """The same question, all images: the best recipe in ten epochs, its rates with the square root of the size."""
+    """Wu and He's question: the best recipe in ten epochs, its rates with the square root of the batch size."""
     scaled = [at_batch_size(size, 0.5) for size in (512, 128, 64, 32, 16, 8, 4, 2)]
     return [run | settings for settings in scaled for run in grid(seed=range(3), norm=NORMS, epochs=10)], data
 
@@ -165,13 +153,12 @@ def league(data):
 
 
 STUDIES = (
-    trials, trials_by_norm, seeds, bfloat16, float32, batch_rates, batch_sizes, batch_sizes_whole, groups,
+    trials, trials_by_norm, seeds, bfloat16, float32, batch_rates, batch_sizes, groups,
     learning_rates, league
 )  # fmt: skip
 STUDIES = {study.__name__: study for study in STUDIES}
 PICTURES = "seeds", "batch_sizes", "groups", "learning_rates", "league"
 PICTURES = {study: getattr(plots, f"plot_{study}") for study in PICTURES}
-PICTURES["batch_sizes_whole"] = plots.plot_batch_sizes
 
 
 def why(data, batches=34, rates=(0.05, 0.1, 0.2, 0.4)):

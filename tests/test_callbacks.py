@@ -4,6 +4,7 @@ import copy
 import functools
 import secrets
 import types
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -220,6 +221,27 @@ def test_an_average_in_a_hook_is_set_back_with_the_weights(loaders, monkeypatch)
     assert len(trained(loaders, stopped)) == 1
     assert same(whole[0].state_dict(), stopped[0].state_dict())
     assert same(state_of(whole[-1]), state_of(stopped[-1]))
+
+
+class Failing:
+    """Something whose state cannot be had yet."""
+
+    def state_dict(self):
+        raise RuntimeError("not yet")
+
+    def load_state_dict(self, state):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("part, note", [(Failing(), "the state_dict of on_epoch part fails"), (Mock(), "")])
+def test_what_has_no_state_to_give_is_told_and_stops_no_run(loaders, tmp_path, capsys, part, note):
+    for checkpoint, epochs in ((None, 1), (tmp_path / "c", 1), (tmp_path / "c", 2)):
+        net = linear()
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        options = {"checkpoint": checkpoint, "on_epoch": lambda history: part}
+        assert len(utils.fit(net, *loaders, optimizer, epochs=epochs, **options)) == epochs
+    said = capsys.readouterr().out
+    assert "Going on after epoch 1" in said and (note in said if note else "It may differ" not in said)
 
 
 def test_pictures_and_files_of_a_callback_are_left_alone(loaders, tmp_path, capsys):
