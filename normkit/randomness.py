@@ -50,13 +50,13 @@ class RandomState:
     """What is random about training, as state_dict and load_state_dict.
 
     That is the state of the global generators, of a device's, and what moves in parts that are given by name: loaders
-    and whatever else somebody has written, with generators, samplers and counters in them. What a part has in a
-    state_dict of its own is left to that.
+    and whatever else somebody has written, with generators, samplers and counters in them. saved: the names of parts
+    whose state_dict is kept beside this.
     """
 
-    def __init__(self, device=None, **parts):
+    def __init__(self, device=None, saved=(), **parts):
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
-        self.saved = [name for name, part in parts.items() if is_stateful(part)]  # by themselves
+        self.saved = saved
         self.owners = dict(objects_of(**parts))
         own = {where: owner for where, owner in self.owners.items() if is_somebodys(owner)}
         unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
@@ -70,12 +70,16 @@ class RandomState:
 
     def stateful(self):
         """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
+        kept = list(self.saved)  # with all that lies within
         for where, owner in self.owners.items():
-            kept = is_within(where, self.saved) or isinstance(owner, torch.nn.Module)
             if isinstance(owner, GENERATORS):
                 yield where, functools.partial(read, owner), functools.partial(write, owner)
-            elif not kept and is_stateful(owner) and gives_state(owner):
-                yield where, owner.state_dict, owner.load_state_dict
+            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
+                kept.append(where)
+                # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
+                librarys_loader = isinstance(owner, torch.utils.data.DataLoader) and not is_written_here(owner)
+                if not librarys_loader and gives_state(owner):
+                    yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
         numpy = np.random.get_state(legacy=False)

@@ -247,6 +247,36 @@ def test_a_samplers_order_goes_on_where_it_was(pairs, tmp_path, kind):
     assert same(whole, resumed)
 
 
+class StatefulLoader:
+    """A loader with a state_dict, in which the number of its passes is."""
+
+    def __init__(self, pairs):
+        self.pairs, self.passes = pairs, 0
+
+    def __len__(self):
+        return len(DataLoader(self.pairs, 32))
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(DataLoader(self.pairs, 32, shuffle=True, generator=torch.Generator().manual_seed(self.passes)))
+
+    def state_dict(self):
+        return {"passes": self.passes}
+
+    def load_state_dict(self, state):
+        self.passes = state["passes"]
+
+
+def test_a_loaders_own_state_goes_on_too(pairs, tmp_path):
+    def run(epochs, checkpoint=None):
+        net = linear()
+        fit(net, (StatefulLoader(pairs), DataLoader(pairs, 64)), epochs=epochs, checkpoint=checkpoint)
+        return net.state_dict()
+
+    whole, _, resumed = run(3), run(1, tmp_path / "c"), run(3, tmp_path / "c")
+    assert same(whole, resumed)
+
+
 def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
     def run(epochs, loader, name="c"):
         net = linear()
