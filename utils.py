@@ -1,6 +1,5 @@
 """The experiment around the network: loaders, training, recipes, one whole run."""
 
-import copy
 import math
 import random
 import sys
@@ -19,12 +18,12 @@ import model as networks  # of which a notebook may have loaded another since
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
 from normkit.backend import BACKENDS, choose_backend, evaluating, fast_loss, plain_model
-from normkit.checkpoint import Checkpoint, seed_in
+from normkit.checkpoint import Checkpoint, settings_in, undone_on
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
-from normkit.identity import settings_of
+from normkit.identity import seed_in, settings_of
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, seed_everything, states_in
@@ -142,11 +141,12 @@ def train(
 
     def read_metrics():
         if not sound:
-            raise FloatingPointError(
-                f"the loss is {'huge' if loss.isfinite() else 'not finite'} from batch {int(sound_batches)} on, "
-                f"at learning rate {optim.rate_of(optimizer.param_groups[0]):g}; first seen in "
-                f"{checks.first_non_finite(plain_model(network), images)}"
-            )
+            first, kind = int(sound_batches), "huge" if loss.isfinite() else "not finite"
+            rate, place = optim.rate_of(optimizer.param_groups[0]), f"batch {batch_id}, as it is read now and then"
+            if first == batch_id:  # else, on a GPU, where it began can no longer be seen
+                place = checks.first_non_finite(plain_model(network), images)
+            message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
+            raise FloatingPointError(message)
         accuracy = 100 * correct.item() / total
         bar.set_description(f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
 
@@ -235,6 +235,9 @@ class History(list):
     unfinished = None
 
 
+torch.serialization.add_safe_globals([History])  # plain rows, so that torch.load reads them as it reads weights
+
+
 def fit(
     model, train_loader, test_loader, optimizer, scheduler=None, epochs=20, *, scheduler_step="epoch",
     criterion=F.cross_entropy, precision="auto", backend="auto", progress=True, checkpoint=None, on_epoch=None,
@@ -282,7 +285,6 @@ def fit(
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if not checks.lazy_in(part)}
         for each in with_epochs:
             each.set_epoch(epoch - 1)  # whatever passes were made over it before
         for i, group in enumerate(optimizer.param_groups):
@@ -295,11 +297,7 @@ def fit(
             tested = test(network, test_loader, **options)
             if not math.isfinite(tested.loss):
                 raise FloatingPointError("the test loss is not finite")
-        except (FloatingPointError, KeyboardInterrupt) as error:
-            for name, state in before.items():
-                parts[name].load_state_dict(state)
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except FloatingPointError as error:
             raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
         accuracy = f"{tested.correct}/{tested.total} ({tested.accuracy:.2f}%)"
         log(f"Test set: Average loss: {tested.loss:.4f}, Accuracy: {accuracy}\n", flush=True)
@@ -311,10 +309,11 @@ def fit(
         return row | {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
 
     try:
-        if history and on_epoch is not None:
-            on_epoch(history)
+        if source is not None and (unlike := checkpoint.call_again(on_epoch, history)):
+            log(f"It may differ from an uninterrupted run: {'; '.join(unlike)}\n", flush=True)
         for epoch in range(len(history) + 1, epochs + 1):
-            history.append(one_epoch(epoch))
+            with undone_on((FloatingPointError, KeyboardInterrupt), checks.not_lazy(parts)):
+                history.append(one_epoch(epoch))
             if checkpoint is not None:
                 checkpoint.save(history)
             if on_epoch is not None:
@@ -469,7 +468,7 @@ def run(
     """
     recipe = get_recipe(recipe, batch_size=batch_size, **changes)
     if seed is None and checkpoint is not None:
-        seed = seed_in(checkpoint)
+        seed = seed_in(settings_in(checkpoint))
     epochs, seed = checks.check_epochs(epochs), check_seed(seed)
     checks.check_choice("backend", backend, BACKENDS)
     with generators_preserved(get_device(device)):
@@ -482,7 +481,8 @@ def run(
         memory_format = choose_memory_format(memory_format, model, device, dtype)
         if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
             model.to(memory_format=memory_format)
-        train_loader, test_loader = get_loaders(data, batch_size := recipe.batch_size, recipe.augment, device, seed)
+        batch_size = recipe.batch_size
+        train_loader, test_loader = get_loaders(data, batch_size, recipe.augment, device, seed)
         test_loader.batch_size = max(batch_size, 64 if device.type == "cpu" else 2000)  # small batches take long
         if self_check or (self_check is None and device.type == "mps"):
             check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))

@@ -11,9 +11,9 @@ checkpoint   Checkpoint: all that a run needs to go on as if it had never stoppe
 identity     what makes a run that one, as text
 code         marks of code, and of objects by what they are made of
 randomness   seeds, and the state of every generator that training draws from
-objects      objects and functions of somebody's own, and their attributes
+objects      user-defined objects and functions, and their attributes
 packing      values as what a file can keep, and back, kind and all
-attributes   what moves, while training goes on, in objects of somebody's own
+attributes   what moves, while training goes on, in user-defined objects
 optim        what the loop has to know of optimizers and schedulers that are not its own
 muon         Muon, all its matrices orthogonalised together
 device       device, precision, memory format, and the self-check of norms
@@ -32,7 +32,7 @@ copies       copies of networks to look at, out of their wrappers
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do
 norms        more norms to compare the three with, each for one line in model.NORMS
-probes       gradients, likeness of activations and range of the loss, measured in training
+probes       gradients, similarity of activations and range of the loss, measured in training
 robustness   calibration, and accuracy on corrupted images
 exercises    checks of the notebook's exercises
 

@@ -13,7 +13,7 @@ from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
 from normkit.copies import blocks_of, copy_of
-from normkit.style import COLORS, colors_of, styled, subplots
+from normkit.style import COLORS, colors_of, legend_below, styled, subplots
 
 
 class Function(nn.Module):
@@ -143,7 +143,7 @@ def norm_table(layers, x):
                 "largest |mean|": f"{means.abs().max():.0e}",
                 "variance": f"{variances.min():.3f} to {variances.max():.3f}",
                 "statistics": f"{statistics} a batch" if across_images else f"{statistics // len(x)} an image",
-                "trained numbers": sum(p.numel() for p in layer.parameters()),
+                "trainable parameters": sum(p.numel() for p in layer.parameters()),
                 "running statistics": sum(b.numel() for b in layer.buffers() if b.dim()),
             }
         )
@@ -178,7 +178,7 @@ def plot_network(model, size=32):
     ax.axis("off")
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     handles.append(Line2D([], [], color="#666666", linewidth=1.4))
-    figure.legend(handles, [*colors, "skip"], loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, handles, [*colors, "skip"])
     total = sum(p.numel() for p in model.parameters())
     ax.set_title(f"The network and its {total:,} parameters")
     return figure
@@ -256,7 +256,7 @@ def plot_activations(stages, images, title=None):
     axes[0, 0].set_ylim(max(low, -10), min(high, 10))
     handles = [Line2D([], [], color=color, linewidth=7) for color in ("#9A9A9A", *colors.values())]
     names = ["before the norm", *(f"after {name} norm" for name in variants)]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    legend_below(figure, handles, names)
     figure.suptitle(title)
     return figure
 
@@ -331,7 +331,7 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
     axes[0, 0].set_ylabel(f"mean of {block}, channel {channel}")
     handles = [Line2D([], [], color="#9A9A9A", marker=".", linestyle=""), Line2D([], [], color=color)]
     names = ["mean of one batch (used in training)", "running mean (used in evaluation)"]
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, handles, names)
     figure.suptitle(title)
     return figure
 

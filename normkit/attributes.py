@@ -1,4 +1,4 @@
-"""What moves, while training goes on, in objects of somebody's own: counters, orders, weights."""
+"""What moves, while training goes on, in user-defined objects: counters, orders, weights."""
 
 import enum
 import io
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from normkit.checksum import crc32_of
-from normkit.objects import attributes_of, is_written_here, put
+from normkit.objects import attributes_of, is_user_code, put
 from normkit.packing import CONTAINERS, LARGEST, leaves_of, pack, put_into, size_of, unpack
 
 # Of these a state_dict has what is to be kept.
@@ -21,6 +21,7 @@ COMMON = {
 }
 PROCESS = secrets.token_hex(8)  # tells this process
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
+LEARNING = "requires_grad"  # of a module, as if it were an attribute: one for each parameter of its own
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
 
 
@@ -35,7 +36,7 @@ class MovingAttributes:
         self.owners, self.moved, self.lost = owners, set(), []
         known = owners if known is None else known
         self.known = {where: each for where, each in known.items() if not isinstance(each, CONTAINERS)}
-        self.start = {place: mark_of(value) for place, value in self.found().items()}
+        self.start = {place: fingerprint(value) for place, value in self.found().items()}
 
     def found(self):
         """Returns the attributes by (owner's name, name)."""
@@ -44,20 +45,24 @@ class MovingAttributes:
 
     def state_dict(self):
         found, names = self.found(), {id(each): where for where, each in self.known.items()}
-        self.moved |= {place for place, value in found.items() if mark_of(value) != self.start.get(place)}
-        packed, lost = {}, set(self.lost)
+        self.moved |= {place for place, value in found.items() if fingerprint(value) != self.start.get(place)}
+        packed, lost, unlike = {}, set(self.lost), set()
         for place in sorted(self.moved & set(found)):
             value, name = found[place], " ".join(place)
             try:
                 packed[name] = pack(value, names)
                 names.setdefault(id(value), name)  # another place may hold it too
             except TypeError:
-                opened = self.start.get(place) in (None, mark_of(None), mark_of(False))
+                opened = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
+                opened &= not isinstance(value, SHARED)
                 packed |= {name: OPENED} if opened else {}
                 held = isinstance(value, (torch.Tensor, np.ndarray, *CONTAINERS))
                 iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
-                if iterates or not opened and (held or is_written_here(self.owners[place[0]])):
+                own = is_user_code(self.owners[place[0]])
+                if iterates or not opened and (held or own):
                     lost.add(".".join(place))
+                    unlike |= set() if own else {place[0]}  # a library's attributes hang together
+        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in unlike}
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
         started = {" ".join(place): repr(self.start.get(place)) for place in shared}
@@ -71,7 +76,7 @@ class MovingAttributes:
             where, _, attribute = name.rpartition(" ")
             place, now = (where, attribute), found.get((where, attribute))
             # In the process that wrote it, what others use too goes on from where it is, unless it began anew.
-            if where not in self.owners or name in started and started[name] != repr(mark_of(now)):
+            if where not in self.owners or name in started and started[name] != repr(fingerprint(now)):
                 continue
             self.moved.add(place)
             try:
@@ -84,8 +89,14 @@ class MovingAttributes:
             if place[0] in reopened and is_unset(found.get(place)):
                 lost |= set() if isinstance(value, bool) else {".".join(place)}
             else:
-                put(self.owners[place[0]], place[1], value)
+                self.put(*place, value)
         self.lost = sorted(lost)
+
+    def put(self, where, name, value):
+        if name != LEARNING:
+            put(self.owners[where], name, value)
+        for parameter, learns in zip(learning(self.owners[where]), value) if name == LEARNING else ():
+            parameter.requires_grad_(learns)
 
 
 def is_unset(value):
@@ -100,7 +111,14 @@ def own_attributes(owner):
             found = {name: value for name, value in found.items() if name not in common}
     unsaved = getattr(owner, "_non_persistent_buffers_set", ())
     found |= {name: owner._buffers[name] for name in unsaved}
-    return {name: value for name, value in found.items() if not is_trained(value)}
+    found = {name: value for name, value in found.items() if not is_trained(value)}
+    return found | ({LEARNING: [p.requires_grad for p in learning(owner)]} if learning(owner) else {})
+
+
+def learning(owner):
+    """Returns the parameters that a module itself has, in their order; of anything else none."""
+    own = owner._parameters.values() if isinstance(owner, torch.nn.Module) else ()
+    return [parameter for parameter in own if parameter is not None]
 
 
 def is_trained(value):
@@ -116,7 +134,7 @@ def holds_arrays(value):
     return any(isinstance(each, torch.Tensor | np.ndarray) for each in itertools.islice(leaves_of(value), 1000))
 
 
-def mark_of(value):
+def fingerprint(value):
     """Returns what tells a value from what it was or will be, without a copy of it."""
     if isinstance(value, CONTAINERS):
         leaves = list(leaves_of(value))

@@ -55,7 +55,10 @@ def is_compiled(network):
 
 
 def compiled_line(network):
-    return "torch.compile" if isinstance(network, Compiled) else "torch.compile, in CUDA graphs of whole steps"
+    compiled = network.compiled[0] if isinstance(network, Graphed) else network
+    if compiled.reason is not None:
+        return f"eager: PyTorch's modules (not compiled: {compiled.reason})"
+    return "torch.compile" if compiled is network else "torch.compile, in CUDA graphs of whole steps"
 
 
 def plain_model(network):

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import itertools
-import re
 import tempfile
 from pathlib import Path
 
@@ -22,8 +21,8 @@ class Checkpoint:
 
     path: the file. The one before it is kept as "<name>.previous", and takes over when the last turns out damaged.
     parts: a dict from a name to an object with state_dict and load_state_dict.
-    settings: a dict from a name to text; a file of other settings is refused. A line of a setting that has changed
-    between the run's start and the file tells where the run stood, and does not count.
+    settings: a function that returns a dict from a name to text; a file of other settings is refused. A line of a
+    setting that has changed between the run's start and the file tells where the run stood, and does not count.
     """
 
     def __init__(self, path, parts, settings):
@@ -34,7 +33,7 @@ class Checkpoint:
         _, self.previous = files_of(self.path)
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings
-        self.settings = settings()
+        self.settings = self.settings_left = settings()
         self.check_place()
         self.check_state()
 
@@ -107,7 +106,7 @@ class Checkpoint:
                 advice = f"ask for as many, or name another file or delete {path}"
                 raise CheckpointRefused(f"{path} holds {done} epochs, more than epochs={epochs}: {advice}")
             self.load(path, state)
-            self.settings = state["settings"]
+            self.settings, self.settings_left = state["settings"], state["settings_now"]
             return state["history"], path
         if damaged:
             files = " and ".join(damaged)
@@ -116,18 +115,35 @@ class Checkpoint:
             )
         return [], None
 
+    def call_again(self, on_epoch, history):
+        """Calls on_epoch, if it is any, with the epochs restored; returns what is unlike before and after, as texts."""
+        before = self.unlike()
+        if history and on_epoch is not None:
+            on_epoch(history)
+        return before and [each for each in self.unlike() if each in before]
+
+    def unlike(self):
+        """Returns what is not as the checkpoint left it, one text for each line of the settings that differs."""
+        now, left = self.current_settings(), self.settings_left
+        sides = {name: (left[name].splitlines(), now[name].splitlines()) for name in now if name in left}
+        return [
+            f"{name} was {was.strip()!r} and is {found.strip()!r}"
+            for name, lines in sides.items()
+            for was, found in itertools.zip_longest(*lines, fillvalue="")
+            # A generator has its state, whatever its seed was; what was opened on the way is opened again.
+            if was != found and not was.startswith("seed ") and found != "None"
+        ]
+
     def load(self, path, state):
         """Brings every part to a state; where one does not fit, leaves all as they were and refuses."""
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.parts.items()}
         try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except Exception as error:  # each kind of part has errors of its own
-            for each, part in self.parts.items():
-                part.load_state_dict(before[each])
+            with undone_on(Exception, self.parts):  # each kind of part has errors of its own
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+        except Exception as error:
             raise CheckpointRefused(
                 f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
-                f"name another file, or delete {self.names()} to start from the first epoch"
+                f"with what on_epoch added; name another file; or delete {self.names()} to start from the first epoch"
             ) from error
 
     def names(self):
@@ -151,6 +167,18 @@ class Checkpoint:
                     )
 
 
+@contextlib.contextmanager
+def undone_on(errors, parts):
+    """Gives parts, by name, their states back where the block raises one of these errors."""
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    try:
+        yield
+    except errors:
+        for name, state in before.items():
+            parts[name].load_state_dict(state)
+        raise
+
+
 def files_of(path):
     """Returns where a checkpoint is, and where the one before it is kept."""
     return path, path.with_name(path.name + ".previous")
@@ -160,15 +188,14 @@ def is_readable(state):
     """Whether a state consists of tensors and plain values, so that a file of it could be read again."""
     try:
         return read_state(io.BytesIO(to_bytes(state))) is not None
-    except Exception:  # whatever pickle or torch says of an object of somebody's own
+    except Exception:  # whatever pickle or torch says of a user-defined object
         return False
 
 
-def seed_in(path):
-    """Returns the seed of the run that a checkpoint file keeps, or None."""
+def settings_in(path):
+    """Returns the settings of the run that a checkpoint file keeps, or {}."""
     for file in files_of(Path(path).expanduser()):
         state = read_state(file) if file.is_file() else None
-        settings = state.get("settings") if isinstance(state, dict) else None
-        if isinstance(settings, dict) and (found := re.search(r" seed=(-?\d+)", str(settings.get("loader")))):
-            return int(found.group(1))
-    return None
+        if isinstance(state, dict) and isinstance(state.get("settings"), dict):
+            return state["settings"]
+    return {}

@@ -14,7 +14,8 @@ def check_choice(name, value, choices):
     """Raises ValueError unless the value of the setting called name is one of the choices."""
     if value not in choices:
         *others, last = map(str, choices)
-        raise ValueError(f"unknown {name} {value!r}: choose {', '.join(others)} or {last}")
+        either = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"unknown {name} {value!r}: choose {either}")
 
 
 def whole_number(name, value, least=1):
@@ -58,7 +59,7 @@ def describe(value):
 
 def length_of(loader):
     """Returns a loader's number of batches."""
-    # A class of somebody's own may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.
+    # A user-defined class may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.
     begins_anew = hasattr(loader, "__len__") and not type(loader).__module__.startswith("torch.")
     if hasattr(loader, "__next__") and not hasattr(loader, "__getitem__") and not begins_anew:
         raise TypeError(f"the loader is a {type(loader).__name__}, used up after one pass: give the DataLoader itself")
@@ -115,6 +116,11 @@ def lazy_in(part):
     return [name for name, parameter in named if is_lazy(parameter)]
 
 
+def not_lazy(parts):
+    """Returns those of the parts, by name, whose parameters all have their shapes."""
+    return {name: part for name, part in parts.items() if not lazy_in(part)}
+
+
 def check_weights(model):
     """Raises ValueError where a model has no weights yet that a checkpoint could keep."""
     if lazy := lazy_in(model):
@@ -143,7 +149,8 @@ def check_loss(loss, criterion, needs_grad=True):
     """Returns a criterion's loss, if it is the mean over a batch as one number."""
     if not isinstance(loss, Tensor) or loss.dim():
         raise TypeError(f"the criterion returns {describe(loss)}: expected one number, the mean loss of the batch")
-    if getattr(criterion, "reduction", None) == "sum":  # "batchmean" is a mean; with "none" a class takes its own
+    given = getattr(criterion, "keywords", {}).get("reduction") or getattr(criterion, "reduction", None)
+    if given == "sum":  # "batchmean" is a mean; with "none" a class takes its own
         raise ValueError("the criterion has reduction='sum': expected 'mean', the mean loss of the batch")
     if needs_grad and not loss.requires_grad and not torch.is_grad_enabled():
         raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")

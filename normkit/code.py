@@ -67,7 +67,7 @@ def text_of(value, seen):
     elif isinstance(value, types.CodeType):
         yield from (value.co_code.hex(), repr(value.co_names))
         yield from text_of(value.co_consts, seen)
-    elif isinstance(value, types.ModuleType) or is_librarys(value):
+    elif isinstance(value, types.ModuleType) or is_from_library(value) and not value.__name__ == "<lambda>":
         yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value.__name__
     elif id(value) in seen:
         yield "again"
@@ -75,8 +75,7 @@ def text_of(value, seen):
         seen.add(id(value))
         yield from text_of([value.__code__, value.__defaults__, [*closed_over(value).values()]], seen)
         yield from text_of(value.__kwdefaults__ or (), seen)
-        names = [name for name in names_in(value.__code__) if name in value.__globals__]
-        yield from text_of([value.__globals__[name] for name in names], seen)
+        yield from text_of(list(named_in(value).values()), seen)
     elif isinstance(value, types.MethodType):
         yield from text_of([value.__func__, value.__self__], seen)
     elif isinstance(value, type):
@@ -91,13 +90,24 @@ def text_of(value, seen):
         yield ADDRESS.sub("", repr(value))
 
 
+def named_in(function):
+    """Returns the globals that a function names, and what it names of modules that are the user's, by name."""
+    names, around = names_in(function.__code__), function.__globals__
+    found = {name: around[name] for name in names if name in around and name in globals_in(function.__code__)}
+    around = [*found.values(), *closed_over(function).values()]
+    for module in [each for each in around if isinstance(each, types.ModuleType)]:
+        if not is_library(module.__name__):
+            found |= {f"{module.__name__}.{name}": vars(module)[name] for name in names if name in vars(module)}
+    return found
+
+
 def names_in(code):
-    """Returns the names that a function's code, and the functions within it, look up."""
+    """Returns the names that a function's code, and the functions within it, look up, attributes among them."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
     return list(dict.fromkeys([*code.co_names, *inner]))
 
 
-def is_librarys(value):
+def is_from_library(value):
     """Whether a function or class comes from a library, whose name tells it apart."""
     if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return False
@@ -121,21 +131,16 @@ def code_of(functions):
 def functions_of(kind):
     """Returns the functions that a class and its bases consist of, but for a library's."""
     parts = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
-    owners = [each for each in kind.__mro__ if not is_librarys(each)]
+    owners = [each for each in kind.__mro__ if not is_from_library(each)]
     values = [value for owner in owners for _, value in sorted(vars(owner).items()) if hasattr(type(value), "__get__")]
     found = [each for value in values for each in (value, *(getattr(value, part, None) for part in parts))]
-    return [each for each in found if isinstance(each, types.FunctionType) and not is_librarys(each)]
+    return [each for each in found if isinstance(each, types.FunctionType) and not is_from_library(each)]
 
 
 def used_by(functions):
     """Returns what functions have from around them, as defaults and by name, by where that is."""
     found = {}
     for function in functions:
-        code, around = function.__code__, function.__globals__
-        found |= closed_over(function)
-        found |= {name: around[name] for name in globals_in(code) if name in around and name[:2] != "__"}
-        for module in [each for each in found.values() if isinstance(each, types.ModuleType)]:
-            if not is_library(module.__name__):
-                found |= {name: vars(module)[name] for name in code.co_names if name in vars(module)}
+        found |= closed_over(function) | named_in(function)
         found |= dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
     return {f"'s {name}": each for name, each in found.items()}

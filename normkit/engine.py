@@ -6,14 +6,13 @@ import pickle
 import queue
 import sys
 import warnings
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
 from joblib import Parallel, delayed, effective_n_jobs, parallel_config
 from joblib.parallel import get_active_backend
 
-from normkit.objects import LIBRARIES
+from normkit.objects import is_library
 
 
 def compute(function, tasks, data, processes=1):
@@ -101,30 +100,33 @@ class ByValue:
     """Holds a function or class: sent to another process it takes its code along, and that of its module.
 
     Sent by name, as is usual, it would be what that process read from its file, or there would be no such name.
+    content: what was sent. The value is made of it anew each time it is asked for, with the modules loaded by then.
     """
 
-    def __init__(self, value):
-        self.value = value
+    def __init__(self, value=None, content=None):
+        self.held, self.content = value, content
+
+    @property
+    def value(self):
+        return self.held if self.content is None else pickle.loads(self.content)
 
     def __reduce__(self):
-        function = self.value
+        return ByValue, (None, self.content or self.pack())
+
+    def pack(self):
+        function = self.held
         while isinstance(function, functools.partial):
             function = function.func
         module = sys.modules.get(getattr(function, "__module__", type(function).__module__))
-        if module is None or not is_own(module):
-            return unpack, (cloudpickle.dumps(self.value),)
+        if module is None or not is_user_module(module):
+            return cloudpickle.dumps(self.held)
         cloudpickle.register_pickle_by_value(module)
         try:
-            return unpack, (cloudpickle.dumps(self.value),)
+            return cloudpickle.dumps(self.held)
         finally:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def unpack(content):
-    return ByValue(pickle.loads(content))
-
-
-def is_own(module):
-    """Whether a module is a file of somebody's own: not an installed library, nor the kit."""
-    installed = {"site-packages", "dist-packages"} & set(Path(getattr(module, "__file__", None) or "").parts)
-    return module.__name__.partition(".")[0] not in LIBRARIES | {"__main__"} and not installed
+def is_user_module(module):
+    """Whether a module is a file of the user's: not an installed library, nor the kit."""
+    return module.__name__ != "__main__" and not is_library(module.__name__)

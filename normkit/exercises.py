@@ -9,7 +9,7 @@ from torch import nn
 def exercise(check):
     """Decorates a check, which returns what is off in an answer, or None where it is right.
 
-    Nothing filled in (... or None, or a function that returns one of them) is said so; an error in the answer is told.
+    An empty answer (... or None, or a function that returns one of them) and an error in it are each reported.
     """
 
     @functools.wraps(check)

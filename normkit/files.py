@@ -1,9 +1,10 @@
-"""Files of tensors, arrays and plain values, written atomically."""
+"""Files written atomically, and those of tensors, arrays and plain values."""
 
 import collections
 import io
 import os
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -57,19 +58,25 @@ def to_bytes(state):
 
 
 def write_state(path, state, previous=None):
-    """Writes tensors, arrays and plain values beside the file and renames; what was there is moved to previous.
+    """Writes a file of tensors, arrays and plain values; see write_whole."""
+    write_whole(path, to_bytes(state), previous)
 
-    Raises OSError, and leaves the file as it is, where the disk refuses.
+
+def write_whole(path, content, previous=None):
+    """Writes bytes beside the file and renames, so that it is whole at any moment; what was there moves to previous.
+
+    Raises OSError where the disk refuses: what was there is then in the file, or in previous.
     """
-    content = to_bytes(state)
     written = path.with_name(f"{path.name}.writing")  # one name, so that what a killed process left is written over
     try:
         with open(written, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
+        if path.exists():
+            shutil.copymode(path, written)
+            if previous is not None:
+                os.replace(path, previous)
         os.replace(written, path)
     except OSError:
         written.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ an H200 to do them; a graph is started at once, by one call.
 """
 
 import collections
+import itertools
 import weakref
 
 import torch
@@ -100,7 +101,7 @@ class GraphedLoss:
         if not isinstance(network, Graphed) or network.reason is not None:
             return None
         inspection = network.inspect()
-        if inspection.reason is not None or any(True for condition in (of_code, of_call) for _ in condition()):
+        if inspection.reason is not None or next(itertools.chain(of_code(), of_call()), None) is not None:
             return None
         parameters = inspection.parameters
         if not are_plain(images, labels, parameters[0].device) or not is_plain_step(self.criterion, images, parameters):

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import stat
 import sys
 import types
@@ -17,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from normkit.attributes import own_attributes
 from normkit.checksum import ADDRESS, crc32_of, crc32_of_file
-from normkit.code import code_of, functions_of, is_librarys, used_by
+from normkit.code import code_of, functions_of, is_from_library, used_by
 from normkit.files import is_plain, plain
 from normkit.objects import LIBRARIES
 from normkit.packing import CONTAINERS, GENERATORS
@@ -50,6 +51,12 @@ def settings_of(model, optimizer, scheduler, loaders, criterion, scheduler_step,
     settings["precision"] = str(compute_dtype)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion} | loaders
     return settings | {f"code of {where}" if where in parts else where: text for where, text in lines_of(parts, {})}
+
+
+def seed_in(settings):
+    """Returns the seed of the kit's loader that such settings are of, or None."""
+    found = re.search(r" seed=(-?\d+)", str(settings.get("loader")))
+    return int(found.group(1)) if found else None
 
 
 def plain_lines(part, *states):
@@ -86,15 +93,15 @@ def lines_of(parts, seen):
         if not isinstance(value, (*NUMBERS, str)):
             seen[id(value)] = value  # which keeps it there, and so its id
         try:
-            text, inner = told(value, where.startswith("criterion"), seen)
-        except Exception:  # whatever properties, texts and lengths of somebody's own raise
+            text, inner = describe_value(value, where.startswith("criterion"), seen)
+        except Exception:  # whatever user-defined properties, texts and lengths raise
             continue
         if text is not None:
             yield where, text
         waiting.extend((where + step, each) for step, each in inner.items())
 
 
-def told(value, whole, seen):
+def describe_value(value, whole, seen):
     """Returns the text that tells a value, or None, and what it holds, by step. whole: with a module's tensors."""
     kind, root = type(value), type(value).__module__.partition(".")[0]
     if isinstance(value, types.ModuleType | torch.device):
@@ -109,19 +116,19 @@ def told(value, whole, seen):
         is_trained = isinstance(value, torch.nn.Parameter) or getattr(value, "requires_grad", False)
         return None if is_trained and not whole else text_of_array(value), {}
     if isinstance(value, CONTAINERS):
-        return told_container(value, seen)
+        return describe_container(value, seen)
     if isinstance(value, functools.partial):
         return None, {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if isinstance(value, types.MethodType):
         return None, {".__self__": value.__self__, "": value.__func__}
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and is_librarys(value):
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and is_from_library(value):
         return f"{value.__module__}.{value.__qualname__}", {}
     if isinstance(value, types.FunctionType):
         return f"{value.__name__}, code {code_of([value])}", used_by([value])
     if isinstance(value, type):
-        return told_class(value, functions_of(value))
-    if not is_librarys(kind):
-        text, inner = told_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])
+        return describe_class(value, functions_of(value))
+    if not is_from_library(kind):
+        text, inner = describe_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])
         return text, inner | attributes_in(value, whole)
     if root in CLOSED and not f"{kind.__module__}.".startswith(OPEN):
         is_value = not repr(value).startswith("<") and not hasattr(kind, "__next__")  # where an iterator is moves
@@ -130,9 +137,9 @@ def told(value, whole, seen):
     return kind.__name__, {step: each for step, each in attributes_in(value, whole).items() if step[1] != "_"}
 
 
-def told_class(kind, functions):
-    """Returns the text that tells a class of somebody's own, and its attributes and what these functions use."""
-    owners = [each for each in reversed(kind.__mro__) if not is_librarys(each)]
+def describe_class(kind, functions):
+    """Returns the text that tells a user-defined class, and its attributes and what these functions use."""
+    owners = [each for each in reversed(kind.__mro__) if not is_from_library(each)]
     items = [item for owner in owners for item in vars(owner).items() if not item[0].startswith(("__", "_abc_"))]
     settings = {f".{name}": each for name, each in items if not hasattr(type(each), "__get__")}
     return f"{kind.__name__}, code {code_of(functions_of(kind))}", settings | used_by(functions)
@@ -143,11 +150,11 @@ def attributes_in(owner, whole):
     found = own_attributes(owner)
     if isinstance(owner, torch.nn.Module):
         found |= owner._modules | (owner._buffers | owner._parameters if whole else {})
-    how = HOW if is_librarys(type(owner)) or isinstance(owner, torch.utils.data.DataLoader) else ()
+    how = HOW if is_from_library(type(owner)) or isinstance(owner, torch.utils.data.DataLoader) else ()
     return {f".{name}": each for name, each in found.items() if name not in how}
 
 
-def told_container(values, seen):
+def describe_container(values, seen):
     """Returns the text that tells a list or the like, and its entries, unless there are many: then the text tells."""
     kind, entries = type(values).__name__, flat(values)
     is_set = isinstance(values, set | frozenset)

@@ -63,11 +63,28 @@ def standardising_group_norm(channels, num_groups):
     return StandardisingGroupNorm(channels if num_groups == "channels" else num_groups, channels)
 
 
+# Functions with names, by which a study tells them apart.
+def instance_norm(channels, num_groups):
+    return nn.GroupNorm(channels, channels)
+
+
+def rms_norm(channels, num_groups):
+    return RMSNorm(channels)
+
+
+def pixel_norm(channels, num_groups):
+    return PixelNorm(channels)
+
+
+def ghost_batch_norm(channels, num_groups):
+    return GhostBatchNorm(channels)
+
+
 MORE_NORMS = {
     "none": nn.Identity,
-    "instance": lambda channels, num_groups: nn.GroupNorm(channels, channels),
-    "RMS": lambda channels, num_groups: RMSNorm(channels),
-    "pixel": lambda channels, num_groups: PixelNorm(channels),
+    "instance": instance_norm,
+    "RMS": rms_norm,
+    "pixel": pixel_norm,
     "standardised": standardising_group_norm,
-    "ghost": lambda channels, num_groups: GhostBatchNorm(channels),
+    "ghost": ghost_batch_norm,
 }

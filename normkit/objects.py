@@ -1,4 +1,4 @@
-"""Objects and functions of somebody's own, and their attributes."""
+"""User-defined objects and functions, and their attributes."""
 
 import dis
 import functools
@@ -6,18 +6,19 @@ import sys
 import types
 from pathlib import Path
 
+OF_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}  # the last two in class bodies
 LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 
 
-def is_somebodys(owner):
-    """Whether an object is of a class that is neither the kit's nor a library's; whether a function or class is."""
+def is_foreign(owner):
+    """Whether an object is of no class of Python's, torch's, NumPy's or the kit's; whether a function is user code."""
     if isinstance(owner, types.FunctionType | type):
-        return is_written_here(owner)
+        return is_user_code(owner)
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
 
 
-def is_written_here(owner):
-    """Whether a function's code, or that of an object's class, is no library's."""
+def is_user_code(owner):
+    """Whether a function, or an object's class, is defined by the user: in a notebook, a script or a file of theirs."""
     return not is_library(getattr(owner, "__module__", None) or "")
 
 
@@ -71,7 +72,7 @@ def cells_of(function):
 def globals_in(code):
     """Returns the names of globals in a function's code, and in that of the functions within it."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const)]
-    own = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")]
+    own = [each.argval for each in dis.get_instructions(code) if each.opname in OF_GLOBALS and each.argval[:2] != "__"]
     return list(dict.fromkeys([*own, *inner]))
 
 

@@ -39,10 +39,10 @@ def begin(optimizer):
     for group in optimizer.param_groups:
         if group.get("fused"):
             for parameter in group["params"]:
-                lay_out(getattr(optimizer, "state", {}).get(parameter, {}), parameter)
+                match_strides(getattr(optimizer, "state", {}).get(parameter, {}), parameter)
 
 
-def lay_out(state, parameter):
+def match_strides(state, parameter):
     """Gives tensors of the parameter's shape its strides, too: fused optimizers take both as they lie in memory.
 
     A checkpoint may be of another memory format, and so may a model since to(memory_format=...).
@@ -81,13 +81,13 @@ def check_part(name, part, attribute, example):
         raise TypeError(f"the {name} is {given}: expected an object such as {example}")
 
 
-def is_torchs(scheduler):
-    """Whether a scheduler is one of torch's, and holds no functions of somebody's own."""
+def is_torch_scheduler(scheduler):
+    """Whether a scheduler is one of torch's, and holds no user-defined functions."""
     inner = getattr(scheduler, "_schedulers", [])
     attributes = getattr(scheduler, "__dict__", {})
     own = [name for name, value in attributes.items() if callable(value) and name != "_scale_fn_ref"]  # CyclicLR's
     own += attributes.get("lr_lambdas", [])
-    return type(scheduler).__module__ == lr_scheduler.__name__ and not own and all(map(is_torchs, inner))
+    return type(scheduler).__module__ == lr_scheduler.__name__ and not own and all(map(is_torch_scheduler, inner))
 
 
 MAX_STEPS_CHECKED = 20_000  # that are gone through in advance: a second or less
@@ -97,7 +97,7 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
     """Raises ValueError where the scheduler would fail on the way, or set a negative or infinite learning rate.
 
     Goes through the steps of torch's own schedulers once and sets them back: torch accepts StepLR(step_size=0), say,
-    and fails at the first step. Schedulers with functions or objects of somebody's own are left alone.
+    and fails at the first step. Schedulers with user-defined functions or objects are left alone.
     """
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         if scheduler_step == "batch":
@@ -116,7 +116,7 @@ def check_schedule(scheduler, optimizer, scheduler_step, epochs, batches):
             f"{type(scheduler).__name__}.step takes {', '.join(needed)}, and is called without: give it a default, or "
             "step the schedule in on_epoch"
         )
-    if not is_torchs(scheduler):
+    if not is_torch_scheduler(scheduler):
         return
     steps = epochs * (batches if scheduler_step == "batch" else 1)
     state, groups = copy.deepcopy(scheduler.state_dict()), optimizer.param_groups

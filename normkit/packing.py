@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from normkit.objects import attributes_of, is_somebodys
+from normkit.objects import attributes_of, is_foreign
 
 LARGEST = 2**24  # bytes of a value that a checkpoint keeps: a data set's images are not to be written each epoch
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
@@ -71,7 +71,7 @@ def pack(value, names, depth=8, own=True):
     """Returns a copy of a value of which a file can be made; raises TypeError where none can.
 
     A tuple tells a kind, then what it is made of. names: by id, of objects that are there when it is read.
-    own: whether it may be of a class of somebody's own, as what stands in its place then has to be.
+    own: whether it may be of a user-defined class, as what stands in its place then has to be.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
@@ -92,7 +92,7 @@ def pack(value, names, depth=8, own=True):
     if PLAIN.get(kind.__name__) is kind:
         inner = [[pack(each, names, depth - 1, False) for each in part] for part in parts_of(value)]
         return (kind.__name__, *inner, *([value.maxlen] if kind is collections.deque else []))
-    if not own or not is_somebodys(value):
+    if not own or not is_foreign(value):
         raise TypeError(f"a {kind.__name__} cannot be kept")
     if isinstance(value, enum.Enum):
         return "own", kind.__qualname__, pack(value.value, names, depth - 1, False)

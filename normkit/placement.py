@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from normkit.device import get_device
+from normkit.files import write_whole
 from normkit.fused import fuse
 from normkit.fused.build import cache_folder, library
 from normkit.randomness import generators_preserved
@@ -48,7 +49,7 @@ def step_times(build_model):
     times = {name: time_step(build_model, torch.device(name)) for name in ("cpu", "mps")}
     with contextlib.suppress(OSError):
         if file:
-            file.write_text(json.dumps(times), "utf-8")
+            write_whole(file, json.dumps(times).encode())
     return times
 
 

@@ -294,7 +294,8 @@ def plot_seeds(rows, ax=None):
     for i, (_, runs) in enumerate(groups):
         for norm, each in runs.groupby("norm", sort=False, observed=True):
             place, values, color = i * pitch + norms.index(norm), each["test_acc"].fillna(CHANCE), colors[norm]
-            dots, diverged = place + np.linspace(-0.15, 0.15, len(values)), each["test_acc"].isna().to_numpy()
+            half = 0.15 * (len(values) > 1)
+            dots, diverged = place + np.linspace(-half, half, len(values)), each["test_acc"].isna().to_numpy()
             ax.plot(dots[~diverged], values[~diverged], "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)
             ax.plot(dots[diverged], values[diverged], "x", color=color, markersize=9)
             mean, deviation = values.mean(), values.std() if values.count() > 1 else 0.0
@@ -342,7 +343,7 @@ def plot_league(rows):
         ax.set_yticks(range(len(norms)), norms)
         ax.grid(axis="y", visible=False)
         ax.margins(x=0.14)
-        ax.set(xlabel="test accuracy, %", title=title)
+        ax.set(xlabel="test accuracy, %", title=title, ylim=(-0.6, len(norms) - 0.4))
     figure.suptitle(f"{data}: {seeds}, last epoch")
     return figure
 

@@ -1,4 +1,4 @@
-"""What normalisation changes in training, measured: gradients, likeness of activations, range of the loss."""
+"""What normalisation changes in training, measured: gradients, similarity of activations, range of the loss."""
 
 import numpy as np
 import torch

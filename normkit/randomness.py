@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from normkit.attributes import MovingAttributes
-from normkit.objects import attributes_of, closed_over, globals_in, is_somebodys, is_written_here
+from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
 from normkit.packing import CONTAINERS, GENERATORS, read, write
 
 
@@ -25,7 +25,7 @@ def check_seed(seed):
     if seed is None:
         return secrets.randbits(32)
     try:
-        number = operator.index(seed)
+        number = operator.index(seed) if not isinstance(seed, bool) else None
     except TypeError:
         number = None
     if number is None or not -(2**63) <= number < 2**64:  # what torch takes
@@ -50,7 +50,7 @@ class RandomState:
     """What is random about training, as state_dict and load_state_dict.
 
     That is the state of the global generators, of a device's, and what moves in parts that are given by name: loaders
-    and whatever else somebody has written, with generators, samplers and counters in them. saved: the names of parts
+    and whatever else a user has written, with generators, samplers and counters in them. saved: the names of parts
     whose state_dict is kept beside this.
     """
 
@@ -58,7 +58,7 @@ class RandomState:
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
         self.saved = saved
         self.owners = dict(objects_of(**parts))
-        own = {where: owner for where, owner in self.owners.items() if is_somebodys(owner)}
+        own = {where: owner for where, owner in self.owners.items() if is_foreign(owner) or is_setting(owner)}
         unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
         self.attributes = MovingAttributes(unsaved, self.owners)
 
@@ -77,7 +77,7 @@ class RandomState:
             elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
                 kept.append(where)
                 # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
-                librarys_loader = isinstance(owner, torch.utils.data.DataLoader) and not is_written_here(owner)
+                librarys_loader = isinstance(owner, torch.utils.data.DataLoader) and not is_user_code(owner)
                 if not librarys_loader and gives_state(owner):
                     yield where, owner.state_dict, owner.load_state_dict
 
@@ -85,7 +85,7 @@ class RandomState:
         numpy = np.random.get_state(legacy=False)
         state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
         if self.device is not None:
-            state["device"] = torch.get_device_module(self.device).get_rng_state()
+            state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         state["attributes"] = self.attributes.state_dict()
         return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
@@ -94,7 +94,7 @@ class RandomState:
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
         if "device" in state and self.device is not None:
-            torch.get_device_module(self.device).set_rng_state(state["device"])
+            torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
                 write_state(state[f"state of {where}"])
@@ -102,10 +102,12 @@ class RandomState:
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
+SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, torch.utils.data.DataLoader)
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
 CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
+CPU = torch.device("cpu")
 MOST = 10_000  # objects looked at, in a fifth of a second
 
 
@@ -118,22 +120,27 @@ def objects_of(is_closed=lambda owner: False, **roots):
     while waiting and len(seen) < MOST:
         where, owner = waiting.popleft()
         empty = isinstance(owner, list | tuple | dict) and not owner
-        librarys = isinstance(owner, type) and not is_somebodys(owner)
-        foreign = is_within(where, CALLBACKS) and is_third_partys(owner) and not is_stateful(owner)
-        if id(owner) in seen or empty or librarys or foreign or isinstance(owner, PASSED_OVER):
+        librarys = isinstance(owner, type) and not is_foreign(owner)
+        figure_or_file = is_within(where, CALLBACKS) and is_third_party(owner) and not is_stateful(owner)
+        if id(owner) in seen or empty or librarys or figure_or_file or isinstance(owner, PASSED_OVER):
             continue
         seen.add(id(owner))
         yield where, owner
         if not isinstance(owner, GENERATORS) and not is_closed(owner):
-            waiting.extend((where + step, part) for step, part in parts_of(owner))
+            waiting.extend((where + step, part) for step, part in held_by(owner))
 
 
-def is_third_partys(owner):
-    """Whether an object is neither of somebody's own class, nor torch's or the kit's, nor made to hold others."""
-    return is_somebodys(owner) and not is_written_here(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
+def is_setting(owner):
+    """Whether an object of torch's or the kit's has attributes that a callback may set, such as a dropout's p."""
+    return isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
 
 
-def parts_of(owner):
+def is_third_party(owner):
+    """Whether an object is of an installed library's class, but not torch's or the kit's, nor made to hold others."""
+    return is_foreign(owner) and not is_user_code(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
+
+
+def held_by(owner):
     """Yields (step, object) for what an object holds, and for what its code names."""
     if isinstance(owner, types.MethodType):
         yield ".__self__", owner.__self__
@@ -162,11 +169,11 @@ def function_of(member):
 
 
 def named_in(function):
-    """Yields (step, object) for generators that a function names; in somebody's, also what is so or has a state."""
-    names, own = function.__globals__, is_somebodys(function)
+    """Yields (step, object) for generators that a function names; for user code, also what is that or has a state."""
+    names, own = function.__globals__, is_foreign(function)
     for name in globals_in(function.__code__):
         value = names.get(name)
-        looked_at = own and not isinstance(value, PASSED_OVER) and (is_written_here(value) or is_stateful(value))
+        looked_at = own and not isinstance(value, PASSED_OVER) and (is_user_code(value) or is_stateful(value))
         if looked_at or isinstance(value, GENERATORS):
             yield f" {name}", value
 
@@ -222,7 +229,7 @@ def gives_state(owner):
     """Whether the state_dict of an object that is_stateful can be called as it is, and now."""
     try:
         owner.state_dict()
-    except Exception:  # whatever somebody's own raises
+    except Exception:  # whatever user code raises
         return False
     return True
 
@@ -244,10 +251,17 @@ ONE_AT_A_TIME = threading.RLock()  # for threads share the generators
 
 
 @contextlib.contextmanager
-def generators_preserved(device=None):
-    """Gives the global generators, and the device's, back as they were; other threads that draw from them wait."""
-    with ONE_AT_A_TIME:
-        state = RandomState(device)
+def generators_preserved(device=CPU):
+    """Gives the global generators back as they were, those of all GPUs among them; other threads that draw wait.
+
+    device: one that is going to be used; GPUs that nothing has used have nothing to preserve.
+    """
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    is_initialized = getattr(torch.get_device_module(gpu or "cuda"), "is_initialized", lambda: True)  # MPS tells none
+    in_use = gpu is not None and (device.type == gpu.type or is_initialized())
+    gpus = range(torch.accelerator.device_count()) if in_use else ()
+    with ONE_AT_A_TIME, torch.random.fork_rng(gpus, device_type=gpu.type if in_use else "cuda"):
+        state = RandomState()
         before = state.state_dict()
         try:
             yield

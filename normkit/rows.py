@@ -2,16 +2,19 @@
 
 import csv
 import io
+import math
 import os
 import re
-import shutil
 import tempfile
 
 import pandas as pd
 from filelock import FileLock
 
+from normkit.files import write_whole
+from normkit.tables import METRICS
+
 TEXTS = ["data", "norm", "recipe", "settings", "where", "backend", "diverged"]  # a norm may be called 007
-NUMBERS = ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
+NUMBERS = ["epoch", "lr", *METRICS, "seconds"]
 
 
 def check_place(file):
@@ -45,9 +48,11 @@ def find_done(file, epochs):
 
 
 def is_whole(rows, epochs):
-    """Returns whether a run's rows are one an epoch, or the one of the epoch in which it diverged."""
-    diverged = isinstance(rows[0].get("diverged"), str)
-    return diverged or sorted(row["epoch"] for row in rows) == list(range(1, epochs + 1))
+    """Returns whether a run's rows are one an epoch, with metrics, or the one of the epoch in which it diverged."""
+    if isinstance(rows[0].get("diverged"), str):
+        return True
+    measured = all(row.get(name) is not None and not math.isnan(row[name]) for row in rows for name in METRICS)
+    return measured and sorted(row["epoch"] for row in rows) == list(range(1, epochs + 1))
 
 
 def read_rows(file):
@@ -75,6 +80,8 @@ def check_lines(text):
     """Raises ValueError at the first damaged line: pandas would fill it up, or take a column of numbers for text."""
     lines = csv.reader(io.StringIO(text), strict=True)
     columns = next(lines, [])
+    if len(columns) == 1 and (other := next((sign for sign in ";\t" if sign in columns[0]), None)):
+        raise ValueError(f"its columns are separated by {other!r}: save it with commas")
     try:
         for cells in lines:
             if cells and len(cells) != len(columns):
@@ -90,18 +97,10 @@ def check_lines(text):
 
 def add_rows(file, rows):
     """Adds a run's rows, in place of any that it has, to a study's file that others may be writing to as well."""
-    written = file.with_name(file.name + ".writing")
     with lock_of(file):
         kept = [row for row in read_rows(file) if row["settings"] != rows[0]["settings"]]
         try:
-            with open(written, "w", newline="", encoding="utf-8") as opened:
-                pd.DataFrame(kept + rows).to_csv(opened, index=False)
-                opened.flush()
-                os.fsync(opened.fileno())
-            if file.exists():
-                shutil.copymode(file, written)
-            os.replace(written, file)
+            write_whole(file, pd.DataFrame(kept + rows).to_csv(index=False, lineterminator="\n").encode())
         except OSError as error:
-            written.unlink(missing_ok=True)
             message = f"{file} cannot be written: {error}. It holds the runs finished before; the same call goes on"
             raise OSError(error.errno, message) from error

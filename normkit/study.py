@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import os
+import pickle
 import sys
 import tempfile
 import zlib
@@ -22,7 +23,7 @@ from normkit.checkpoint import CheckpointRefused, files_of
 from normkit.checks import check_epochs, check_notes, describe, whole_number
 from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
-from normkit.engine import ByValue, compute
+from normkit.engine import ByValue, compute, is_user_module
 from normkit.placement import choose_device
 from normkit.randomness import check_seed, generators_preserved
 from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, read_rows
@@ -33,7 +34,7 @@ CHOICES = ("precision", "memory_format", "backend")
 HOW = {"device", "progress", "checkpoint", "on_epoch", "self_check", *CHOICES}
 OWN_NORMS = ("batch", "group", "layer")  # which came with model.py
 MARK = 0x85C7DB02  # of model.py as it came
-COMPRESSED = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar"}
+NO_TEXT = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar", ".xlsx", ".xls", ".parquet", ".feather"}
 
 
 def grid(**choices):
@@ -52,7 +53,7 @@ def is_single(choice):
 class Planned(NamedTuple):
     """A run that keywords of utils.run ask for. Another process may know other recipes by name, so it has its own.
 
-    network: a mark of the network that is meant.
+    marks: of the norm and the network that are meant, in case that process has read others.
     """
 
     norm: str
@@ -60,7 +61,7 @@ class Planned(NamedTuple):
     seed: int
     recipe: Recipe
     keywords: dict
-    network: str
+    marks: tuple[str, str]
 
 
 def plan(keywords):
@@ -73,18 +74,23 @@ def plan(keywords):
     if seed is None:
         raise ValueError("seed=None: a study finds its runs again by their seeds; grid(seed=range(5), ...) has five")
     recipe = get_recipe(settings.pop("recipe", None) or "classic", **settings)
-    return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords, mark_of_network(model.Net))
+    return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords, marks_of(norm))
 
 
 def run_key(planned, data_line):
     """Returns the settings of a run in one line; two runs with the same line are the same."""
-    norm, epochs, seed, recipe, keywords, network = planned
+    norm, epochs, seed, recipe, keywords, marks = planned
     chosen = [f" {name}={keywords[name]}" for name in CHOICES if keywords.get(name, "auto") != "auto"]
-    return f"{data_line}: norm={norm}{code_of(norm)}{network} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
+    return f"{data_line}: norm={norm}{''.join(marks)} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
 
 
-def code_of(norm):
-    """Returns a mark of what a norm of somebody's own is made of: another code makes another run."""
+def marks_of(norm):
+    """Returns marks of a norm and of the network, each "" where it is the kit's."""
+    return mark_of_norm(norm), mark_of_network(model.Net)
+
+
+def mark_of_norm(norm):
+    """Returns a mark of what a user-defined norm is made of: another code makes another run."""
     builder = model.NORMS.get(norm)
     is_own = builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model")
     return f"#{mark_of(builder)}" if is_own else ""
@@ -120,14 +126,14 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
     """
-    if not hasattr(data, "train_images") or not isinstance(file, str | os.PathLike):
+    if not (hasattr(runs, "__iter__") and hasattr(data, "train_images") and isinstance(file, str | os.PathLike)):
         raise TypeError(
-            f"data is a {describe(data)} and file a {describe(file)}: expected run_many(runs, data, file) with what "
-            "load_data returns, and the name of a CSV file"
+            f"runs is a {describe(runs)}, data a {describe(data)} and file a {describe(file)}: expected "
+            "run_many(runs, data, file) with what grid and load_data return, and the name of a CSV file"
         )
     processes, file = whole_number("processes", processes), Path(file).expanduser().resolve()
-    if file.suffix in COMPRESSED:
-        raise ValueError(f"{file.name}: a study is added to run by run, so its file is not compressed: name it .csv")
+    if file.suffix.lower() in NO_TEXT:
+        raise ValueError(f"{file.name}: a study's file is text, to which run by run is added: name it .csv")
     check_place(file)
     planned, failures = {}, []
     data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
@@ -179,22 +185,23 @@ def forget(checkpoint):
 
 
 def describe_error(error):
-    """Returns an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """Returns an error in one line, with the next step where something cannot be sent to a process."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, pickle.PicklingError):
+        text += f" {error.__cause__ or ''} Ask for processes=1, where nothing is sent"
+    return text
 
 
 def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     """Returns the rows of a run and None, or None and the error that ended it as text."""
-    norm, epochs, seed, recipe, keywords, network = planned
-    if mark_of_network(model.Net) != network:  # a worker may be older than what the notebook has loaded since
-        importlib.reload(model)
-    if mark_of_network(model.Net) != network:
+    norm, epochs, seed, recipe, keywords, marks = planned
+    load_code(norm, builder, marks)
+    if mark_of_network(model.Net) != marks[1]:
         return (
             None,
-            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited",
+            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited, or "
+            "ask for processes=1",
         )
-    if builder is not None:
-        model.NORMS[norm] = builder.value
     asked, finished = describe_request(planned, data), []
 
     def follow(history):
@@ -217,12 +224,26 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
             measured = [{name: written(name, value) for name, value in row.items()} for row in result.history]
         except FloatingPointError as error:
             if not keep_diverged:
-                return None, describe_error(error)
+                return None, f"{describe_error(error)} run_many(..., keep_diverged=True) would note it in the file"
             measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
         except (Exception, SystemExit) as error:
             return None, describe_error(error)
         about = asked | describe_machine(planned, device)
     return [about | row | {"settings": key} for row in measured], None
+
+
+def load_code(norm, builder, marks):
+    """Registers a norm. A worker in which it or the network has other marks than were meant imports its modules anew.
+
+    It may be older than what the notebook has loaded since.
+    """
+    if builder is not None:
+        model.NORMS[norm] = builder.value
+    if builder is not None and builder.content is not None and marks_of(norm) != marks:
+        for module in reversed([each for each in sys.modules.values() if is_user_module(each)]):  # importers come last
+            with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
+                importlib.reload(module)
+        model.NORMS[norm] = builder.value
 
 
 def run_or_begin_anew(checkpoint, **options):
@@ -236,7 +257,7 @@ def run_or_begin_anew(checkpoint, **options):
 
 
 def written(name, value):
-    """Returns what the file has of a value: of a metric six digits, of a note of somebody's own all, and no tensor."""
+    """Returns what the file has of a value: of a metric six digits, of a user's note all, and no tensor."""
     value = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     return float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value
 

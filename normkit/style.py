@@ -39,7 +39,7 @@ STYLE = {
 def styled(plot):
     """Decorates a function that returns a figure, or the axes it drew in: the style holds, whatever the user's says.
 
-    Of a figure of somebody's own, only these axes are touched.
+    Of a user's figure, only these axes are touched.
     """
 
     @functools.wraps(plot)
@@ -125,14 +125,14 @@ def broken(text, longest=24):
     return "\n".join(textwrap.fill(line, longest, break_on_hyphens=False) for line in lines).replace(KEPT, " ")
 
 
-def lines_of(names):
+def line_count(names):
     """Returns how many lines names take, each broken, below one another."""
     return sum(broken(name).count("\n") + 1 for name in names)
 
 
 def height_for(names, least):
     """Returns the height of a figure, in inches, in which there is room for names below one another."""
-    return max(least, 1.2 + LINE * lines_of(names))
+    return max(least, 1.2 + LINE * line_count(names))
 
 
 def label_ends(ax, ends, colors, number):
@@ -144,7 +144,7 @@ def label_ends(ax, ends, colors, number):
     line = (high - low) * LINE * ax.figure.dpi / ax.get_window_extent().height
     known = {name: next((y for y in reversed(values) if math.isfinite(y)), low) for name, values in ends.items()}
     upwards = sorted(known, key=known.get)
-    half = {name: line * lines_of([name]) / 2 for name in ends}  # of a name's height
+    half = {name: line * line_count([name]) / 2 for name in ends}  # of a name's height
     places, edge = {}, low - line / 2
     for name in upwards:
         places[name] = max(known[name], edge + half[name])

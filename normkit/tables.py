@@ -184,7 +184,27 @@ def last_epochs(rows, *columns):
             f"{twice['settings'].nunique()} runs are there more than once, with other results; they differ in "
             f"{', '.join(several.index[several])}: select the rows of one of each"
         )
-    return rows[rows["epoch"] == rows.groupby("settings")["epoch"].transform("max")]
+    last = rows[rows["epoch"] == rows.groupby("settings")["epoch"].transform("max")]
+    check_ends(last)
+    return last
+
+
+def check_ends(last):
+    """Raises ValueError where of runs with equally many epochs some lack the last ones, or the last row a metric."""
+    finished = last[last["diverged"].isna()] if "diverged" in last else last
+    empty = finished.loc[finished["test_acc"].isna(), "settings"]
+    if len(empty):
+        raise ValueError(
+            f"the last row of {len(empty)} runs has no test_acc, and nothing in the column diverged, as of "
+            f"{empty.iloc[0]!r}: leave these out, or call study.run_many again"
+        )
+    planned = finished["settings"].str.extract(r" epochs=(\d+) ", expand=False)
+    short = finished[finished["epoch"] < finished.groupby(planned)["epoch"].transform("max")]
+    if len(short):
+        raise ValueError(
+            f"{len(short)} runs end before others that were to have as many epochs, as in epoch "
+            f"{short['epoch'].iloc[0]} of {short['settings'].iloc[0]!r}: leave these out, or call study.run_many again"
+        )
 
 
 def with_recipes_named(rows):
@@ -199,7 +219,7 @@ def with_recipes_named(rows):
 def settings_table(rows):
     """Returns the settings of each row's run as text, a column each, as its recipe and its line "settings" name them.
 
-    "code" has the marks of a norm or model.py of somebody's own. What a line leaves out, such as the precision, was
+    "code" has the marks of a user-defined norm or model.py. What a line leaves out, such as the precision, was
     "auto"; what it says beyond all that is in the last column alone.
     """
     lines, rows = [], with_recipes_named(rows)

@@ -26,7 +26,7 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for worker processes
 
 import model  # noqa: E402
 import utils  # noqa: E402
-from normkit import plots, probes  # noqa: E402
+from normkit import plots, probes, tables  # noqa: E402
 from normkit.data import train_val_split  # noqa: E402
 from normkit.norms import MORE_NORMS  # noqa: E402
 from normkit.study import grid, run_many  # noqa: E402
@@ -41,7 +41,7 @@ START = utils.get_recipe("best", lr=0.02, weight_decay=0.0, adamw_lr=0.003)
 def trials(data):
     """What was tried for the best recipe, on training images held out: ten epochs and one seed, then the whole length.
 
-    Of the runs of twenty epochs the file holds the last one alone.
+    Of the runs of twenty epochs the file holds only the last epoch.
     """
     muon = START
     sgd = muon.replace(optimizer="sgd", lr=0.2, momentum=0.9, weight_decay=5e-4)
@@ -250,6 +250,8 @@ def main():
         rows = run_many(runs, images, folder / f"{name}.csv", arguments.processes, keep_diverged=True)
         if name in PICTURES:
             PICTURES[name](rows).savefig(folder / f"{name}.png", dpi=110)
+        if name in ("trials", "trials_by_norm"):
+            print(tables.trials_table(rows).to_string())
         if name == "float32":
             compare_precisions(folder).to_csv(folder / "precision.csv")
     if "why" in arguments.what:

@@ -78,7 +78,7 @@ def test_norm_table_counts_sets_statistics_and_trained_numbers(layers):
     table = anatomy.norm_table(layers, torch.randn(6, 8, 5, 5) * 3 + 2)
     assert table["values that share a mean"].to_dict() == {n: i * c * 25 for n, (i, c) in SHARED.items()}
     assert table["statistics"].tolist() == ["16 a batch", "8 an image", "2 an image", "16 an image"]
-    assert table["trained numbers"].tolist() == [16, 16, 16, 0]
+    assert table["trainable parameters"].tolist() == [16, 16, 16, 0]
     assert table["running statistics"].tolist() == [16, 0, 0, 0]
     assert (table["variance"] == "1.000 to 1.000").all() and (table["largest |mean|"].astype(float) < 1e-6).all()
     assert layers["batch"].running_mean.eq(0).all() and all(layers[n].weight.equal(w) for n, w in weight.items())

@@ -1,4 +1,4 @@
-"""What moves in loaders, criteria and other objects of somebody's own goes on in a resumed run, or is said."""
+"""What moves in loaders, criteria and other user-defined objects goes on in a resumed run, or is said."""
 
 import collections
 import dataclasses

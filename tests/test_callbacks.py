@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, WeightedRandomSampler
+from torchvision.transforms import v2
 
 import utils
 from normkit import attributes
@@ -261,3 +263,144 @@ def test_pictures_and_files_of_a_callback_are_left_alone(loaders, tmp_path, caps
     assert "Going on after epoch 1" in said and "It may differ" not in said
     assert len(ax.lines[0].get_xdata()) == 3
     plt.close(figure), file.close()
+
+
+def a_dropout():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 10))
+    return {"net": net}, lambda: setattr(net[1], "p", 0.0)
+
+
+def frozen(at_first):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    net[1].bias.requires_grad_(not at_first)
+    return {"net": net}, lambda: net[1].bias.requires_grad_(at_first)
+
+
+def a_criterion():
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.2)
+    return {"criterion": criterion}, lambda: setattr(criterion, "label_smoothing", 0.0)
+
+
+def the_kits_loader(**changes):
+    loader = utils.Loader(IMAGES, LABELS.clone(), 16, shuffle=True, augment=True, device="cpu")
+    return {"loader": loader}, lambda: vars(loader).update(changes)
+
+
+def labels_in_place():
+    loader = utils.Loader(IMAGES, LABELS.clone(), 16, device="cpu")
+    return {"loader": loader}, lambda: loader.labels[:16].fill_(0)
+
+
+def a_subset():
+    subset = Subset(PAIRS, range(32))
+    return {"loader": DataLoader(subset, 16)}, lambda: setattr(subset, "indices", range(16, 48))
+
+
+def a_sampler():
+    sampler = WeightedRandomSampler(torch.ones(48), 48)
+    return {"loader": DataLoader(PAIRS, 16, sampler=sampler)}, lambda: sampler.weights[:24].zero_()
+
+
+def pseudo_labels():
+    pairs = TensorDataset(PAIRS.tensors[0], LABELS.clone())
+    return {"loader": DataLoader(pairs, 16)}, lambda: pairs.tensors[1][:16].fill_(0)
+
+
+def a_transform():
+    flip = v2.Compose([v2.RandomHorizontalFlip(1.0)])
+    return {"loader": DataLoader(Transformed(flip), 16)}, lambda: setattr(flip.transforms[0], "p", 0.0)
+
+
+def negated(image):
+    return -image
+
+
+class Transformed(torch.utils.data.Dataset):
+    def __init__(self, transform=None):
+        self.transform = transform
+
+    def __len__(self):
+        return len(PAIRS)
+
+    def __getitem__(self, i):
+        image, label = PAIRS[i]
+        return self.transform(image) if self.transform else image, label
+
+
+IMAGES = torch.randint(256, (48, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+LABELS = torch.arange(48) % 10
+PAIRS = TensorDataset(IMAGES[:, :, ::2, ::2] / 255.0, LABELS)
+SETTINGS = {
+    "a dropout's p": a_dropout,
+    "a layer unfrozen": lambda: frozen(True),
+    "a layer frozen": lambda: frozen(False),
+    "a criterion's smoothing": a_criterion,
+    "the batch size": lambda: the_kits_loader(batch_size=24),
+    "the augmentation": lambda: the_kits_loader(augment=False),
+    "the loader's seed": lambda: the_kits_loader(seed=7),
+    "labels in place": labels_in_place,
+    "a subset's indices": a_subset,
+    "a sampler's weights": a_sampler,
+    "labels of a data set": pseudo_labels,
+    "a transform's p": a_transform,
+}
+
+
+def fit_and_set(make, epochs, checkpoint=None):
+    """Fits with a callback that sets something after the first epoch; returns the weights."""
+    torch.manual_seed(0)
+    parts, set_it = make()
+    loader, kits = parts.get("loader", DataLoader(PAIRS, 16)), utils.Loader(IMAGES, LABELS, 48, device="cpu")
+    is_kits = isinstance(loader, utils.Loader)
+    net = parts.get("net") or nn.Sequential(nn.Flatten(), nn.Linear(192 if is_kits else 48, 10))
+    utils.fit(
+        net, loader, kits if is_kits else DataLoader(PAIRS, 48), torch.optim.SGD(net.parameters(), 0.05),
+        epochs=epochs, checkpoint=checkpoint, criterion=parts.get("criterion", nn.CrossEntropyLoss()),
+        on_epoch=lambda history: set_it() if len(history) == 1 else None,
+    )  # fmt: skip
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_a_callback_sets_stays_set(tmp_path, setting, capsys):
+    whole = fit_and_set(SETTINGS[setting], 4)
+    fit_and_set(SETTINGS[setting], 2, tmp_path / "c")
+    assert same(fit_and_set(SETTINGS[setting], 4, tmp_path / "c"), whole)
+    assert "may differ" not in capsys.readouterr().out
+    other = fit_and_set(lambda: (SETTINGS[setting]()[0], lambda: None), 4)
+    assert not same(other, whole)  # it has an effect
+
+
+def another_data_set():
+    pairs = ConcatDataset([Subset(PAIRS, range(16))])
+
+    def add():
+        pairs.datasets.append(Subset(PAIRS, range(16, 48)))
+        pairs.cumulative_sizes = pairs.cumsum(pairs.datasets)
+
+    return {"loader": DataLoader(pairs, 16)}, add
+
+
+def another_function():
+    data = Transformed()
+    return {"loader": DataLoader(data, 16)}, lambda: setattr(data, "transform", lambda image: image * 2)
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [(another_data_set, "loader.dataset.datasets cannot be kept"), (another_function, "transform cannot be kept")],
+)
+def test_what_a_callback_sets_and_no_file_keeps_is_told(tmp_path, make, told, capsys):
+    for epochs in (2, 3):
+        fit_and_set(make, epochs, tmp_path / "c")
+    assert told in capsys.readouterr().out
+
+
+def test_what_the_callback_sets_again_is_not_told(tmp_path, capsys):
+    for epochs in (2, 3):
+        data, net = Transformed(), nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+        utils.fit(
+            net, DataLoader(data, 16), DataLoader(PAIRS, 48), torch.optim.SGD(net.parameters(), 0.05), epochs=epochs,
+            checkpoint=tmp_path / "c", on_epoch=lambda history, data=data: setattr(data, "transform", negated),
+        )  # fmt: skip
+    assert "may differ" not in capsys.readouterr().out

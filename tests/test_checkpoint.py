@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import NORMS, everything, run, same, scramble, stand_in
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import model
@@ -331,3 +331,24 @@ print(len(result.history), "epochs")
     missed = re.findall(r"NO CHECKPOINT of epoch (\d)", done.stdout)
     assert missed == ["0", "1", "2"] and "2 epochs" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_after_the_test_leaves_all_as_the_last_whole_epoch_did(data):
+    """The epoch whose scheduler was interrupted is no row, so the model is not to have it either."""
+
+    class Interrupted(StepLR):
+        def step(self, *args):
+            if self.last_epoch == 1:
+                raise KeyboardInterrupt
+            super().step(*args)
+
+    def fit_with(schedule, epochs):
+        utils.seed_everything(0)
+        net = model.Net("batch")
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        loaders = utils.get_loaders(data, 198, device="cpu")
+        return utils.fit(net, *loaders, optimizer, schedule(optimizer, 1), epochs, progress=False), net.state_dict()
+
+    history, state = fit_with(Interrupted, 3)
+    assert len(history) == 1 and history.unfinished == 2
+    assert same(state, fit_with(StepLR, 1)[1])

@@ -1,10 +1,12 @@
 """Marks of code, and of objects by what they are made of."""
 
 import logging
+import types
 
 from torch import nn
 
 from normkit.code import mark_of
+from normkit.norms import MORE_NORMS
 
 SCALE = 1.0
 
@@ -58,6 +60,47 @@ def test_what_was_changed_behind_a_builder_changes_its_mark(monkeypatch):
         return recursive(channels, num_groups - 1) if num_groups else nn.Identity()
 
     assert mark_of(recursive) == mark_of(recursive)
+
+
+def test_names_are_told_from_attributes(monkeypatch):
+    """An attribute may be called as a variable is; a class within a function names variables, too."""
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+
+    class RMS(nn.Module):
+        def forward(self, x):
+            return x / x.square().mean((1, 2, 3), keepdim=True).sqrt()
+
+    def build(channels, num_groups):
+        class Scaled(RMS):
+            scale = SCALE  # noqa: F821
+
+        return Scaled()
+
+    before = mark_of(build)
+    monkeypatch.setitem(globals(), "mean", 0.5)
+    assert mark_of(build) == before
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert mark_of(build) != before
+
+
+def test_what_is_named_of_a_module_counts():
+    module = types.ModuleType("of_mine")
+    module.EPS, module.unused = 1e-5, 0
+
+    def build(channels, num_groups):
+        return nn.BatchNorm2d(channels, module.EPS)
+
+    before = mark_of(build)
+    module.unused = 1
+    assert mark_of(build) == before
+    module.EPS = 1e-3
+    assert mark_of(build) != before
+
+
+def test_a_librarys_lambdas_are_told_apart():
+    builders = [eval(f"lambda channels, num_groups: {text}", {"__name__": "torch.nn"}) for text in ("None", "channels")]
+    assert builders[0].__module__ == "torch.nn" and mark_of(builders[0]) != mark_of(builders[1])
+    assert len({mark_of(each) for each in MORE_NORMS.values()}) == len(MORE_NORMS)
 
 
 LOG = logging.getLogger("norms")

@@ -158,6 +158,24 @@ def test_the_compiler_may_be_several_words(cache, monkeypatch):
     assert build.library().reason is None
 
 
+@COMPILER
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-fsanitize=address"])
+def test_flags_of_the_users_change_no_result(flag, tmp_path):
+    """In a process of its own, as such a library might end it, or change the arithmetic of all of it."""
+    program = """
+import numpy, torch, model
+from normkit.fused import fuse
+fused, images = fuse(model.Net("group").eval()), torch.ones(2, 3, 8, 8)
+images[0, 0, 0, 0] = float("nan")
+print(fused.reason, fused(images).isnan().any(1).tolist(), numpy.float32(1e-40) * numpy.float32(1) > 0)
+"""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), "CXX": f"c++ {flag}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines()[-1:] == ["None [True, False] True"], done.stderr
+
+
 BROKEN = {
     "no-such-compiler": "the environment variable CXX names no C++ compiler that is there: 'no-such-compiler'",
     "false": "false failed to build the kernel",

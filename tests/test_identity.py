@@ -33,7 +33,7 @@ def written(code, name, line=1, **names):
 
 
 class Own(Dataset):
-    """A data set of somebody's own around the pairs, with whatever else it has."""
+    """A user-defined data set around the pairs, with whatever else it has."""
 
     def __init__(self, **attributes):
         vars(self).update(attributes)

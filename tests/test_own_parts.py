@@ -196,7 +196,7 @@ RNG = np.random.default_rng(0)  # of a notebook, drawn from by name
 
 
 class Sampler(torch.utils.data.Sampler):
-    """A sampler of somebody's own, whose order depends on something of its own."""
+    """A user-defined sampler, whose order depends on something of its own."""
 
     def __init__(self, kind, size):
         self.kind, self.size, self.epoch, self.order = kind, size, 0, list(range(size))

@@ -167,6 +167,7 @@ class Focal(nn.Module):
     "criterion, message",
     [
         (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum': expected 'mean'"),
+        (functools.partial(F.cross_entropy, reduction="sum"), "reduction='sum': expected 'mean'"),
         (Focal(), r"returns torch.float32 \(64,\): expected one number"),
         (lambda logits, labels: (logits.mean(), 0), "returns tuple: expected one number"),
         (lambda logits, labels: logits.mean().item(), "returns float: expected one number"),

@@ -1,4 +1,4 @@
-"""Gradients, likeness of activations and range of the loss, against their definitions."""
+"""Gradients, similarity of activations and range of the loss, against their definitions."""
 
 import collections
 import copy

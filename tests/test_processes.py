@@ -22,7 +22,7 @@ class Builder:
 
 
 def marks():
-    """Marks of norms of somebody's own, each written in another way, of a function with a set, and of a criterion."""
+    """Marks of user-defined norms, each written in another way, of a function with a set, and of a criterion."""
     with_eps = functools.partial(lambda eps, channels, num_groups: nn.BatchNorm2d(channels, eps), 1e-3)
     nested = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: nn.Identity())
     norms = [reads_a_global, twice(0)[1], twice(1)[1], with_eps, nested, Builder()]

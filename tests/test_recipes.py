@@ -13,6 +13,7 @@ import model
 import utils
 from normkit import muon
 from normkit.data import Data
+from normkit.randomness import generators_preserved
 from normkit.synthetic import make_synthetic
 
 CLASSIC = {"batch_size": 64, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0}
@@ -275,6 +276,7 @@ def test_one_cycle_rises_to_the_rate_and_falls_towards_zero(steps):
         ({"optimizer": "adam"}, "'adam'.*sgd or muon"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": "0"}, "seed='0'"),
+        ({"seed": True}, "seed=True"),
         ({"seed": 2**64}, "seed=18446744073709551616"),
     ],
 )
@@ -309,3 +311,23 @@ def test_a_run_leaves_the_global_generators_as_they_were(small):
         utils.run("group", small, 1, lr=1e30, **QUIET)
     states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()))
     assert same(*states)
+
+
+def test_a_run_leaves_all_gpus_generators_as_they_were(small, monkeypatch):
+    """Two GPUs that are none: what torch.manual_seed would seed, too, is a dict of states here."""
+    states = {i: torch.full((4,), i, dtype=torch.uint8) for i in range(2)}
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: states.update({device: state}))
+    before = dict(states)
+    with generators_preserved():
+        states.update(dict.fromkeys(states, torch.zeros(4, dtype=torch.uint8)))
+    assert same(states, before)
+
+
+def test_the_history_is_loaded_as_weights_are(small, tmp_path):
+    result = utils.run("layer", small.first(9, 5), 1, **QUIET)
+    torch.save({"model": result.model.state_dict(), "history": result.history}, tmp_path / "run.pt")
+    loaded = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert loaded["history"] == result.history and same(loaded["model"], result.model.state_dict())

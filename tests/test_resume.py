@@ -124,7 +124,7 @@ def test_stopped_in_an_epoch_the_same_call_with_the_same_objects_goes_on(pairs, 
 
 
 class Counted:
-    """A schedule of somebody's own, without state_dict."""
+    """A user-defined schedule, without state_dict."""
 
     def __init__(self, optimizer):
         self.optimizer, self.epoch = optimizer, 0
@@ -135,7 +135,7 @@ class Counted:
 
 
 class Wrapped:
-    """An optimizer of somebody's own, without state_dict, around one of torch's."""
+    """A user-defined optimizer, without state_dict, around one of torch's."""
 
     def __init__(self, optimizer):
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups
@@ -190,7 +190,7 @@ class Temperature(nn.Module):
 
 
 @pytest.mark.parametrize("own", ["scheduler", "optimizer", "sampler", "criterion", "epochs of a sampler"])
-def test_parts_of_somebodys_own_go_on(pairs, tmp_path, own):
+def test_parts_that_are_user_defined_go_on(pairs, tmp_path, own):
     def fit_for(epochs, **options):
         net, criterion = linear(), Temperature() if own == "criterion" else nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD([*net.parameters(), *criterion.parameters()], 0.1, 0.9)
@@ -257,7 +257,7 @@ def test_a_part_that_the_file_does_not_fit_leaves_all_as_they_were(pairs, tmp_pa
     fit_with(linear(), unfreeze)
     net = linear(1)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match="c does not fit this run's optimizer: .*Build the optimizer as it was, name"):
+    with pytest.raises(ValueError, match="c does not fit this run's optimizer: .*with what on_epoch added; name"):
         fit_with(net)
     assert same(net.state_dict(), before)
 

@@ -27,6 +27,14 @@ def test_a_network_that_is_always_sure_is_as_wrong_as_its_error():
     assert error == pytest.approx(0.3) and points == [pytest.approx((1, 0.7, 1))]
 
 
+def test_calibration_takes_shares_and_refuses_too_few_labels():
+    logits, labels = 1e4 * torch.eye(10), torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 0, 0])
+    shares = torch.nn.functional.one_hot(labels, 10) * 0.8 + 0.02
+    assert robustness.calibration(logits, shares) == robustness.calibration(logits, labels)
+    with pytest.raises(ValueError, match=r"labels \(1,\) of 10 logits: expected one label an image"):
+        robustness.calibration(logits, labels[:1])
+
+
 def test_calibration_of_what_says_its_frequency_is_zero():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50_000, 10, generator=generator)

@@ -107,7 +107,7 @@ def test_a_run_that_diverges_may_be_a_finding(small, tmp_path):
     [
         (["batch"], {}, TypeError, "runs holds a str: expected dicts of keywords for run, as of grid"),
         ([{"norm": "batch"}], {"processes": "2"}, ValueError, "processes='2': expected a whole number"),
-        ([{"norm": "batch"}], {"file": "study.csv.gz"}, ValueError, "study.csv.gz: .* not compressed: name it .csv"),
+        ([{"norm": "batch"}], {"file": "study.csv.gz"}, ValueError, "study.csv.gz: .* is text, .*: name it .csv"),
         ([{"lr": 0.1}], {}, RuntimeError, "lr=0.1: ValueError: a run needs a norm: batch, group, layer"),
     ],
 )

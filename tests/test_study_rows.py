@@ -41,7 +41,7 @@ def losses(rows):
 # ---------------------------------------------------------------------- the run that was asked for
 
 
-def test_recipes_of_somebodys_own_reach_other_processes(small, tmp_path, monkeypatch):
+def test_recipes_that_are_user_defined_reach_other_processes(small, tmp_path, monkeypatch):
     classic = utils.RECIPES["classic"]
     recipes = {"classic": classic.replace(lr=0.1), "mine": classic.replace(lr=0.2)}
     monkeypatch.setattr(utils, "RECIPES", utils.RECIPES | recipes)
@@ -81,6 +81,31 @@ def test_a_norm_of_a_module_that_was_changed_is_the_changed_one_in_other_process
     del sys.modules["norms_of_mine"]
 
 
+def test_a_norm_that_is_named_through_its_module_is_marked_and_sent_as_it_is_now(small, tmp_path, norms, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file, runs, found = tmp_path / "norms_by_module.py", grid(norm="mine", seed=range(2), **ONE), []
+    file.write_text("from torch import nn\nEPS = 1e-5\nNorm = nn.BatchNorm2d\n")
+    module = importlib.import_module("norms_by_module")
+    norms["mine"] = lambda channels, num_groups: module.Norm(channels, module.EPS)
+    for eps in ("1e-5", "10.0"):
+        file.write_text(f"from torch import nn\nEPS = {eps}\nNorm = nn.BatchNorm2d\n")
+        importlib.reload(module)
+        found.append(losses(run_many(runs, small, tmp_path / "s.csv", processes=2)))
+        assert losses(run_many(runs, small, tmp_path / f"{eps}.csv")) == pytest.approx(found[-1], rel=1e-3)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+    del sys.modules["norms_by_module"]
+
+
+def test_a_run_without_a_metric_is_done_anew(small, tmp_path, capsys):
+    whole, file = run_many(grid(norm="batch", **ONE), small, tmp_path / "s.csv"), tmp_path / "s.csv"
+    for emptied in (whole.assign(test_acc=np.nan), whole.drop(columns="test_acc")):
+        emptied.to_csv(file, index=False)
+        again = run_many(grid(norm="batch", **ONE), small, file)
+        assert again["test_acc"].tolist() == whole["test_acc"].tolist()
+        assert "1 of the runs lack epochs" in capsys.readouterr().out
+
+
 def test_norms_may_be_another_dictionary(small, tmp_path, monkeypatch):
     found = []
     for builder in (nn.BatchNorm2d, lambda channels: nn.Identity()):
@@ -92,10 +117,10 @@ def test_norms_may_be_another_dictionary(small, tmp_path, monkeypatch):
 def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, monkeypatch):
     """The norms are then model's own, and come with the same names."""
     source = inspect.getsource(model)
-    assert study.code_of("batch") == study.code_of("no such norm") == ""
+    assert study.mark_of_norm("batch") == study.mark_of_norm("no such norm") == ""
     mine = eval("lambda channels, num_groups: nn.Identity()", vars(model))
     monkeypatch.setitem(model.NORMS, "mine", mine)
-    assert mine.__module__ == "model" and study.code_of("mine").startswith("#")
+    assert mine.__module__ == "model" and study.mark_of_norm("mine").startswith("#")
     edited = {
         "a further norm": source.replace("NORMS = {", 'NORMS = {"mine": lambda channels, num_groups: nn.Identity(),'),
         "a docstring": source.replace("Classifies RGB", "Sorts RGB"),
@@ -328,5 +353,5 @@ def test_a_run_that_cannot_be_asked_for_costs_no_other(small, tmp_path, run, mes
 @pytest.mark.parametrize("data, file", [("synthetic", "s.csv"), ("s.csv", Data), (Data, 3)])
 def test_what_is_no_data_or_no_file_is_told(small, data, file):
     data, file = (small if each is Data else each for each in (data, file))
-    with pytest.raises(TypeError, match=r"data is a .* and file a .*: expected run_many\(runs, data, file\)"):
+    with pytest.raises(TypeError, match=r"data a .* and file a .*: expected run_many\(runs, data, file\)"):
         run_many(grid(norm="layer", **ONE), data, file)

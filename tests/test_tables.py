@@ -248,10 +248,24 @@ def test_a_norms_name_may_look_like_a_setting(rows):
 
 
 def test_diverged_runs_are_counted(rows):
-    rows.loc[(rows["norm"] == "layer") & (rows["seed"] > 0), "test_acc"] = None
+    rows.loc[(rows["norm"] == "layer") & (rows["seed"] > 0), ["test_acc", "diverged"]] = None, "the loss is nan"
     table = tables.seeds_table(rows)
     assert table["diverged"].tolist() == [0, 4, 0, 4]
     assert table.loc[("best", "layer"), "test accuracy %"] == "79.00"
+
+
+def test_runs_that_are_not_whole_are_neither_compared_nor_drawn(rows):
+    last = rows["epoch"] == 2
+    cut = rows[~(last & (rows["seed"] == 4))]
+    empty = rows.assign(test_acc=rows["test_acc"].where(~(last & (rows["seed"] == 4))))
+    for call in (tables.compare_norms, tables.seeds_table, plots.plot_seeds, plots.plot_league):
+        with pytest.raises(ValueError, match="4 runs end before others.*as in epoch 1.*call study.run_many again"):
+            call(cut)
+        for given in (empty, empty.assign(diverged=None)):
+            with pytest.raises(ValueError, match="last row of 4 runs has no test_acc, .*call study.run_many again"):
+                call(given)
+    first = rows.query("epoch == 1")  # all of them, on purpose
+    assert tables.seeds_table(first)["seeds"].eq(5).all()
 
 
 def test_a_study_in_which_every_run_diverged(rows):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import model
 import utils
 from normkit import anatomy, plots
-from normkit.backend import Compiled
+from normkit.backend import Compiled, choose_backend
 from normkit.checks import check_epochs
 from normkit.data import Data
 from normkit.fused import fuse
@@ -371,6 +371,7 @@ def test_what_cannot_be_compiled_says_why_and_computes_as_written(monkeypatch, c
     for _ in range(2):
         assert torch.equal(compiled(images), net(images))
     assert "no C++ compiler" in compiled.reason
+    assert choose_backend("auto", compiled)[1] == f"eager: PyTorch's modules (not compiled: {compiled.reason})"
     assert capsys.readouterr().out == f"Not compiled, goes on with PyTorch's modules. {compiled.reason}\n"
 
 

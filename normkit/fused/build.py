@@ -23,7 +23,9 @@ TIMEOUT = 300  # seconds; a build takes five
 
 # The library brings no OpenMP runtime of its own, it binds to PyTorch's (see csrc/parallel.h): so no -fopenmp, and
 # names are left open when it is linked. Optimised for this machine's processor, which the cache's key covers.
-COMPILE = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC"]
+# Whatever CXX has of its own: neither other results for NaN, nor a library that only an instrumented Python can load.
+PLAIN = ["-O3", "-fno-fast-math", "-fno-sanitize=all"]
+COMPILE = ["-std=c++17", *PLAIN, "-fno-math-errno", "-fPIC"]
 LINK = {"Linux": ["-shared"], "Darwin": ["-dynamiclib", "-undefined", "dynamic_lookup"]}
 TARGET = {
     ("Linux", "x86_64"): ["-march=native"],
@@ -111,11 +113,16 @@ def build_for_this_process(command, against):
 
 
 def compile_command():
-    """Returns the compiler with its flags for this platform, as words."""
+    """Returns the command that compiles for this platform, as words."""
     system, machine = platform.system(), platform.machine()
     if (system, machine) not in TARGET:
         known = ", ".join(" ".join(pair) for pair in TARGET)
         raise BuildError(f"there is no fused kernel for {system} {machine}, only for {known}")
+    return [*compiler_words(), *COMPILE, *TARGET[system, machine]]
+
+
+def compiler_words():
+    """Returns the compiler, with whatever flags CXX gives it, as words."""
     try:
         compiler = shlex.split(os.environ.get("CXX") or "c++")
     except ValueError as error:
@@ -125,7 +132,7 @@ def compile_command():
             raise BuildError(f"the environment variable CXX names no C++ compiler that is there: {os.environ['CXX']!r}")
         how = next((command for manager, command in INSTALL.items() if shutil.which(manager)), "install g++ or clang++")
         raise BuildError(f"no C++ compiler: {' '.join(compiler)!r} is not there; {how}")
-    return [*compiler, *COMPILE, *TARGET[system, machine]]
+    return compiler
 
 
 def cache_key(command):
@@ -143,8 +150,7 @@ def compile_into(command, folder):
     """Compiles and links in the folder; returns the library's path."""
     compiled, linked = folder / "kernel.o", folder / "kernel.so"
     run_compiler([*command, "-c", str(SOURCES / "kernel.cpp"), "-o", str(compiled)])
-    compiler = command[: command.index(COMPILE[0])]
-    run_compiler([*compiler, *LINK[platform.system()], str(compiled), "-o", str(linked)])
+    run_compiler([*compiler_words(), *PLAIN, *LINK[platform.system()], str(compiled), "-o", str(linked)])
     return linked
 
 

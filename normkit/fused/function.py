@@ -77,7 +77,7 @@ class FusedFunction(torch.autograd.Function):
             # But for the biases, which may be changed before the backward pass, as in PyTorch: it does not read them.
             read_again = [inputs[i] for i in call.plan.read_again]
             ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(read_again)
-            ctx.gradients = layouts_of(parameters)
+            ctx.parameter_layouts = layouts_of(parameters)
             ctx.save_for_backward(shared(workspace), *read_again)
         else:
             give_back(workspace)
@@ -98,7 +98,7 @@ class FusedFunction(torch.autograd.Function):
         dx = torch.empty_like(inputs[0]) if ctx.needs_input_grad[1] else None
         gradients = [
             torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
-            for _, (dtype, _, shape), stride, _ in ctx.gradients
+            for _, (dtype, _, shape), stride, _ in ctx.parameter_layouts
         ]
         backward_pass(plan, structs, activations, gradients, dout, dx)
         return None, dx, *gradients
@@ -176,7 +176,7 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
     outputs = [(-1, "out"), *((i, f"running_{name}") for i in norms for name in ("mean", "var"))]
     gradients = [(-1, "dout"), (0, "dx"), *((i, f"d{name}") for i, name in parameters)]
     structs = params.make_structs(sizes)
-    places = (params.places_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
+    places = (params.offsets_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
     read_again = [i for i, (_, name) in enumerate(inputs) if name not in ("bias", "norm_bias")]
     plan = Plan(structs, *places, read_again, use_bf16, needs_grad, threads)
     # At least a byte: an empty tensor has no address.

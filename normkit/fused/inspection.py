@@ -43,7 +43,7 @@ class Inspection:
     def is_current(self, net):
         """Whether it is of this network, of which nothing has changed but numbers: one attribute more is a change.
 
-        A module's attributes are compared by identity, as a == of somebody's own may say anything, and so are those
+        A module's attributes are compared by identity, as a user-defined == may say anything, and so are those
         that its dicts hold: hooks, parameters, buffers and children.
         """
         if self.reason is not None or net is not self.net:
@@ -58,7 +58,7 @@ class Inspection:
                 and all(map(operator.is_, values, self.values))
                 and layouts_of(self.tensors) == self.layouts
             )
-        except Exception:  # of a dict that another thread changes, or of something of somebody's own
+        except Exception:  # of a dict that another thread changes, or of something user-defined
             return False
 
 

@@ -19,7 +19,6 @@ class ConvNormReLU(NamedTuple):
     skip_source: int = -1
 
     kind = params.CONV_NORM_RELU
-    parameter_names = ("weight", "bias", "norm_weight", "norm_bias")
 
     def parameters(self):
         return [*parameters_of(self.conv), *parameters_of(self.norm)]
@@ -35,7 +34,6 @@ class Conv1x1MaxPool(NamedTuple):
     pool: nn.MaxPool2d
 
     kind = params.CONV1X1_MAXPOOL
-    parameter_names = ("weight", "bias")
 
     def parameters(self):
         return parameters_of(self.conv)
@@ -51,7 +49,6 @@ class AvgPoolLinear(NamedTuple):
     conv: nn.Conv2d
 
     kind = params.AVGPOOL_LINEAR
-    parameter_names = ("weight", "bias")
 
     def parameters(self):
         return parameters_of(self.conv)

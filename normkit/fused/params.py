@@ -39,7 +39,7 @@ def make_structs(sizes):
     return structs
 
 
-def places_of(fields, layers):
+def offsets_of(fields, layers):
     """Returns where in such an array of so many layers, taken as flat, given (layer, field name) pairs lie."""
     return np.array([layer % layers * len(FIELDS) + FIELDS[name] for layer, name in fields], np.intp)
 
