@@ -14,10 +14,11 @@ from normkit.checksum import crc32_of
 from normkit.objects import attributes_of, is_user_code, put
 from normkit.packing import CONTAINERS, LARGEST, leaves_of, pack, put_into, size_of, unpack
 
-# Of these a state_dict has what is to be kept.
+# Of these a state_dict has what is to be kept, or nothing has.
 COMMON = {
     torch.nn.Module: {*vars(torch.nn.Module()), "_is_torch_compile"},  # which torch.compile sets in passing
     torch.optim.Optimizer: {"defaults", "state", "param_groups"},
+    torch.utils.data.DataLoader: {"_iterator"},  # its persistent workers
 }
 PROCESS = secrets.token_hex(8)  # tells this process
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too

@@ -305,7 +305,7 @@ def test_learning_rates_show_which_runs_diverged():
     for norm, rate, accuracy in (("batch", 0.01, 70), ("batch", 1.0, 40), ("none", 0.01, 50), ("none", 1.0, None)):
         for seed in (0, 1):
             line = {"settings": f"{norm} lr={rate} seed={seed}", "norm": norm, "base_lr": rate, "epoch": 4}
-            lines.append(line | {"test_acc": accuracy, "data": "CIFAR-10"})
+            lines.append(line | {"test_acc": accuracy, "data": "CIFAR-10", "diverged": None if accuracy else "inf"})
     ax = plots.plot_learning_rates(pd.DataFrame(lines)).axes[0]
     means = [list(container.lines[0].get_ydata()) for container in ax.containers]
     assert means == [[70, 40], [50, plots.CHANCE]]
@@ -318,7 +318,7 @@ def test_the_league_has_a_panel_for_each_recipe_and_the_best_norm_on_top():
     rows = study(norm=["none", "batch", "ghost"], recipe=["classic", "best"], seed=range(3))
     places = {"none": 20.0, "batch": 80.0, "ghost": 50.0}
     rows["test_acc"] = rows["norm"].astype(str).map(places) + rows["seed"].astype(int)
-    rows.loc[(rows["norm"] == "none") & (rows["seed"] == 0), "test_acc"] = None
+    rows.loc[(rows["norm"] == "none") & (rows["seed"] == 0), ["test_acc", "diverged"]] = None, "inf"
     classic, best = plots.plot_league(rows).axes
     assert [text.get_text() for text in classic.get_yticklabels()] == ["none", "ghost", "batch"]
     assert (classic.get_title(), best.get_title()) == ("classic recipe", "best recipe")
@@ -331,7 +331,8 @@ def test_the_league_has_a_panel_for_each_recipe_and_the_best_norm_on_top():
 def test_a_run_that_diverged_counts_as_chance_everywhere():
     def half_diverged(**columns):
         rows = study(norm=["group", "none"], seed=range(4), **columns)
-        return rows.assign(test_acc=np.where((rows["norm"] == "none") | (rows["seed"] % 2 == 1), None, 80.0))
+        is_half = (rows["norm"] == "none") | (rows["seed"] % 2 == 1)
+        return rows.assign(test_acc=np.where(is_half, None, 80.0), diverged=np.where(is_half, "inf", None))
 
     def crosses(ax):
         return [len(line.get_xdata()) for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
