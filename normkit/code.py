@@ -67,7 +67,7 @@ def text_of(value, seen):
     elif isinstance(value, types.CodeType):
         yield from (value.co_code.hex(), repr(value.co_names))
         yield from text_of(value.co_consts, seen)
-    elif isinstance(value, types.ModuleType) or is_from_library(value) and not value.__name__ == "<lambda>":
+    elif isinstance(value, types.ModuleType) or is_from_library(value) and value.__name__ != "<lambda>":
         yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value.__name__
     elif id(value) in seen:
         yield "again"
