@@ -22,7 +22,7 @@ COMMON = {
 }
 PROCESS = secrets.token_hex(8)  # tells this process
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
-LEARNING = "requires_grad"  # of a module, as if it were an attribute: one for each parameter of its own
+LEARNING = "requires_grad"  # of a module: of each parameter of its own
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
 
 
@@ -41,13 +41,13 @@ class MovingAttributes:
 
     def found(self):
         """Returns the attributes by (owner's name, name)."""
-        items = ((where, own_attributes(owner)) for where, owner in self.owners.items())
+        items = ((where, own_attributes(owner) | learning_in(owner)) for where, owner in self.owners.items())
         return {(where, name): value for where, attributes in items for name, value in attributes.items()}
 
     def state_dict(self):
         found, names = self.found(), {id(each): where for where, each in self.known.items()}
         self.moved |= {place for place, value in found.items() if fingerprint(value) != self.start.get(place)}
-        packed, lost, unlike = {}, set(self.lost), set()
+        packed, lost, in_part = {}, set(self.lost), set()
         for place in sorted(self.moved & set(found)):
             value, name = found[place], " ".join(place)
             try:
@@ -62,8 +62,8 @@ class MovingAttributes:
                 own = is_user_code(self.owners[place[0]])
                 if iterates or not opened and (held or own):
                     lost.add(".".join(place))
-                    unlike |= set() if own else {place[0]}  # a library's attributes hang together
-        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in unlike}
+                    in_part |= set() if own else {place[0]}  # a library's attributes hang together
+        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in in_part}
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
         started = {" ".join(place): repr(self.start.get(place)) for place in shared}
@@ -94,10 +94,13 @@ class MovingAttributes:
         self.lost = sorted(lost)
 
     def put(self, where, name, value):
+        """Sets what was found under these names."""
+        owner = self.owners[where]
         if name != LEARNING:
-            put(self.owners[where], name, value)
-        for parameter, learns in zip(learning(self.owners[where]), value) if name == LEARNING else ():
-            parameter.requires_grad_(learns)
+            put(owner, name, value)
+            return
+        for each in value.keys() & learning_in(owner).get(LEARNING, {}).keys():
+            owner._parameters[each].requires_grad_(value[each])
 
 
 def is_unset(value):
@@ -112,14 +115,14 @@ def own_attributes(owner):
             found = {name: value for name, value in found.items() if name not in common}
     unsaved = getattr(owner, "_non_persistent_buffers_set", ())
     found |= {name: owner._buffers[name] for name in unsaved}
-    found = {name: value for name, value in found.items() if not is_trained(value)}
-    return found | ({LEARNING: [p.requires_grad for p in learning(owner)]} if learning(owner) else {})
+    return {name: value for name, value in found.items() if not is_trained(value)}
 
 
-def learning(owner):
-    """Returns the parameters that a module itself has, in their order; of anything else none."""
-    own = owner._parameters.values() if isinstance(owner, torch.nn.Module) else ()
-    return [parameter for parameter in own if parameter is not None]
+def learning_in(owner):
+    """Returns which of the parameters that a module itself has learn, as if that were an attribute."""
+    own = owner._parameters if isinstance(owner, torch.nn.Module) else {}
+    learning = {name: each.requires_grad for name, each in own.items() if each is not None}
+    return {LEARNING: learning} if learning else {}
 
 
 def is_trained(value):

@@ -94,8 +94,8 @@ def named_in(function):
     """Returns the globals that a function names, and what it names of modules that are the user's, by name."""
     names, around = names_in(function.__code__), function.__globals__
     found = {name: around[name] for name in names if name in around and name in globals_in(function.__code__)}
-    around = [*found.values(), *closed_over(function).values()]
-    for module in [each for each in around if isinstance(each, types.ModuleType)]:
+    values = [*found.values(), *closed_over(function).values()]
+    for module in [each for each in values if isinstance(each, types.ModuleType)]:
         if not is_library(module.__name__):
             found |= {f"{module.__name__}.{name}": vars(module)[name] for name in names if name in vars(module)}
     return found
