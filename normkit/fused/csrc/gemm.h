@@ -42,7 +42,10 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
       for (int64_t k = 0; k < depth; k++, a_k += a_column, b_k += b_row) {
         Vector values[nr];
         UNROLL(2)
-        for (int64_t j = 0; j < nr; j++) values[j] = read<Vector>(b_k + j * LANES);
+        for (int64_t j = 0; j < nr; j++) {
+          values[j] = read<Vector>(b_k + j * LANES);
+          keep_in_register(values[j]);  // two loads a cycle and two products: each load has to serve several
+        }
         UNROLL(16)
         for (int64_t i = 0; i < mr; i++) {
           UNROLL(2)

@@ -44,6 +44,15 @@ template <typename Value> inline Value read(const void* from) {
   return value;
 }
 
+// Keeps a vector that is used several times in a register: GCC else reads it from memory each time anew.
+template <typename Vector> inline void keep_in_register(Vector& vector) {
+#if defined __x86_64__
+  __asm__("" : "+v"(vector));
+#elif defined __aarch64__
+  __asm__("" : "+w"(vector));
+#endif
+}
+
 inline vec_u32 zero_extend(vec_bf16 values) {
 #ifdef __AVX512BF16__
   return (vec_u32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);  // one instruction; compilers take four

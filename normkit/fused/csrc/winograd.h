@@ -98,12 +98,14 @@ inline void scatter(const vec_f32* points, Factor* to, int64_t stride, int64_t r
 // a batch of CIFAR-10: 6.9 % of the gradient with batch norm, 1.4 % with group norm, before and after). In the forward
 // pass it would put each convolution off by 1 %, four times as much as bfloat16 does otherwise.
 template <typename T, typename Factor> struct Winograd {
-  static constexpr int64_t TILES_PER_BLOCK = 32;  // their points fit into the cache
+  static constexpr int64_t TILES_PER_BLOCK = 16;  // their points fit into the cache
   static constexpr int64_t PER_FACTOR = is_pair<Factor> ? 2 : 1;
 
   const LayerParams& p;
   const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
   const int64_t C_padded = round_up(C, std::max(LANES, MR));
+  // From one point's matrix of U or dU to the next: a cache line more than it has, or all 36 would lie in one cache set.
+  const int64_t point_stride = C_padded * K + 16;
   const int64_t tile_rows = (H + 3) / 4, tile_columns = (W + 3) / 4, tiles = tile_rows * tile_columns;
   const int64_t images_per_block = std::clamp(TILES_PER_BLOCK / tiles, int64_t(1), p.N);
   // Six rows of pixels with a border of zeros, as wide as the tiles need: what one row of tiles reads.
@@ -123,12 +125,12 @@ template <typename T, typename Factor> struct Winograd {
             arena.take<float>(TILES_PER_BLOCK * 36 * std::max(C_padded, K)),
             arena.take<Factor>(backward * TILES_PER_BLOCK * 36 * K),
             arena.take<Factor>(backward * is_pair<Factor> * TILES_PER_BLOCK * 36 * K),
-            arena.take<float>(backward * 36 * C_padded * K)};
+            arena.take<float>(backward * 36 * point_stride)};
   }
   void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
 
   // U.
-  Factor* take_packed(Arena& arena) const { return arena.take<Factor>(36 * C_padded * K); }
+  Factor* take_packed(Arena& arena) const { return arena.take<Factor>(36 * point_stride); }
   void pack(bool backward, const Thread& thread) const {
     Factor* U = (Factor*)p.packed;
     const int64_t rows = backward ? K : C, columns = backward ? C_padded : K, valid = backward ? C : K;
@@ -141,7 +143,7 @@ template <typename T, typename Factor> struct Winograd {
             taps[tap][l] =
                 p.weight[backward ? p.weight_index(row, column + l, tap) : p.weight_index(column + l, row, tap)];
         transform_2d<3, 6>(taps, points, filter_transform);
-        scatter(points, U + column, rows / PER_FACTOR * columns, row, columns);
+        scatter(points, U + column, point_stride, row, columns);
       }
     });
   }
@@ -207,7 +209,7 @@ template <typename T, typename Factor> struct Winograd {
     const Factor* U = (const Factor*)p.packed;
     for (int64_t i = 0; i < 36; i++)
       with_constant(C_padded, [&](auto channels) {
-        gemm<Factor, float, 36 * channels.value>({scratch.V + i * C_padded, 36 * C_padded}, {U + i * C * K, K},
+        gemm<Factor, float, 36 * channels.value>({scratch.V + i * C_padded, 36 * C_padded}, {U + i * point_stride, K},
                                                  {scratch.M + i * K, 36 * K}, round_up(count, MR / 2), C, K);
       });
   }
@@ -256,7 +258,7 @@ template <typename T, typename Factor> struct Winograd {
   }
   void add_dU(int64_t count, const Scratch& scratch, bool first) const {  // V^T · dM
     for (int64_t i = 0; i < 36; i++) {
-      float* dU = scratch.dU + i * C_padded * K;
+      float* dU = scratch.dU + i * point_stride;
       gemm<Factor, float, 1>({scratch.V + i * C_padded, 1, 36 * C_padded}, {scratch.dM + i * K, 36 * K}, {dU, K},
                              round_up(C, MR / 2), (count + PER_FACTOR - 1) / PER_FACTOR, K, {first ? nullptr : dU, K});
     }
@@ -266,7 +268,7 @@ template <typename T, typename Factor> struct Winograd {
     for (int64_t i = 0; i < 36; i++)
       with_constant(K, [&](auto channels) {
         gemm<Factor, float, 36 * channels.value / PER_FACTOR>(
-            {dM + i * K / PER_FACTOR, 36 * K / PER_FACTOR}, {U + i * K / PER_FACTOR * C_padded, C_padded},
+            {dM + i * K / PER_FACTOR, 36 * K / PER_FACTOR}, {U + i * point_stride, C_padded},
             {scratch.M + i * C_padded, 36 * C_padded}, round_up(count, MR / 2), K / PER_FACTOR, C_padded);
       });
   }
@@ -289,16 +291,20 @@ template <typename T, typename Factor> struct Winograd {
     });
   }
   void store_strip(int64_t n, const Tile& tile, const float* dstrip) const {
-    const int64_t rows = tile.y + 4 < H ? 4 : 5;
+    const int64_t rows = tile.y + 4 < H ? 4 : 5, pixels = W, stride = C, strip_stride = C_padded;
     const T* end = (const T*)p.dx + p.N * H * W * C;
+    const bool accumulate = p.accumulate_dx;
     for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++)
-      for (int64_t x = 0; x < W; x++)
-        for_each_vector(C, [&](int64_t c) {
-          vec_f32 values = load(dstrip + row * strip_row + (x + 1) * C_padded + c);
-          T* dx = (T*)p.dx + ((n * H + tile.y + row - 1) * W + x) * C + c;
-          if (p.accumulate_dx) values += load(dx, C - c, end);
-          store(dx, values, std::min(LANES, C - c));
-        });
+      for_each_vector(stride, [&](int64_t c) {
+        const float* from = dstrip + row * strip_row + strip_stride + c;
+        T* to = (T*)p.dx + (n * H + tile.y + row - 1) * pixels * stride + c;
+        const int64_t valid = std::min(LANES, stride - c);
+        for (int64_t x = 0; x < pixels; x++, from += strip_stride, to += stride) {
+          vec_f32 values = load(from);
+          if (accumulate) values += load(to, valid, end);
+          store(to, values, valid);
+        }
+      });
   }
   // From dpre_activation of images begin ... end-1: writes their dx, if it is wanted, and writes (first) or adds to dU.
   void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
@@ -319,7 +325,7 @@ template <typename T, typename Factor> struct Winograd {
     for (int64_t c = 0; c < C; c++)
       for (int64_t k = 0; k < K; k += LANES) {
         vec_f32 du[36], dg[9];
-        gather(du, scratch.dU + c * K + k, C_padded * K);
+        gather(du, scratch.dU + c * K + k, point_stride);
         transform_2d<6, 3>(du, dg, filter_transform_backward);
         for (int64_t tap = 0; tap < 9; tap++) store(dweight + (tap * C + c) * K + k, dg[tap]);
       }
