@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 import model
 import utils
-from normkit.fused import FusedLoss
+from normkit.device import autocast
+from normkit.fused import FusedLoss, fuse
 from normkit.fused.build import library
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
@@ -305,6 +306,31 @@ def test_a_loss_that_is_huge_stops_before_the_weights_are_spoilt(by_kernel):
         utils.train(net, [(images, torch.arange(4))] * 2 + [(images * torch.nan, torch.arange(4))], optimizer, **QUIET)
     assert by_kernel == {True: 2}
     torch.testing.assert_close(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", THREE)
+@pytest.mark.parametrize("N", [1, 2, 37, 64])
+def test_any_number_of_threads_takes_the_same_step(N, norm, dtype, monkeypatch):
+    """One image after another, some at a time, or all, to the last digit: it depends on the number of threads."""
+    net, images, labels = model.Net(norm, dropout=0.2), torch.randn(N, 3, 12, 20), torch.randint(10, (N,))
+    fused, steps = fuse(net), []
+    for threads in (1, 2, 3, 16, 40):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.manual_seed(0)
+        logits, _, loss = (fast := FusedLoss(fused, F.cross_entropy, dtype)).forward(images, labels)
+        net.zero_grad()
+        assert fast.backward() and not fast.backward()
+        steps.append([logits, loss, *(parameter.grad for parameter in net.parameters())])
+    for step in steps[1:]:
+        assert all(map(torch.equal, steps[0], step))
+    torch.manual_seed(0)
+    with autocast(torch.device("cpu"), dtype):
+        loss = F.cross_entropy(fused(images).float(), labels)
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    largest = max(float(each.abs().max()) for each in gradients)
+    for actual, expected in zip(steps[0][1:], [loss, *gradients]):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])

@@ -198,7 +198,7 @@ def load(path):
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded: {error}") from None
-    for name in ("layer_params_size", "forward", "backward", "cross_entropy"):
+    for name in ("layer_params_size", "forward", "backward", "step", "cross_entropy"):
         if not hasattr(functions, name):
             raise BuildError(f"the compiled kernel does not export {name}: does CXX have a flag that hides it?")
     functions.layer_params_size.restype = ctypes.c_int64
@@ -207,7 +207,8 @@ def load(path):
     layers = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
     functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
     functions.backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    functions.step.argtypes = [*layers, ctypes.c_int64, *[ctypes.c_void_p] * 3]
     functions.cross_entropy.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 4
     functions.cross_entropy.restype = None
-    functions.forward.restype = functions.backward.restype = ctypes.c_int64
+    functions.forward.restype = functions.backward.restype = functions.step.restype = ctypes.c_int64
     return functions

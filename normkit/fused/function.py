@@ -39,16 +39,37 @@ def forward_pass(call, x, parameters):
 
     The activations are a workspace to give back.
     """
-    plan = call.plan
+    plan, workspace = call.plan, take_workspace(call.plan.forward_bytes)
+    out, structs, inputs = begin_pass(call, x, parameters)
+    plan.forward(structs.ctypes.data, workspace.data_ptr())
+    return out, structs, workspace, inputs
+
+
+def begin_pass(call, x, parameters):
+    """Returns memory for the last layer's output, structs with addresses, and the inputs, whose memory they name."""
+    plan, structs = call.plan, call.plan.structs.copy()
     out = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu", memory_format=torch.channels_last)
     inputs = [x, *parameters, *draw_dropout_scales(call.blocks, x.shape[0])]
-    structs, workspace = plan.structs.copy(), take_workspace(plan.forward_bytes)
     params.set_addresses(structs, plan.inputs, inputs)
     norms = [layer.norm for layer in call.blocks]
     params.set_addresses(structs, plan.outputs, [out, *(each for norm in norms for each in running_stats(norm))])
     count_batch(norms)
-    plan.forward(structs.ctypes.data, workspace.data_ptr())
-    return out, structs, workspace, inputs
+    return out, structs, inputs
+
+
+def training_step(call, x, parameters, labels):
+    """Returns logits (N, K, 1, 1) of x, (N, 3, H, W) in float32, their mean cross-entropy, and the parameters' gradients.
+
+    labels: int64 (N,), each from 0 to K - 1.
+    """
+    plan, workspace = call.plan, take_workspace(call.plan.step_bytes)
+    logits, structs, inputs = begin_pass(call, x, parameters)
+    loss, labels = torch.empty((), dtype=torch.float32, device="cpu"), labels.contiguous()
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    params.set_addresses(structs, plan.gradients, [None, None, *gradients])
+    plan.step(structs.ctypes.data, labels.data_ptr(), loss.data_ptr(), workspace.data_ptr())
+    give_back(workspace)
+    return logits, loss, gradients
 
 
 def backward_pass(plan, structs, activations, gradients, dout, dx=None):
@@ -153,6 +174,7 @@ class Plan(NamedTuple):
     threads: int
     forward_bytes: int = 0  # of workspace
     backward_bytes: int = 0
+    step_bytes: int = 0
 
     def forward(self, structs, workspace):
         sizes = self.use_bf16, structs, len(self.structs), self.needs_grad, self.threads
@@ -161,6 +183,10 @@ class Plan(NamedTuple):
     def backward(self, structs, activations, workspace):
         sizes = self.use_bf16, structs, len(self.structs), self.threads
         return library().functions.backward(*sizes, activations, workspace)
+
+    def step(self, structs, labels, loss, workspace):
+        sizes = self.use_bf16, structs, len(self.structs), self.threads
+        return library().functions.step(*sizes, labels, loss, workspace)
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,10 +205,11 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
     places = (params.offsets_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
     read_again = [i for i, (_, name) in enumerate(inputs) if name not in ("bias", "norm_bias")]
     plan = Plan(structs, *places, read_again, use_bf16, needs_grad, threads)
+    address = structs.ctypes.data
+    sizes = plan.forward(address, None), plan.backward(address, None, None), plan.step(address, None, None, None)
     # At least a byte: an empty tensor has no address.
-    forward_bytes = max(1, plan.forward(structs.ctypes.data, None))
     return plan._replace(
-        forward_bytes=forward_bytes, backward_bytes=max(1, plan.backward(structs.ctypes.data, None, None))
+        **dict(zip(("forward_bytes", "backward_bytes", "step_bytes"), (max(1, each) for each in sizes)))
     )
 
 

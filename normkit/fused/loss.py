@@ -4,11 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normkit.fused.build import library
-from normkit.fused.function import backward_pass, forward_pass
+from normkit.fused.function import training_step
 from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
-from normkit.fused.workspace import give_back
 
 # What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
 CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")
@@ -25,7 +23,7 @@ class FusedLoss:
     """
 
     def __init__(self, network, criterion, dtype):
-        self.network, self.criterion, self.dtype, self.saved = network, criterion, dtype, None
+        self.network, self.criterion, self.dtype, self.gradients = network, criterion, dtype, None
 
     def forward(self, images, labels):
         """Returns logits (N, K), labels and the mean loss of images (N, 3, H, W) and labels, int64 (N,)."""
@@ -33,23 +31,17 @@ class FusedLoss:
         if inspection is None:
             return None, labels, None
         call = inspection.prepare_call(self.dtype, True, images.shape, True, torch.get_num_threads())
-        logits, *saved = forward_pass(call, images.float().contiguous(), inspection.parameters)
-        dlogits, loss = torch.empty_like(logits), torch.empty((), dtype=torch.float32, device="cpu")
-        tensors = logits, labels.contiguous(), dlogits, loss
-        library().functions.cross_entropy(*logits.shape[:2], *[tensor.data_ptr() for tensor in tensors])
-        self.saved = call.plan, *saved, dlogits, inspection.parameters  # the inputs, too: structs hold their addresses
+        logits, loss, gradients = training_step(call, images.float().contiguous(), inspection.parameters, labels)
+        self.gradients = list(zip(inspection.parameters, gradients))
         return logits.flatten(1), labels, loss
 
     @torch.no_grad()
     def backward(self):
         """Adds the gradients of forward's loss to .grad, and returns whether there was one."""
-        if self.saved is None:
+        if self.gradients is None:
             return False
-        (plan, structs, activations, _, dlogits, parameters), self.saved = self.saved, None
-        gradients = [torch.empty_like(parameter) for parameter in parameters]
-        backward_pass(plan, structs, activations, gradients, dlogits)
-        give_back(activations)
-        for parameter, gradient in zip(parameters, gradients):
+        gradients, self.gradients = self.gradients, None
+        for parameter, gradient in gradients:
             if parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return True

@@ -109,7 +109,7 @@ def tabulate(lines, batch_size, threads, precision):
             row["norm and rest %"] = max(0.0, 100 - row["transforms %"] - row["products %"])
         rows.append(row)
         floors += there + back
-    return pd.DataFrame(rows), sum(measured["all"]), floors
+    return pd.DataFrame(rows), values["step",] / 1e3, floors
 
 
 def main():

@@ -95,11 +95,15 @@ struct Run {
     if (!needs_grad) return;
     const LayerParams& last = layers.back();
     std::vector<int64_t> labels(last.N, last.K - 1);
-    float loss;
-    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), &loss);
     const int64_t size = backward(use_bf16, layers.data(), count, threads, activations.get(), nullptr);
     const std::unique_ptr<char[]> gradients(new char[size]);
     backward(use_bf16, layers.data(), count, threads, activations.get(), gradients.get());
+    if (mode != TRAIN) return;
+    float loss;
+    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), &loss);
+    const std::unique_ptr<char[]> both(
+        new char[step(use_bf16, layers.data(), count, threads, labels.data(), &loss, nullptr)]);
+    step(use_bf16, layers.data(), count, threads, labels.data(), &loss, both.get());
   }
   typedef std::pair<const float*, int64_t> Part;  // values, how many
   static void write(std::initializer_list<Part> parts) {

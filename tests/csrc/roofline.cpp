@@ -3,8 +3,9 @@
 //
 //     roofline N num_groups threads float32|bfloat16
 //
-// Prints lines of tab-separated values: "peak", what, GFLOP/s or GB/s of all threads; "layer", name, forward and
-// backward in µs; "part", layer, part, µs for the same images in one thread. Times are the least of several.
+// Prints lines of tab-separated values: "peak", what, GFLOP/s or GB/s of all threads; "step", µs; "layer", name,
+// forward and backward in µs; "part", layer, part, µs for the same images in one thread. Times are the least of
+// several.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -127,12 +128,16 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
   std::vector<LayerParams>& layers = random.layers;
   const int64_t count = layers.size(), repeats = std::max<int64_t>(20, 2000 / N);
   const Network<T> network = {layers.data(), count, threads};
+  const std::vector<int64_t> labels(N);
+  float loss;
+  const Workspace both(network.template step<Factor>(nullptr, nullptr, nullptr));
+  printf("step\t%.3f\n",
+         1e6 * least(repeats, [&] { network.template step<Factor>(labels.data(), &loss, both.memory); }));
   const Workspace activations(network.forward(true, nullptr));
   const Workspace gradients(network.template backward<Factor>(nullptr, nullptr));
-  const double forward = least(repeats, [&] { network.forward(true, activations.memory); });
-  const double backward =
-      least(repeats, [&] { network.template backward<Factor>(activations.memory, gradients.memory); });
-  printf("layer\tall\t%.3f\t%.3f\n", 1e6 * forward, 1e6 * backward);
+  layers.back().dout = random.values(N * 10);
+  network.forward(true, activations.memory);
+  network.template backward<Factor>(activations.memory, gradients.memory);
 
   // Each layer alone, in one parallel region.
   Arena arena = {gradients.memory};
@@ -141,23 +146,27 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
     const auto alone = [&](bool is_backward) {
       return least(repeats, [&] {
         Arena rest = arena;
-        const auto plan = is_backward ? network.template plan_pass<Factor>(true, rest)
-                                      : network.template plan_pass<float>(false, rest);
-        float* grads = rest.take<float>(reduction_chunks(N) * plan.grad_size);
+        const int64_t scratch_bytes = is_backward ? network.template plan_pass<Factor>(true, rest)
+                                                  : network.template plan_pass<float>(false, rest);
+        char* const scratch = rest.take<char>(threads * scratch_bytes);
         parallel(threads, [&](const Thread& thread) {
+          const Arena own = {scratch + thread.index * scratch_bytes};
+          const Chunks& chunks = network.chunks;
           if (is_backward)
             network.template dispatch<Factor>(layers[i], [&](const auto& layer) {
               layer.pack(true, thread);
               thread.barrier();
-              layer.backward(thread, plan.scratch_of(thread), grads);
+              thread.for_each(chunks.count, [&](int64_t chunk) {
+                layer.backward(chunks.begin(chunk), chunks.end(chunk), own, layers[i].grads + chunk * layer.grad_size);
+              });
               thread.barrier();
-              layer.reduce(thread, grads);
+              layer.reduce(thread, chunks.count);
             });
           else
             network.template dispatch<float>(layers[i], [&](const auto& layer) {
               layer.pack(false, thread);
               thread.barrier();
-              layer.forward(thread, plan.scratch_of(thread));
+              layer.forward(thread, thread.begin(N), thread.end(N), own);
             });
         });
       });
@@ -191,7 +200,7 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
       there.compute_output(begin, start, tiles, scratch);
     });
     part("forward products", there, [&](int64_t, int64_t, int64_t tiles) { there.compute_M(tiles, scratch); });
-    p.packed = back.take_packed(rest);
+    p.packed_backward = back.take_packed(rest);
     const auto scratch_back = back.take_scratch(rest, true);
     back.clear(scratch_back);
     parallel(1, [&](const Thread& thread) { back.pack(true, thread); });

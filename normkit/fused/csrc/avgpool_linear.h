@@ -13,12 +13,12 @@ template <typename T> struct AvgPoolLinear {
   const int64_t dweight_size = K * C, grad_size = dweight_size + K;
 
   float* take_scratch(Arena& arena, bool) const { return arena.take<float>(area * C); }
-  void take_packed(Arena&, LayerParams&) const {}
+  void* take_packed(Arena&) const { return nullptr; }
   void pack(bool, const Thread&) const {}
 
-  void forward(const Thread& thread, Arena arena) const {
+  void forward(const Thread&, int64_t begin, int64_t end, Arena arena) const {
     float* x = take_scratch(arena, false);
-    for (int64_t n = thread.begin(N); n < thread.end(N); n++) {
+    for (int64_t n = begin; n < end; n++) {
       float *pooled = p.pooled + n * C, *out = (float*)p.out + n * K;
       read_pixels<T>(p, n, 0, area, x, C);
       for (int64_t c = 0; c < C; c += LANES) {
@@ -35,36 +35,32 @@ template <typename T> struct AvgPoolLinear {
     }
   }
 
-  void backward(const Thread& thread, Arena, float* grads) const {
-    const int64_t chunks = reduction_chunks(N);
-    thread.for_each(chunks, [&](int64_t chunk) {
-      float *dweight = grads + chunk * grad_size, *dbias = dweight + dweight_size;
-      std::fill_n(dweight, grad_size, 0);
-      for (int64_t n = N * chunk / chunks; n < N * (chunk + 1) / chunks; n++) {
-        const float *dout = (const float*)p.dout + n * K, *pooled = p.pooled + n * C;
-        for (int64_t k = 0; k < K; k++) dbias[k] += dout[k];
-        for (int64_t c = 0; c < C; c += LANES) {
-          vec_f32 sum = {};
-          for (int64_t k = 0; k < K; k++) {
-            sum += dout[k] * load(p.weight + k * C + c);
-            add(dweight + k * C + c, dout[k] * load(pooled + c));
-          }
-          T* dx = (T*)p.dx + n * area * C + c;
-          for (int64_t pixel = 0; pixel < area; pixel++) store(dx + pixel * C, sum / float(area));
+  void backward(int64_t begin, int64_t end, Arena, float* grads) const {
+    float *dweight = grads, *dbias = dweight + dweight_size;
+    std::fill_n(grads, grad_size, 0);
+    for (int64_t n = begin; n < end; n++) {
+      const float *dout = (const float*)p.dout + n * K, *pooled = p.pooled + n * C;
+      for (int64_t k = 0; k < K; k++) dbias[k] += dout[k];
+      for (int64_t c = 0; c < C; c += LANES) {
+        vec_f32 sum = {};
+        for (int64_t k = 0; k < K; k++) {
+          sum += dout[k] * load(p.weight + k * C + c);
+          add(dweight + k * C + c, dout[k] * load(pooled + c));
         }
-        if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
+        T* dx = (T*)p.dx + n * area * C + c;
+        for (int64_t pixel = 0; pixel < area; pixel++) store(dx + pixel * C, sum / float(area));
       }
-    });
+      if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
+    }
   }
 
-  void reduce(const Thread& thread, const float* grads) const {
+  void reduce(const Thread& thread, int64_t chunks) const {
     if (thread.index) return;
     for (int64_t k = 0; k < K; k++) {
       p.dbias[k] = 0;
-      for (int64_t chunk = 0; chunk < reduction_chunks(N); chunk++)
-        p.dbias[k] += grads[chunk * grad_size + dweight_size + k];
+      for (int64_t chunk = 0; chunk < chunks; chunk++) p.dbias[k] += p.grads[chunk * grad_size + dweight_size + k];
       for (int64_t c = 0; c < C; c += LANES)
-        store(p.dweight + k * C + c, sum_of_chunks(grads + k * C + c, reduction_chunks(N), grad_size));
+        store(p.dweight + k * C + c, sum_of_chunks(p.grads + k * C + c, chunks, grad_size));
     }
   }
 };

@@ -25,7 +25,7 @@ template <typename T> struct Conv1x1MaxPool {
   }
 
   // The weight as (C, K_columns), and the bias as one more row.
-  void take_packed(Arena& arena, LayerParams& p) const { p.packed = arena.take<float>((C + 1) * K_columns); }
+  float* take_packed(Arena& arena) const { return arena.take<float>((C + 1) * K_columns); }
   void pack(bool backward, const Thread& thread) const {
     if (backward || thread.index) return;
     float* packed = (float*)p.packed;
@@ -43,10 +43,10 @@ template <typename T> struct Conv1x1MaxPool {
       for (int64_t k = 0; k < K; k += LANES) body(2 * x, (first + x) * K + k, k, std::min(LANES, K - k));
   }
 
-  void forward(const Thread& thread, Arena arena) const {
+  void forward(const Thread&, int64_t begin, int64_t end, Arena arena) const {
     const Scratch scratch = take_scratch(arena, false);
     const float *packed = (const float*)p.packed, *bias = packed + C * K_columns;
-    for (int64_t n = thread.begin(N); n < thread.end(N); n++)
+    for (int64_t n = begin; n < end; n++)
       for (int64_t strip = 0; strip < strips; strip++) {
         read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
         with_constant(C, [&](auto row) {
@@ -68,42 +68,38 @@ template <typename T> struct Conv1x1MaxPool {
       }
   }
 
-  void backward(const Thread& thread, Arena arena, float* grads) const {
+  void backward(int64_t begin, int64_t end, Arena arena, float* grads) const {
     const Scratch scratch = take_scratch(arena, true);
     const T *dout = (const T*)p.dout, *argmax = (const T*)p.argmax;
-    const int64_t chunks = reduction_chunks(N);
-    thread.for_each(chunks, [&](int64_t chunk) {
-      float *dweight = grads + chunk * grad_size, *dbias = dweight + dweight_size;
-      std::fill_n(dweight, grad_size, 0);
-      for (int64_t n = N * chunk / chunks; n < N * (chunk + 1) / chunks; n++) {
-        for (int64_t strip = 0; strip < strips; strip++) {
-          read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
-          for_each_window(n, strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
-            const vec_f32 value = load(dout + index, count, dout + out_size);
-            const vec_f32 chosen = load(argmax + index, count, argmax + out_size);
-            add(dbias + k, value);
-            for (int64_t i = 0; i < 4; i++)
-              store(scratch.conv + (first + window[i]) * K_columns + k, select(chosen == float(i), value));
-          });
-          gemm<float, float, 1>({scratch.conv, 1, K_columns}, {scratch.x, C}, {dweight, C}, K_rows, pixels, C,
-                                {dweight, C});
-          T* dx = (T*)p.dx + (n * strips + strip) * pixels * C;
-          with_constant(K_columns, [&](auto row) {
-            gemm<float, T, row.value>({scratch.conv, K_columns}, {p.weight, C}, {dx, C}, pixels, K, C);
-          });
-        }
-        if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
+    float *dweight = grads, *dbias = dweight + dweight_size;
+    std::fill_n(grads, grad_size, 0);
+    for (int64_t n = begin; n < end; n++) {
+      for (int64_t strip = 0; strip < strips; strip++) {
+        read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
+        for_each_window(n, strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
+          const vec_f32 value = load(dout + index, count, dout + out_size);
+          const vec_f32 chosen = load(argmax + index, count, argmax + out_size);
+          add(dbias + k, value);
+          for (int64_t i = 0; i < 4; i++)
+            store(scratch.conv + (first + window[i]) * K_columns + k, select(chosen == float(i), value));
+        });
+        gemm<float, float, 1>({scratch.conv, 1, K_columns}, {scratch.x, C}, {dweight, C}, K_rows, pixels, C,
+                              {dweight, C});
+        T* dx = (T*)p.dx + (n * strips + strip) * pixels * C;
+        with_constant(K_columns, [&](auto row) {
+          gemm<float, T, row.value>({scratch.conv, K_columns}, {p.weight, C}, {dx, C}, pixels, K, C);
+        });
       }
-    });
+      if (p.source) sum_gradients(*p.source, (const T*)p.dx, n);
+    }
   }
 
-  void reduce(const Thread& thread, const float* grads) const {
+  void reduce(const Thread& thread, int64_t chunks) const {
     thread.for_each(K, [&](int64_t k) {
       p.dbias[k] = 0;
-      for (int64_t chunk = 0; chunk < reduction_chunks(N); chunk++)
-        p.dbias[k] += grads[chunk * grad_size + dweight_size + k];
+      for (int64_t chunk = 0; chunk < chunks; chunk++) p.dbias[k] += p.grads[chunk * grad_size + dweight_size + k];
       for (int64_t c = 0; c < C; c += LANES)
-        store(p.dweight + k * C + c, sum_of_chunks(grads + k * C + c, reduction_chunks(N), grad_size));
+        store(p.dweight + k * C + c, sum_of_chunks(p.grads + k * C + c, chunks, grad_size));
     });
   }
 };

@@ -34,7 +34,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
             arena.take<float>(K),
             arena.take<T>(backward * convolution.images_per_block * image_size)};
   }
-  void take_packed(Arena& arena, LayerParams& p) const { p.packed = convolution.take_packed(arena); }
+  auto take_packed(Arena& arena) const { return convolution.take_packed(arena); }
   void pack(bool backward, const Thread& thread) const { convolution.pack(backward, thread); }
 
   // Calls body(first image, end) for the blocks of images begin ... end-1.
@@ -49,10 +49,10 @@ template <typename T, typename Convolution> struct ConvNormReLU {
     return p.dropout_scale ? load(p.dropout_scale + n * K + k) : vec_f32{} + 1;
   }
 
-  void forward(const Thread& thread, Arena arena) const {
+  void forward(const Thread& thread, int64_t first, int64_t last, Arena arena) const {
     const Scratch scratch = take_scratch(arena, false);
     convolution.clear(scratch.convolution);
-    for_each_block(thread.begin(N), thread.end(N), [&](int64_t begin, int64_t end) {
+    for_each_block(first, last, [&](int64_t begin, int64_t end) {
       convolution.forward(begin, end, scratch.convolution);
       for (int64_t n = begin; n < end; n++) {
         if (!p.use_running_stats) measure(n);
@@ -64,7 +64,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
     if (!batch_norm) return;
     thread.barrier();
     average_over_batch(scratch);
-    for (int64_t n = thread.begin(N); n < thread.end(N); n++) set_tables(n, scratch);
+    for (int64_t n = first; n < last; n++) set_tables(n, scratch);
     if (!thread.index) update_running_stats(scratch);
   }
 
@@ -149,26 +149,22 @@ template <typename T, typename Convolution> struct ConvNormReLU {
   // With h the gradient behind ReLU and dropout, u = norm_weight * h, and v the normalised pre_activation:
   // dpre_activation = (u - mean(u) - v * mean(u * v)) / deviation, the means over the normalisation group. The sums
   // that they are made of, dshift and dscale, come from the layer's reader.
-  void backward(const Thread& thread, Arena arena, float* grads) const {
+  void backward(int64_t first, int64_t last, Arena arena, float* grads) const {
     const Scratch scratch = take_scratch(arena, true);
     convolution.clear(scratch.convolution);
     if (batch_norm) average_gradients_over_batch(scratch);
-    const int64_t chunks = reduction_chunks(N);
-    thread.for_each(chunks, [&](int64_t chunk) {
-      const int64_t chunk_begin = N * chunk / chunks, chunk_end = N * (chunk + 1) / chunks;
-      float *dweight = grads + chunk * grad_size, *others = dweight + dweight_size;
-      std::fill_n(others, 3 * K, 0);
-      for_each_block(chunk_begin, chunk_end, [&](int64_t begin, int64_t end) {
-        T* block = p.skip ? (T*)p.dpre_activation + begin * image_size : scratch.dpre_activation;
-        for (int64_t n = begin; n < end; n++) {
-          if (p.num_groups) average_gradients_over_groups(n, scratch);
-          compute_dpre_activation(n, scratch, block + (n - begin) * image_size, others);
-        }
-        convolution.backward(begin, end, block, scratch.convolution, begin == chunk_begin);
-        for (int64_t n = begin; p.source && n < end; n++) sum_gradients(*p.source, (const T*)p.dx, n);
-      });
-      convolution.store_weight_grad(scratch.convolution, dweight);
+    float *dweight = grads, *others = dweight + dweight_size;
+    std::fill_n(others, 3 * K, 0);
+    for_each_block(first, last, [&](int64_t begin, int64_t end) {
+      T* block = p.skip ? (T*)p.dpre_activation + begin * image_size : scratch.dpre_activation;
+      for (int64_t n = begin; n < end; n++) {
+        if (p.num_groups) average_gradients_over_groups(n, scratch);
+        compute_dpre_activation(n, scratch, block + (n - begin) * image_size, others);
+      }
+      convolution.backward(begin, end, block, scratch.convolution, begin == first);
+      for (int64_t n = begin; p.source && n < end; n++) sum_gradients(*p.source, (const T*)p.dx, n);
     });
+    convolution.store_weight_grad(scratch.convolution, dweight);
   }
 
   void average_gradients_over_batch(const Scratch& scratch) const {
@@ -221,8 +217,8 @@ template <typename T, typename Convolution> struct ConvNormReLU {
   }
 
   // Sums up the parameters' gradients over the chunks.
-  void reduce(const Thread& thread, const float* grads) const {
-    const auto sum_over_chunks = [&](int64_t i) { return sum_of_chunks(grads + i, reduction_chunks(N), grad_size); };
+  void reduce(const Thread& thread, int64_t chunks) const {
+    const auto sum_over_chunks = [&](int64_t i) { return sum_of_chunks(p.grads + i, chunks, grad_size); };
     thread.for_each(p.C, [&](int64_t c) {  // by c: in PyTorch's ordinary layout its 9 taps share a cache line
       for (int64_t tap = 0; tap < 9; tap++)
         for_each_channel_vector([&](int64_t k) {

@@ -35,7 +35,8 @@ template <typename T> struct Im2col {
 
   // The weight as (taps, K).
   float* take_packed(Arena& arena) const { return arena.take<float>(weight_size); }
-  void pack(bool, const Thread& thread) const {
+  void pack(bool backward, const Thread& thread) const {
+    if (backward) return;
     float* packed = (float*)p.packed;
     thread.for_each(taps, [&](int64_t i) {
       for (int64_t k = 0; k < K; k++) packed[i * K + k] = p.weight[p.weight_index(k, i % C, i / C)];

@@ -1,9 +1,8 @@
 // The kernel's only translation unit: plain C++17 without PyTorch's headers, called through ctypes.
-#include "cross_entropy.h"
 #include "network.h"
 
-// forward and backward return the bytes of workspace they need for so many threads. Without a workspace they compute
-// nothing else.
+// forward, backward and step return the bytes of workspace they need for so many threads. Without a workspace they
+// compute nothing else.
 extern "C" {
 int64_t layer_params_size() { return sizeof(LayerParams); }
 
@@ -18,7 +17,14 @@ int64_t backward(bool use_bf16, LayerParams* layers, int64_t count, int64_t thre
                   : Network<float>{layers, count, threads}.backward<float>(activations, workspace);
 }
 
+// Forward pass, the mean cross-entropy of the logits and labels (N), and backward pass, in one call.
+int64_t step(bool use_bf16, LayerParams* layers, int64_t count, int64_t threads, const int64_t* labels, float* loss,
+             char* workspace) {
+  return use_bf16 ? Network<bf16>{layers, count, threads}.step<bf16x2>(labels, loss, workspace)
+                  : Network<float>{layers, count, threads}.step<float>(labels, loss, workspace);
+}
+
 void cross_entropy(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits, float* loss) {
-  mean_cross_entropy(N, K, logits, labels, dlogits, loss);
+  *loss = float(cross_entropy_sum(N, K, logits, labels, dlogits, N) / double(N));
 }
 }

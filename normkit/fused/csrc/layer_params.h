@@ -46,7 +46,9 @@ struct LayerParams {
   float *scale, *shift;       // (N, K): the layer's output is relu(scale * pre_activation + shift)
   float *dscale, *dshift;     // (N, K): with respect to scale * (pre_activation - mean) + shift
   void* dpre_activation;      // as pre_activation, where a skip needs it
-  void* packed;               // the weight, rearranged
+  void* packed;               // the weight, rearranged for the forward pass
+  void* packed_backward;      // and for the backward pass
+  float* grads;               // of the parameters, one set for each chunk of images
 
   int64_t weight_index(int64_t k, int64_t c, int64_t tap) const {  // of a 3×3 weight; tap = 3 * row + column
     return k * 9 * C + c * weight_c_stride + tap * weight_tap_stride;

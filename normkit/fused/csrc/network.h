@@ -1,45 +1,51 @@
 // Runs a list of layers forward and backward, in a workspace of the caller's.
 #pragma once
 
+#include <atomic>
+#include <numeric>
+
 #include "avgpool_linear.h"
 #include "conv1x1_maxpool.h"
 #include "conv_norm_relu.h"
+#include "cross_entropy.h"
 
 namespace {
 
 // A layer has
-//   take_packed(arena, p), pack(backward, thread)    its weights, rearranged for a pass
-//   take_scratch(arena, backward)                    memory of one thread for a pass, from which arena counts it
-//   forward(thread, arena)                           for the thread's images
-//   backward(thread, arena, grads)                   for the thread's chunks of images; grads (chunks, grad_size)
-//   reduce(thread, grads)                            the gradients of parameters, from those of all chunks
-// A thread has the same images in every layer of a pass.
+//   take_packed(arena), pack(backward, thread)    its weights, rearranged for a pass
+//   take_scratch(arena, backward)                 memory of one thread for a pass, from which arena counts it
+//   forward(thread, begin, end, arena)            for images begin ... end-1; for batch norm all threads together
+//   backward(begin, end, arena, grads)            for a chunk of images; grads (grad_size) of its parameters
+//   reduce(thread, chunks)                        the gradients of parameters, from those of all chunks
 template <typename T> struct Network {
   LayerParams* const layers;
   const int64_t count, threads;
+  const Chunks chunks = {layers->N};
 
+  // Values of one image's output.
   static int64_t out_size(const LayerParams& p) {
     const int64_t area = p.kind == AVGPOOL_LINEAR ? 1 : p.kind == CONV1X1_MAXPOOL ? p.H / 2 * (p.W / 2) : p.H * p.W;
-    return p.N * p.K * area;
+    return p.K * area;
   }
 
   // Takes memory for all that the backward pass and later layers read.
   void plan_activations(bool needs_grad, Arena& arena) const {
+    const int64_t N = chunks.N;
     for (int64_t i = 0; i < count; i++) {
       LayerParams& p = layers[i];
       const LayerParams* before = i ? &layers[i - 1] : nullptr;
       p.source = before && before->kind == CONV_NORM_RELU ? before : nullptr;
       if (before) p.x = p.source ? before->pre_activation : before->out;
       if (p.kind == AVGPOOL_LINEAR) {
-        p.pooled = arena.take<float>(p.N * p.C);
+        p.pooled = arena.take<float>(N * p.C);
       } else if (p.kind == CONV1X1_MAXPOOL) {
-        p.argmax = needs_grad ? arena.take<T>(out_size(p)) : nullptr;
-        if (i < count - 1) p.out = arena.take<T>(out_size(p));
+        p.argmax = needs_grad ? arena.take<T>(N * out_size(p)) : nullptr;
+        if (i < count - 1) p.out = arena.take<T>(N * out_size(p));
       } else {
         p.skip = p.skip_source < 0 ? nullptr : &layers[p.skip_source];
-        p.pre_activation = arena.take<T>(out_size(p));
+        p.pre_activation = arena.take<T>(N * out_size(p));
         for (float** table : {&p.map_mean, &p.map_var, &p.mean, &p.rstd, &p.scale, &p.shift})
-          *table = arena.take<float>(p.N * p.K);
+          *table = arena.take<float>(N * p.K);
       }
     }
   }
@@ -47,21 +53,21 @@ template <typename T> struct Network {
   // Takes memory for the gradients of the activations: two that take turns, and one more for each skip, to which the
   // layer that reads the skip's source adds its own.
   void plan_gradients(Arena& arena) const {
-    int64_t largest = 0;
-    for (int64_t i = 0; i < count - 1; i++) largest = std::max(largest, out_size(layers[i]));
+    int64_t N = chunks.N, largest = 0;
+    for (int64_t i = 0; i < count - 1; i++) largest = std::max(largest, N * out_size(layers[i]));
     T* const alternating[] = {arena.take<T>(largest), arena.take<T>(largest)};
     for (int64_t i = 0; i < count; i++) {
       LayerParams& p = layers[i];
       p.accumulate_dx = false;
       if (i) p.dx = alternating[i % 2];
       if (p.kind == CONV_NORM_RELU)
-        for (float** table : {&p.dscale, &p.dshift}) *table = arena.take<float>(p.N * p.K);
+        for (float** table : {&p.dscale, &p.dshift}) *table = arena.take<float>(N * p.K);
     }
     for (int64_t i = 0; i < count; i++) {
       LayerParams& p = layers[i];
       if (p.kind != CONV_NORM_RELU || !p.skip) continue;
       LayerParams& reader = layers[p.skip_source + 1];
-      reader.dx = p.dpre_activation = arena.take<T>(out_size(p));
+      reader.dx = p.dpre_activation = arena.take<T>(N * out_size(p));
       reader.accumulate_dx = true;
     }
     for (int64_t i = 0; i < count - 1; i++) layers[i].dout = layers[i + 1].dx;
@@ -75,42 +81,57 @@ template <typename T> struct Network {
                                 : body(ConvNormReLU<T, Winograd<T, Factor>>{p});
   }
 
-  // Memory of a pass: packed weights, and the threads' scratch, which each layer begins anew.
-  struct Plan {
-    char* scratch;
-    int64_t scratch_bytes, grad_size;
-    Arena scratch_of(const Thread& thread) const { return {scratch + thread.index * scratch_bytes}; }
-  };
-  template <typename Factor> Plan plan_pass(bool backward, Arena& arena) const {
-    Plan plan = {};
+  // Takes memory for a pass: packed weights, the gradients of each chunk. Returns the bytes of a thread's scratch,
+  // which each layer begins anew.
+  template <typename Factor> int64_t plan_pass(bool backward, Arena& arena) const {
+    int64_t bytes = 0;
     for (int64_t i = 0; i < count; i++)
       dispatch<Factor>(layers[i], [&](const auto& layer) {
         Arena counting = {};
         layer.take_scratch(counting, backward);
-        plan.scratch_bytes = std::max(plan.scratch_bytes, counting.used);
-        plan.grad_size = std::max(plan.grad_size, layer.grad_size);
-        layer.take_packed(arena, layers[i]);
+        bytes = std::max(bytes, counting.used);
+        (backward ? layers[i].packed_backward : layers[i].packed) = layer.take_packed(arena);
+        if (backward) layers[i].grads = arena.take<float>(chunks.count * layer.grad_size);
       });
-    plan.scratch = arena.take<char>(plan.scratch_bytes * threads);
-    return plan;
+    return bytes;
   }
   template <typename Factor> void pack(bool backward, const Thread& thread) const {
     for (int64_t i = 0; i < count; i++)
       dispatch<Factor>(layers[i], [&](const auto& layer) { layer.pack(backward, thread); });
-    thread.barrier();
   }
 
-  // Both return the size of the workspace they need, and do no more where none is given.
+  // One thread's images. With batch statistics the other threads have to have the others.
+  void run_forward(const Thread& thread, int64_t begin, int64_t end, Arena scratch) const {
+    for (int64_t i = 0; i < count; i++)
+      dispatch<float>(layers[i], [&](const auto& layer) { layer.forward(thread, begin, end, scratch); });
+  }
+  template <typename Factor>
+  void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch) const {
+    for (int64_t i = count; i--;) {
+      if (threads > 1) thread.barrier();  // gradients of other sizes take turns in the same memory
+      dispatch<Factor>(layers[i], [&](const auto& layer) {
+        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
+          layer.backward(chunks.begin(chunk), chunks.end(chunk), scratch, layers[i].grads + chunk * layer.grad_size);
+      });
+    }
+  }
+  template <typename Factor> void reduce(const Thread& thread) const {
+    for (int64_t i = 0; i < count; i++)
+      dispatch<Factor>(layers[i], [&](const auto& layer) { layer.reduce(thread, chunks.count); });
+  }
+
+  // The passes return the size of the workspace they need, and do no more where none is given.
   int64_t forward(bool needs_grad, char* workspace) const {
     Arena arena = {workspace};
     plan_activations(needs_grad, arena);
-    const Plan plan = plan_pass<float>(false, arena);
+    const int64_t scratch_bytes = plan_pass<float>(false, arena);
+    char* const scratch = arena.take<char>(threads * scratch_bytes);
     if (!workspace) return arena.used;
-    LayerParams& last = layers[count - 1];
+    const LayerParams& last = layers[count - 1];
     parallel(threads, [&](const Thread& thread) {
       pack<float>(false, thread);
-      for (int64_t i = 0; i < count; i++)
-        dispatch<float>(layers[i], [&](const auto& layer) { layer.forward(thread, plan.scratch_of(thread)); });
+      thread.barrier();
+      run_forward(thread, thread.begin(last.N), thread.end(last.N), {scratch + thread.index * scratch_bytes});
       if (last.kind == CONV_NORM_RELU)
         for (int64_t n = thread.begin(last.N); n < thread.end(last.N); n++)
           ConvNormReLU<T, Winograd<T, float>>{last}.store_out(n);
@@ -122,24 +143,102 @@ template <typename T> struct Network {
     Arena kept = {activations}, arena = {workspace};
     plan_activations(true, kept);
     plan_gradients(arena);
-    const Plan plan = plan_pass<Factor>(true, arena);
-    LayerParams& last = layers[count - 1];
-    const int64_t grads_size = reduction_chunks(last.N) * plan.grad_size;
-    // In turn, so that one layer's are summed up while the next layer writes its own.
-    float* const grads[] = {arena.take<float>(grads_size), arena.take<float>(grads_size)};
+    const int64_t scratch_bytes = plan_pass<Factor>(true, arena);
+    char* const scratch = arena.take<char>(threads * scratch_bytes);
     if (!workspace) return arena.used;
+    const LayerParams& last = layers[count - 1];
     parallel(threads, [&](const Thread& thread) {
       if (last.kind == CONV_NORM_RELU)
         thread.for_each(last.N, [&](int64_t n) { sum_gradients(last, (const T*)last.dout, n); });
       pack<Factor>(true, thread);
-      for (int64_t i = count; i--;)
-        dispatch<Factor>(layers[i], [&](const auto& layer) {
-          layer.backward(thread, plan.scratch_of(thread), grads[i % 2]);
-          thread.barrier();
-          layer.reduce(thread, grads[i % 2]);
-        });
+      thread.barrier();
+      run_backward<Factor>(thread, thread.begin(chunks.count), thread.end(chunks.count),
+                           {scratch + thread.index * scratch_bytes});
+      thread.barrier();
+      reduce<Factor>(thread);
     });
     return arena.used;
+  }
+
+  // Forward pass, mean cross-entropy and backward pass of a network that reads nchw and ends in logits. Without batch
+  // statistics a thread takes one chunk of images after another through all three, while it is in cache.
+  template <typename Factor> int64_t step(const int64_t* labels, float* loss, char* workspace) const {
+    Arena arena = {workspace};
+    LayerParams& last = layers[count - 1];
+    const bool by_chunk = std::none_of(layers, layers + count, has_batch_statistics) &&
+                          (chunks.count % threads == 0 || chunks.count >= 2 * threads);  // else threads would idle
+    last.dout = arena.take<float>(last.N * last.K);
+    double* const losses = arena.take<double>(chunks.count);
+    const int64_t scratch_bytes = std::max(plan_pass<float>(false, arena), plan_pass<Factor>(true, arena));
+    Arena each = {};  // what a thread needs
+    each.take<char>(scratch_bytes);
+    if (by_chunk) {
+      each.take<LayerParams>(count);
+      Network{layers, count, 1, {chunks.largest(), 1}}.plan_images(each);
+    } else {
+      plan_images(arena);
+    }
+    char* const memory = arena.take<char>(threads * each.used);
+    if (!workspace) return arena.used;
+
+    std::atomic<int64_t> next = {0};
+    parallel(threads, [&](const Thread& thread) {
+      pack<float>(false, thread);
+      pack<Factor>(true, thread);
+      thread.barrier();
+      Arena rest = {memory + thread.index * each.used};
+      const Arena scratch = {rest.take<char>(scratch_bytes)};
+      if (by_chunk) {
+        LayerParams* const copies = rest.take<LayerParams>(count);
+        for (int64_t chunk; (chunk = next++) < chunks.count;) {
+          const Network part = take_chunk(chunk, copies);
+          Arena images = rest;
+          part.plan_images(images);
+          part.run_forward(thread, 0, part.chunks.N, scratch);
+          losses[chunk] = compute_loss(chunk, labels);
+          part.template run_backward<Factor>(thread, 0, 1, scratch);
+        }
+      } else {
+        const int64_t first_chunk = thread.begin(chunks.count), last_chunk = thread.end(chunks.count);
+        run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
+        thread.barrier();
+        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++) losses[chunk] = compute_loss(chunk, labels);
+        run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
+      }
+      thread.barrier();
+      reduce<Factor>(thread);
+      if (!thread.index) *loss = float(std::accumulate(losses, losses + chunks.count, 0.0) / double(last.N));
+    });
+    return arena.used;
+  }
+  static bool has_batch_statistics(const LayerParams& p) {
+    return p.kind == CONV_NORM_RELU && !p.num_groups && !p.use_running_stats;
+  }
+  void plan_images(Arena& arena) const {
+    plan_activations(true, arena);
+    plan_gradients(arena);
+  }
+  // A chunk of images as a network of its own, whose layers are written to `to`.
+  Network take_chunk(int64_t chunk, LayerParams* to) const {
+    const int64_t begin = chunks.begin(chunk), N = chunks.end(chunk) - begin;
+    for (int64_t i = 0; i < count; i++) {
+      LayerParams& p = to[i] = layers[i];
+      p.N = N;
+      if (p.dropout_scale) p.dropout_scale += begin * p.K;
+      dispatch<float>(p, [&](const auto& layer) { p.grads += chunk * layer.grad_size; });
+    }
+    LayerParams &first = to[0], &last = to[count - 1];
+    first.x = (const float*)first.x + begin * first.C * first.H * first.W;
+    last.out = (float*)last.out + begin * last.K;
+    last.dout = (const float*)last.dout + begin * last.K;
+    return {to, count, 1, {N, 1}};
+  }
+  // Writes the gradient of a chunk's logits, and returns the sum of their losses.
+  double compute_loss(int64_t chunk, const int64_t* labels) const {
+    const LayerParams& last = layers[count - 1];
+    const int64_t begin = chunks.begin(chunk), first = begin * last.K;
+    return cross_entropy_sum(chunks.end(chunk) - begin, last.K, (const float*)last.out + first, labels + begin,
+                             (float*)last.dout + first, last.N);
   }
 };
 

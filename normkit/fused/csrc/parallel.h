@@ -17,7 +17,7 @@ int omp_get_thread_num();
 namespace {
 
 struct Thread {
-  const int64_t index = omp_get_thread_num(), count = omp_get_num_threads();
+  const int64_t index, count;
 
   void barrier() const { GOMP_barrier(); }
   // This thread's share of 0 ... n-1, a contiguous one.
@@ -30,11 +30,18 @@ struct Thread {
 
 // Calls body(thread) in so many threads, or fewer where the runtime has no more.
 template <typename Body> void parallel(int64_t threads, Body body) {
-  GOMP_parallel([](void* data) { (*static_cast<Body*>(data))(Thread()); }, &body, threads, 0);
+  GOMP_parallel([](void* data) { (*static_cast<Body*>(data))(Thread{omp_get_thread_num(), omp_get_num_threads()}); },
+                &body, threads, 0);
 }
 
 // A sum over images is computed in at most 16 chunks, each in order, and the chunks' sums are added in order: the same
 // result for any number of threads.
-constexpr int64_t reduction_chunks(int64_t N) { return N < 16 ? N : 16; }
+struct Chunks {
+  const int64_t N, count = N < 16 ? N : 16;
+
+  int64_t begin(int64_t chunk) const { return N * chunk / count; }
+  int64_t end(int64_t chunk) const { return N * (chunk + 1) / count; }
+  int64_t largest() const { return (N + count - 1) / count; }  // images of a chunk
+};
 
 }  // namespace

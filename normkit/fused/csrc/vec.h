@@ -97,7 +97,9 @@ inline void add(float* to, vec_f32 values) { store(to, load(to) + values); }
 
 // Calls add_to(i, sums) for i in 0 ... count-1, with vectors of sums that start at 0; returns them. Four sets of sums
 // take turns, as an addition takes four cycles.
-template <int64_t size> struct Sums { vec_f32 values[size]; };
+template <int64_t size> struct Sums {
+  vec_f32 values[size];
+};
 template <int64_t size, typename Body> inline Sums<size> sum_up(int64_t count, Body add_to) {
   Sums<size> sums[4] = {};
   int64_t i = 0;

@@ -104,7 +104,8 @@ template <typename T, typename Factor> struct Winograd {
   const LayerParams& p;
   const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
   const int64_t C_padded = round_up(C, std::max(LANES, MR));
-  // From one point's matrix of U or dU to the next: a cache line more than it has, or all 36 would lie in one cache set.
+  // From one point's matrix of U or dU to the next: a cache line more than it has, or all 36 would lie in one cache
+  // set.
   const int64_t point_stride = C_padded * K + 16;
   const int64_t tile_rows = (H + 3) / 4, tile_columns = (W + 3) / 4, tiles = tile_rows * tile_columns;
   const int64_t images_per_block = std::clamp(TILES_PER_BLOCK / tiles, int64_t(1), p.N);
@@ -132,7 +133,7 @@ template <typename T, typename Factor> struct Winograd {
   // U.
   Factor* take_packed(Arena& arena) const { return arena.take<Factor>(36 * point_stride); }
   void pack(bool backward, const Thread& thread) const {
-    Factor* U = (Factor*)p.packed;
+    Factor* U = (Factor*)(backward ? p.packed_backward : p.packed);
     const int64_t rows = backward ? K : C, columns = backward ? C_padded : K, valid = backward ? C : K;
     thread.for_each(columns / LANES, [&](int64_t vector) {
       const int64_t column = vector * LANES;
@@ -264,7 +265,7 @@ template <typename T, typename Factor> struct Winograd {
     }
   }
   void compute_dV(int64_t count, const Scratch& scratch) const {  // dM · U^T, in place of M
-    const Factor *U = (const Factor*)p.packed, *dM = is_pair<Factor> ? scratch.dM_by_k : scratch.dM;
+    const Factor *U = (const Factor*)p.packed_backward, *dM = is_pair<Factor> ? scratch.dM_by_k : scratch.dM;
     for (int64_t i = 0; i < 36; i++)
       with_constant(K, [&](auto channels) {
         gemm<Factor, float, 36 * channels.value / PER_FACTOR>(
