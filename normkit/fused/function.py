@@ -58,7 +58,7 @@ def begin_pass(call, x, parameters):
 
 
 def training_step(call, x, parameters, labels):
-    """Returns logits (N, K, 1, 1) of x, (N, 3, H, W) in float32, their mean cross-entropy, and the parameters' gradients.
+    """Returns logits (N, K, 1, 1) of x, (N, 3, H, W) in float32, their mean cross-entropy, and the gradients.
 
     labels: int64 (N,), each from 0 to K - 1.
     """
@@ -206,10 +206,11 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
     read_again = [i for i, (_, name) in enumerate(inputs) if name not in ("bias", "norm_bias")]
     plan = Plan(structs, *places, read_again, use_bf16, needs_grad, threads)
     address = structs.ctypes.data
-    sizes = plan.forward(address, None), plan.backward(address, None, None), plan.step(address, None, None, None)
     # At least a byte: an empty tensor has no address.
     return plan._replace(
-        **dict(zip(("forward_bytes", "backward_bytes", "step_bytes"), (max(1, each) for each in sizes)))
+        forward_bytes=max(1, plan.forward(address, None)),
+        backward_bytes=max(1, plan.backward(address, None, None)),
+        step_bytes=max(1, plan.step(address, None, None, None)),
     )
 
 

@@ -13,7 +13,8 @@ _DOUBLES = "eps momentum".split()
 _POINTERS = (
     "x weight bias norm_weight norm_bias dropout_scale running_mean running_var out "
     "dout dx dweight dbias dnorm_weight dnorm_bias "
-    "source skip saved map_mean map_var mean rstd scale shift dscale dshift dpre_activation packed packed_backward grads"
+    "source skip saved map_mean map_var mean rstd scale shift dscale dshift dpre_activation "
+    "packed packed_backward grads"
 ).split()
 
 

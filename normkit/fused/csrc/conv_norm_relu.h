@@ -127,7 +127,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
   void set_tables(int64_t n, const Scratch& scratch) const {
     for_each_channel_vector([&](int64_t k) {
       const vec_f32 mean = load(scratch.mean + k), var = load(scratch.var + k);
-      vec_f32 rstd;
+      vec_f32 rstd = {};
       for (int64_t l = 0; l < LANES; l++) rstd[l] = 1 / std::sqrt(var[l] + float(p.eps));
       const vec_f32 scale = load(p.norm_weight + k) * rstd * dropout_scale(n, k);
       store(p.mean + n * K + k, mean);
@@ -196,22 +196,27 @@ template <typename T, typename Convolution> struct ConvNormReLU {
 
   // Writes dpre_activation of image n, and adds to dbias, dnorm_weight and dnorm_bias.
   void compute_dpre_activation(int64_t n, const Scratch& scratch, T* to, float* others) const {
+    constexpr int64_t PIXELS = 64;  // of all channels at a time, which share cache lines
+    for (int64_t begin = 0; begin < area; begin += PIXELS)
+      for_each_channel_vector([&](int64_t k) {
+        const NormReLU norm_relu(p, n, k);
+        const vec_f32 mean = load(p.mean + n * K + k), rstd = load(p.rstd + n * K + k);
+        const vec_f32 slope = -rstd * rstd * load(scratch.mean_uv + k);
+        const vec_f32 constant = -rstd * load(scratch.mean_u + k) - mean * slope;
+        const int64_t first = begin * K + k;
+        const T* pre_activation = (const T*)p.pre_activation + n * image_size + first;
+        const T* dout = (const T*)p.dout + n * image_size + first;
+        const auto [sum] = sum_up<1>(std::min(PIXELS, area - begin), [&](int64_t i, vec_f32* sums) {
+                             const vec_f32 value = load(pre_activation + i * K);
+                             const vec_f32 h = select(norm_relu.passes(value), load(dout + i * K));
+                             const vec_f32 dvalue = h * norm_relu.scale + (value * slope + constant);
+                             store(to + first + i * K, dvalue);
+                             sums[0] += dvalue;
+                           }).values;
+        add(others + k, sum);
+      });
     for_each_channel_vector([&](int64_t k) {
-      const NormReLU norm_relu(p, n, k);
-      const vec_f32 mean = load(p.mean + n * K + k), rstd = load(p.rstd + n * K + k);
-      const vec_f32 slope = -rstd * rstd * load(scratch.mean_uv + k);
-      const vec_f32 constant = -rstd * load(scratch.mean_u + k) - mean * slope;
-      const T* pre_activation = (const T*)p.pre_activation + n * image_size + k;
-      const T* dout = (const T*)p.dout + n * image_size + k;
-      const auto [sum] = sum_up<1>(area, [&](int64_t i, vec_f32* sums) {
-                           const vec_f32 value = load(pre_activation + i * K);
-                           const vec_f32 h = select(norm_relu.passes(value), load(dout + i * K));
-                           const vec_f32 dvalue = h * norm_relu.scale + (value * slope + constant);
-                           store(to + i * K + k, dvalue);
-                           sums[0] += dvalue;
-                         }).values;
-      add(others + k, sum);
-      add(others + K + k, load(p.dscale + n * K + k) * dropout_scale(n, k) * rstd);
+      add(others + K + k, load(p.dscale + n * K + k) * dropout_scale(n, k) * load(p.rstd + n * K + k));
       add(others + 2 * K + k, load(p.dshift + n * K + k) * dropout_scale(n, k));
     });
   }

@@ -59,38 +59,38 @@ inline void output_transform_backward(const vec_f32* y, int64_t s, vec_f32* m, i
 }
 
 // Applies a one-dimensional transform from `from` to `to` values down the columns of a square, then along its rows.
-template <int64_t from, int64_t to, typename Transform>
-inline void transform_2d(const vec_f32* in, vec_f32* out, Transform transform) {
+// Calls in(i) for the values and out(i, value) with the results as they are needed, as registers hold few of them.
+template <int64_t from, int64_t to, typename Transform, typename In, typename Out>
+inline void transform_2d(Transform transform, In in, Out out) {
   vec_f32 columns[to * from];
   UNROLL(6)
-  for (int64_t x = 0; x < from; x++) transform(in + x, from, columns + x, from);
+  for (int64_t x = 0; x < from; x++) {
+    vec_f32 column[from];
+    UNROLL(6)
+    for (int64_t y = 0; y < from; y++) column[y] = in(y * from + x);
+    transform(column, 1, columns + x, from);
+  }
   UNROLL(6)
-  for (int64_t y = 0; y < to; y++) transform(columns + y * from, 1, out + y * to, 1);
+  for (int64_t y = 0; y < to; y++) {
+    vec_f32 row[to];
+    transform(columns + y * from, 1, row, 1);
+    UNROLL(6)
+    for (int64_t x = 0; x < to; x++) out(y * to + x, row[x]);
+  }
 }
 
-// Reads and writes the 36 points of a tile, which lie `stride` apart.
-inline void gather(vec_f32* points, const float* from, int64_t stride) {
-  UNROLL(36)
-  for (int64_t i = 0; i < 36; i++) points[i] = load(from + i * stride);
+// Rows of a matrix that is later summed over its rows: pairs hold two rows each, of which the even one is to be written
+// first.
+template <typename Factor> inline Factor* row_of(Factor* matrix, int64_t row, int64_t columns) {
+  return matrix + row / (is_pair<Factor> ? 2 : 1) * columns;
 }
-template <typename T> inline void scatter(const vec_f32* points, T* to, int64_t stride) {
-  UNROLL(36)
-  for (int64_t i = 0; i < 36; i++) store(to + i * stride, points[i]);
-}
-// Writes into one row of a matrix (rows, columns) that is later summed over its rows. Pairs hold two rows each, of
-// which the even one is to be written first.
-template <typename Factor>
-inline void scatter(const vec_f32* points, Factor* to, int64_t stride, int64_t row, int64_t columns) {
+template <typename Factor> inline void store_in_row(Factor* to, int64_t row, vec_f32 values) {
   if constexpr (is_pair<Factor>) {
-    to += row / 2 * columns;
-    UNROLL(36)
-    for (int64_t i = 0; i < 36; i++) {
-      const vec_u32 value = zero_extend(f32_to_bf16(points[i]));
-      const vec_u32 pair = row % 2 ? read<vec_u32>(to + i * stride) | value << 16 : value;
-      memcpy(to + i * stride, &pair, sizeof pair);
-    }
+    const vec_u32 half = zero_extend(f32_to_bf16(values));
+    const vec_u32 pair = row % 2 ? read<vec_u32>(to) | half << 16 : half;
+    memcpy(to, &pair, sizeof pair);
   } else {
-    scatter(points, to + row * columns, stride);
+    store(to, values);
   }
 }
 
@@ -138,13 +138,14 @@ template <typename T, typename Factor> struct Winograd {
     thread.for_each(columns / LANES, [&](int64_t vector) {
       const int64_t column = vector * LANES;
       for (int64_t row = 0; row < rows; row++) {
-        vec_f32 taps[9] = {}, points[36];
+        vec_f32 taps[9] = {};
         for (int64_t tap = 0; tap < 9; tap++)
           for (int64_t l = 0; l < LANES && column + l < valid; l++)
             taps[tap][l] =
                 p.weight[backward ? p.weight_index(row, column + l, tap) : p.weight_index(column + l, row, tap)];
-        transform_2d<3, 6>(taps, points, filter_transform);
-        scatter(points, U + column, point_stride, row, columns);
+        transform_2d<3, 6>(
+            filter_transform, [&](int64_t i) { return taps[i]; },
+            [&](int64_t i, vec_f32 u) { store_in_row(row_of(U, row, columns) + i * point_stride + column, row, u); });
       }
     });
   }
@@ -177,11 +178,8 @@ template <typename T, typename Factor> struct Winograd {
         if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
     }
   }
-  // Calls body(i, offset in a strip) for a tile's 36 input pixels.
-  template <typename Body> void for_each_input_pixel(const Tile& tile, Body body) const {
-    UNROLL(36)
-    for (int64_t i = 0; i < 36; i++) body(i, i / 6 * strip_row + (tile.x + i % 6) * C_padded);
-  }
+  // Where a tile's pixel i lies in a strip, from its first one on.
+  int64_t strip_offset(int64_t i) const { return i / 6 * strip_row + i % 6 * C_padded; }
 
   // Fills the strip for the row of tiles that begins with this one; rows of tiles are taken in order.
   void read_strip(int64_t n, const Tile& tile, float* strip) const {
@@ -199,10 +197,11 @@ template <typename T, typename Factor> struct Winograd {
     for_each_tile(start, count, [&](const Tile& tile) {
       if (!tile.x) read_strip(begin + tile.image, tile, scratch.strip);
       for_each_vector(C_padded, [&](int64_t c) {
-        vec_f32 d[36], v[36];
-        for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) { d[i] = load(scratch.strip + pixel + c); });
-        transform_2d<6, 6>(d, v, input_transform);
-        scatter(v, scratch.V + c, C_padded, tile.index, 36 * C_padded);
+        const float* d = scratch.strip + tile.x * C_padded + c;
+        Factor* V = row_of(scratch.V, tile.index, 36 * C_padded) + c;
+        transform_2d<6, 6>(
+            input_transform, [&](int64_t i) { return load(d + strip_offset(i)); },
+            [&](int64_t i, vec_f32 v) { store_in_row(V + i * C_padded, tile.index, v); });
       });
     });
   }
@@ -219,9 +218,11 @@ template <typename T, typename Factor> struct Winograd {
     const int64_t first = begin * H * W * K;
     for_each_tile(start, count, [&](const Tile& tile) {
       for_each_vector(K, [&](int64_t k) {
-        vec_f32 m[36], y[16];
-        gather(m, scratch.M + tile.index * 36 * K + k, K);
-        transform_2d<6, 4>(m, y, output_transform);
+        vec_f32 y[16];
+        const float* M = scratch.M + tile.index * 36 * K + k;
+        transform_2d<6, 4>(
+            output_transform, [&](int64_t i) { return load(M + i * K); },
+            [&](int64_t i, vec_f32 value) { y[i] = value; });
         const vec_f32 bias = load(p.bias + k);
         for_each_output_pixel(tile, [&](int64_t i, int64_t) { y[i] += bias; });
         if (p.skip) {
@@ -249,11 +250,20 @@ template <typename T, typename Factor> struct Winograd {
                                    const Scratch& scratch) const {
     for_each_tile(start, count, [&](const Tile& tile) {
       for_each_vector(K, [&](int64_t k) {
-        vec_f32 dy[16] = {}, dm[36];
-        for_each_output_pixel(tile, [&](int64_t i, int64_t pixel) { dy[i] = load(dpre_activation + pixel + k); });
-        transform_2d<4, 6>(dy, dm, output_transform_backward);
-        scatter(dm, scratch.dM + k, K, tile.index, 36 * K);
-        if (is_pair<Factor>) scatter(dm, (bf16*)scratch.dM_by_k + tile.index * 36 * K + k, K);
+        Factor* dM = row_of(scratch.dM, tile.index, 36 * K) + k;
+        bf16* dM_by_k = (bf16*)scratch.dM_by_k + tile.index * 36 * K + k;
+        const auto transform = [&](auto dy) __attribute__((always_inline)) {
+          transform_2d<4, 6>(output_transform_backward, dy, [&](int64_t i, vec_f32 dm) {
+            store_in_row(dM + i * K, tile.index, dm);
+            if (is_pair<Factor>) store(dM_by_k + i * K, dm);
+          });
+        };
+        const T* first = dpre_activation + ((tile.image * H + tile.y) * W + tile.x) * K + k;
+        const auto pixel = [&](int64_t i) { return load(first + (i / 4 * W + i % 4) * K); };
+        if (tile.y + 4 <= H && tile.x + 4 <= W)
+          transform(pixel);
+        else
+          transform([&](int64_t i) { return tile.y + i / 4 < H && tile.x + i % 4 < W ? pixel(i) : vec_f32{}; });
       });
     });
   }
@@ -278,15 +288,21 @@ template <typename T, typename Factor> struct Winograd {
     for_each_tile(start, count, [&](const Tile& tile) {
       float* dstrip = scratch.dstrip;
       if (!tile.x) {
-        const int64_t kept = tile.y ? 2 : 0;
-        std::copy_n(dstrip + 4 * strip_row, kept * strip_row, dstrip);
-        std::fill_n(dstrip + kept * strip_row, (6 - kept) * strip_row, 0);
+        if (tile.y)
+          std::copy_n(dstrip + 4 * strip_row, 2 * strip_row, dstrip);
+        else
+          std::fill_n(dstrip, 2 * strip_row, 0);
+        for (int64_t row = 2; row < 6; row++) std::fill_n(dstrip + row * strip_row, 2 * C_padded, 0);
       }
       for_each_vector(C_padded, [&](int64_t c) {
-        vec_f32 dv[36], dd[36];
-        gather(dv, scratch.M + tile.index * 36 * C_padded + c, C_padded);
-        transform_2d<6, 6>(dv, dd, input_transform_backward);
-        for_each_input_pixel(tile, [&](int64_t i, int64_t pixel) { add(dstrip + pixel + c, dd[i]); });
+        const float* M = scratch.M + tile.index * 36 * C_padded + c;
+        float* dd = dstrip + tile.x * C_padded + c;
+        transform_2d<6, 6>(
+            input_transform_backward, [&](int64_t i) { return load(M + i * C_padded); },
+            [&](int64_t i, vec_f32 values) {
+              float* to = dd + strip_offset(i);
+              i / 6 < 2 || i % 6 < 2 ? add(to, values) : store(to, values);  // of a pixel's tiles this is the first
+            });
       });
       if (tile.x + 4 >= W) store_strip(begin + tile.image, tile, dstrip);
     });
@@ -325,10 +341,10 @@ template <typename T, typename Factor> struct Winograd {
   void store_weight_grad(const Scratch& scratch, float* dweight) const {
     for (int64_t c = 0; c < C; c++)
       for (int64_t k = 0; k < K; k += LANES) {
-        vec_f32 du[36], dg[9];
-        gather(du, scratch.dU + c * K + k, point_stride);
-        transform_2d<6, 3>(du, dg, filter_transform_backward);
-        for (int64_t tap = 0; tap < 9; tap++) store(dweight + (tap * C + c) * K + k, dg[tap]);
+        const float* dU = scratch.dU + c * K + k;
+        transform_2d<6, 3>(
+            filter_transform_backward, [&](int64_t i) { return load(dU + i * point_stride); },
+            [&](int64_t tap, vec_f32 dg) { store(dweight + (tap * C + c) * K + k, dg); });
       }
   }
 };
