@@ -100,7 +100,7 @@ template <typename T> struct Network {
       dispatch<Factor>(layers[i], [&](const auto& layer) { layer.pack(backward, thread); });
   }
 
-  // One thread's images. With batch statistics the other threads have to have the others.
+  // Takes a thread's images through all layers; with batch statistics, together with the threads that have the others.
   void run_forward(const Thread& thread, int64_t begin, int64_t end, Arena scratch) const {
     for (int64_t i = 0; i < count; i++)
       dispatch<float>(layers[i], [&](const auto& layer) { layer.forward(thread, begin, end, scratch); });
