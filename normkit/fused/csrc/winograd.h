@@ -98,7 +98,7 @@ template <typename Factor> inline void store_in_row(Factor* to, int64_t row, vec
 // a batch of CIFAR-10: 6.9 % of the gradient with batch norm, 1.4 % with group norm, before and after). In the forward
 // pass it would put each convolution off by 1 %, four times as much as bfloat16 does otherwise.
 template <typename T, typename Factor> struct Winograd {
-  static constexpr int64_t TILES_PER_BLOCK = 16;  // their points fit into the cache
+  static constexpr int64_t TILES_PER_BLOCK = 16;  // so that V, dM, M, U and dU fit into an L2 cache of 512 KiB
   static constexpr int64_t PER_FACTOR = is_pair<Factor> ? 2 : 1;
 
   const LayerParams& p;
