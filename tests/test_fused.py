@@ -228,6 +228,15 @@ def test_nan_comes_through():
     assert output[:, 3].isnan().all() and not output[:, 4].isnan().any()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_in_an_image_reaches_the_gradients_that_it_does_in_the_modules(norm):
+    net, x = model.Net(norm, dropout=0), images(17, 16)
+    x[5, 0, 0, 0] = torch.nan
+    fused = fuse(copy.deepcopy(net))
+    found = [[each.isnan() for each in gradients(network, x)] for network in (fused, net)]
+    assert fused.reason is None and all(map(torch.equal, *found)) and all(map(torch.any, found[0]))
+
+
 def test_the_same_channels_are_dropped_as_by_the_module():
     torch.manual_seed(0)
     results = compare([conv_norm_relu(None, 16, 32, 0.5)], torch.randn(16, 16, 4, 4), torch.bfloat16)

@@ -11,7 +11,8 @@ namespace {
 template <typename T> struct Conv1x1MaxPool {
   const LayerParams& p;
   const int64_t N = p.N, C = p.C, K = p.K, W = p.W, pixels = 2 * W, strips = p.H / 2;  // of a strip, of an image
-  const int64_t pixels_padded = round_up(pixels, MR / 2), K_rows = round_up(K, MR), K_columns = round_up(K, LANES);
+  const int64_t pixels_padded = round_up(pixels, MR / 2);
+  const int64_t K_rows = round_up(K, MR), K_columns = round_up(K, std::max(LANES, MR));  // dweight reads K_rows columns
   const int64_t dweight_size = K_rows * C, grad_size = dweight_size + K_columns;
   const int64_t out_size = N * strips * (W / 2) * K;
   const int64_t window[4] = {0, 1, W, W + 1};  // the pixels that one maximum is taken of

@@ -108,7 +108,8 @@ template <typename T> struct Network {
   template <typename Factor>
   void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch) const {
     for (int64_t i = count; i--;) {
-      if (threads > 1) thread.barrier();  // gradients of other sizes take turns in the same memory
+      // Gradients of other sizes take turns in the same memory, and batch norm sums up what all threads have found.
+      if (threads > 1) thread.barrier();
       dispatch<Factor>(layers[i], [&](const auto& layer) {
         for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
           layer.backward(chunks.begin(chunk), chunks.end(chunk), scratch, layers[i].grads + chunk * layer.grad_size);

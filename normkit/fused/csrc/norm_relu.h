@@ -17,7 +17,8 @@ struct NormReLU {
     const vec_f32 value = pre_activation * scale + shift;
     return select(!(value < 0), value);  // so that NaN stays NaN
   }
-  vec_i32 passes(vec_f32 pre_activation) const { return pre_activation * scale + shift > 0; }
+  // Where a gradient passes ReLU: also at NaN, as in PyTorch.
+  vec_i32 passes(vec_f32 pre_activation) const { return !(pre_activation * scale + shift <= 0); }
 };
 
 // Copies `count` pixels of image n of a layer's input, from pixel number `first` on, to float32, `stride` values apart.

@@ -24,6 +24,8 @@ namespace {
 constexpr int64_t LANES = 16, REGISTERS = 32;
 #elif defined __AVX2__
 constexpr int64_t LANES = 8, REGISTERS = 16;
+#elif defined __x86_64__
+constexpr int64_t LANES = 4, REGISTERS = 16;
 #else
 constexpr int64_t LANES = 4, REGISTERS = 32;
 #endif
