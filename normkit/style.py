@@ -193,7 +193,7 @@ def fit_text(drawn):
     drawn: a figure, or axes in somebody's.
     """
     figure, axes, headings = drawn.figure.figure, drawn.axes, drawn.texts  # of a subfigure, the figure around it
-    figure.draw_without_rendering()
+    lay_out(figure)
     room = None
     if drawn is not drawn.figure:
         headings = []
@@ -204,11 +204,23 @@ def fit_text(drawn):
             GIVEN.add(drawn)
             axes = [ax for ax in figure.axes if ax in GIVEN]
     if any([fit_ticks(ax) | fit_labels(ax) for ax in axes]):
-        figure.draw_without_rendering()
+        lay_out(figure)
     if fit_headings(figure, [*headings, *(ax.title for ax in axes)]):
-        figure.draw_without_rendering()
+        lay_out(figure)
     if room is not None:
         make_room(drawn, room)  # for the further lines
+
+
+def lay_out(figure):
+    """Places axes and makes their ticks, as drawing does, which takes half as long again."""
+    engine = figure.get_layout_engine()
+    if engine is None or not figure.axes:
+        figure.draw_without_rendering()
+        return
+    engine.execute(figure)
+    for ax in figure.axes:
+        locator = ax.get_axes_locator()  # of a colorbar
+        ax.apply_aspect(locator and locator(ax, None))
 
 
 def fit_headings(figure, headings):

@@ -13,8 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from torch import nn
 
@@ -129,6 +127,9 @@ def write_image_folder(root, each=2, size=(32, 32), suffix="png", each_test=None
 
 def notebook_on_few_images(folder):
     """Returns S8.ipynb with parameters for one epoch on few images, which are written into the folder."""
+    from papermill.iorw import load_notebook_node  # takes as long to import as PyTorch
+    from papermill.parameterize import parameterize_notebook
+
     notebook = load_notebook_node(str(Path(__file__).parents[1] / "S8.ipynb"))
     trial = next(cell for cell in notebook.cells if "data.first(2000)" in cell.source)
     trial.source = trial.source.replace("data.first(2000)", "data.first(200)")

@@ -418,13 +418,13 @@ def die_once(marker, _):
 
 
 def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
-    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(4)]
+    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(3)]
     runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")
-    runs[3]["on_epoch"] = die
+    runs[2]["on_epoch"] = die
     with pytest.raises(RuntimeError) as told:
         run_many(runs, small, tmp_path / "study.csv", processes=2)
     first, line = str(told.value).splitlines()
-    assert " seed=3 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
+    assert " seed=2 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
     rows = pd.read_csv(tmp_path / "study.csv")
-    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1, 2) for epoch in (1, 2)]
-    assert "4/4" in capsys.readouterr().out
+    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1) for epoch in (1, 2)]
+    assert "3/3" in capsys.readouterr().out
