@@ -122,7 +122,7 @@ def test_a_skip_adds_an_earlier_output(dtype, tolerance, source, norm):
 
 
 @pytest.mark.parametrize("C, K", [(16, 8), (32, 16), (48, 4), (16, 35)])
-@pytest.mark.parametrize("n, size", [(1, (2, 6)), (33, (8, 4))])
+@pytest.mark.parametrize("n, size", [(1, (2, 6)), (69, (8, 4))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
 def test_conv1x1_maxpool(dtype, tolerance, n, size, C, K):
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_conv1x1_maxpool(dtype, tolerance, n, size, C, K):
 
 
 @pytest.mark.parametrize("C, K", [(16, 10), (32, 3)])
-@pytest.mark.parametrize("n, size", [(1, (1, 1)), (33, (3, 5))])
+@pytest.mark.parametrize("n, size", [(1, (1, 1)), (69, (3, 5))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
 def test_avgpool_linear(dtype, tolerance, n, size, C, K):
     torch.manual_seed(0)

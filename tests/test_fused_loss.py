@@ -310,7 +310,7 @@ def test_a_loss_that_is_huge_stops_before_the_weights_are_spoilt(by_kernel):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", THREE)
-@pytest.mark.parametrize("N", [1, 2, 37, 64])
+@pytest.mark.parametrize("N", [1, 2, 37, 64, 100])
 def test_any_number_of_threads_takes_the_same_step(N, norm, dtype, monkeypatch):
     """One image after another, some at a time, or all, to the last digit: it depends on the number of threads."""
     net, images, labels = model.Net(norm, dropout=0.2), torch.randn(N, 3, 12, 20), torch.randint(10, (N,))

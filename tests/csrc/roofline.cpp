@@ -157,7 +157,8 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
               layer.pack(true, thread);
               thread.barrier();
               thread.for_each(chunks.count, [&](int64_t chunk) {
-                layer.backward(chunks.begin(chunk), chunks.end(chunk), own, layers[i].grads + chunk * layer.grad_size);
+                layer.backward(chunks.begin(chunk), chunks.end(chunk), own, layers[i].grads + chunk * layer.grad_size,
+                               true);
               });
               thread.barrier();
               layer.reduce(thread, chunks.count);

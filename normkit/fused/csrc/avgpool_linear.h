@@ -35,9 +35,9 @@ template <typename T> struct AvgPoolLinear {
     }
   }
 
-  void backward(int64_t begin, int64_t end, Arena, float* grads) const {
+  void backward(int64_t begin, int64_t end, Arena, float* grads, bool first) const {
     float *dweight = grads, *dbias = dweight + dweight_size;
-    std::fill_n(grads, grad_size, 0);
+    if (first) std::fill_n(grads, grad_size, 0);
     for (int64_t n = begin; n < end; n++) {
       const float *dout = (const float*)p.dout + n * K, *pooled = p.pooled + n * C;
       for (int64_t k = 0; k < K; k++) dbias[k] += dout[k];

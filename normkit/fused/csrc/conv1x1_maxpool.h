@@ -69,20 +69,20 @@ template <typename T> struct Conv1x1MaxPool {
       }
   }
 
-  void backward(int64_t begin, int64_t end, Arena arena, float* grads) const {
+  void backward(int64_t begin, int64_t end, Arena arena, float* grads, bool first) const {
     const Scratch scratch = take_scratch(arena, true);
     const T *dout = (const T*)p.dout, *argmax = (const T*)p.argmax;
     float *dweight = grads, *dbias = dweight + dweight_size;
-    std::fill_n(grads, grad_size, 0);
+    if (first) std::fill_n(grads, grad_size, 0);
     for (int64_t n = begin; n < end; n++) {
       for (int64_t strip = 0; strip < strips; strip++) {
         read_pixels<T>(p, n, strip * pixels, pixels, scratch.x, C);
-        for_each_window(n, strip, [&](int64_t first, int64_t index, int64_t k, int64_t count) {
+        for_each_window(n, strip, [&](int64_t pixel, int64_t index, int64_t k, int64_t count) {
           const vec_f32 value = load(dout + index, count, dout + out_size);
           const vec_f32 chosen = load(argmax + index, count, argmax + out_size);
           add(dbias + k, value);
           for (int64_t i = 0; i < 4; i++)
-            store(scratch.conv + (first + window[i]) * K_columns + k, select(chosen == float(i), value));
+            store(scratch.conv + (pixel + window[i]) * K_columns + k, select(chosen == float(i), value));
         });
         gemm<float, float, 1>({scratch.conv, 1, K_columns}, {scratch.x, C}, {dweight, C}, K_rows, pixels, C,
                               {dweight, C});

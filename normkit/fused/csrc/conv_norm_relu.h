@@ -149,22 +149,22 @@ template <typename T, typename Convolution> struct ConvNormReLU {
   // With h the gradient behind ReLU and dropout, u = norm_weight * h, and v the normalised pre_activation:
   // dpre_activation = (u - mean(u) - v * mean(u * v)) / deviation, the means over the normalisation group. The sums
   // that they are made of, dshift and dscale, come from the layer's reader.
-  void backward(int64_t first, int64_t last, Arena arena, float* grads) const {
+  void backward(int64_t first_image, int64_t last_image, Arena arena, float* grads, bool first) const {
     const Scratch scratch = take_scratch(arena, true);
     convolution.clear(scratch.convolution);
     if (batch_norm) average_gradients_over_batch(scratch);
     float *dweight = grads, *others = dweight + dweight_size;
-    std::fill_n(others, 3 * K, 0);
-    for_each_block(first, last, [&](int64_t begin, int64_t end) {
+    if (first) std::fill_n(others, 3 * K, 0);
+    for_each_block(first_image, last_image, [&](int64_t begin, int64_t end) {
       T* block = p.skip ? (T*)p.dpre_activation + begin * image_size : scratch.dpre_activation;
       for (int64_t n = begin; n < end; n++) {
         if (p.num_groups) average_gradients_over_groups(n, scratch);
         compute_dpre_activation(n, scratch, block + (n - begin) * image_size, others);
       }
-      convolution.backward(begin, end, block, scratch.convolution, begin == first);
+      convolution.backward(begin, end, block, scratch.convolution, begin == first_image);
       for (int64_t n = begin; p.source && n < end; n++) sum_gradients(*p.source, (const T*)p.dx, n);
     });
-    convolution.store_weight_grad(scratch.convolution, dweight);
+    convolution.store_weight_grad(scratch.convolution, dweight, first);
   }
 
   void average_gradients_over_batch(const Scratch& scratch) const {

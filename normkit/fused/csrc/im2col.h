@@ -78,8 +78,9 @@ template <typename T> struct Im2col {
     }
   }
 
-  void store_weight_grad(const Scratch& scratch, float* dweight) const {
-    std::copy_n(scratch.dweight, weight_size, dweight);
+  void store_weight_grad(const Scratch& scratch, float* dweight, bool first) const {
+    for (int64_t i = 0; i < weight_size; i += LANES)
+      store(dweight + i, first ? load(scratch.dweight + i) : load(dweight + i) + load(scratch.dweight + i));
   }
 };
 

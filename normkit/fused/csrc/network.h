@@ -15,12 +15,29 @@ namespace {
 //   take_packed(arena), pack(backward, thread)    its weights, rearranged for a pass
 //   take_scratch(arena, backward)                 memory of one thread for a pass, from which arena counts it
 //   forward(thread, begin, end, arena)            for images begin ... end-1; for batch norm all threads together
-//   backward(begin, end, arena, grads)            for a chunk of images; grads (grad_size) of its parameters
+//   backward(begin, end, arena, grads, first)     for images of a chunk, whose first write grads (grad_size), while
+//                                                 others add to it: gradients of its parameters
 //   reduce(thread, chunks)                        the gradients of parameters, from those of all chunks
 template <typename T> struct Network {
   LayerParams* const layers;
   const int64_t count, threads;
   const Chunks chunks = {layers->N};
+
+  // So many images of a chunk go through a layer backward at a time, and through all layers of a step where no batch
+  // statistics are wanted: four, which in the smallest maps are a block of tiles.
+  const int64_t images_at_once = std::any_of(layers, layers + count, has_batch_statistics)
+                                     ? chunks.largest()
+                                     : std::min<int64_t>(4, chunks.largest());
+
+  static bool has_batch_statistics(const LayerParams& p) {
+    return p.kind == CONV_NORM_RELU && !p.num_groups && !p.use_running_stats;
+  }
+  // Calls body(begin, end, whether these are its first) for the images of a chunk.
+  template <typename Body> void for_each_part(int64_t chunk, Body body) const {
+    const int64_t first = chunks.begin(chunk), last = chunks.end(chunk);
+    for (int64_t begin = first; begin < last; begin += images_at_once)
+      body(begin, std::min(begin + images_at_once, last), begin == first);
+  }
 
   // Values of one image's output.
   static int64_t out_size(const LayerParams& p) {
@@ -106,13 +123,16 @@ template <typename T> struct Network {
       dispatch<float>(layers[i], [&](const auto& layer) { layer.forward(thread, begin, end, scratch); });
   }
   template <typename Factor>
-  void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch) const {
+  void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch,
+                    bool first = true) const {  // of their chunk
     for (int64_t i = count; i--;) {
       // Gradients of other sizes take turns in the same memory, and batch norm sums up what all threads have found.
       if (threads > 1) thread.barrier();
       dispatch<Factor>(layers[i], [&](const auto& layer) {
         for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
-          layer.backward(chunks.begin(chunk), chunks.end(chunk), scratch, layers[i].grads + chunk * layer.grad_size);
+          for_each_part(chunk, [&](int64_t begin, int64_t end, bool is_first) {
+            layer.backward(begin, end, scratch, layers[i].grads + chunk * layer.grad_size, first && is_first);
+          });
       });
     }
   }
@@ -162,7 +182,7 @@ template <typename T> struct Network {
   }
 
   // Forward pass, mean cross-entropy and backward pass of a network that reads nchw and ends in logits. Without batch
-  // statistics a thread takes one chunk of images after another through all three, while it is in cache.
+  // statistics a thread takes a few images after others through all three, while they are in cache.
   template <typename Factor> int64_t step(const int64_t* labels, float* loss, char* workspace) const {
     Arena arena = {workspace};
     LayerParams& last = layers[count - 1];
@@ -175,7 +195,7 @@ template <typename T> struct Network {
     each.take<char>(scratch_bytes);
     if (by_chunk) {
       each.take<LayerParams>(count);
-      Network{layers, count, 1, {chunks.largest(), 1}}.plan_images(each);
+      Network{layers, count, 1, {images_at_once, 1}}.plan_images(each);
     } else {
       plan_images(arena);
     }
@@ -192,18 +212,25 @@ template <typename T> struct Network {
       if (by_chunk) {
         LayerParams* const copies = rest.take<LayerParams>(count);
         for (int64_t chunk; (chunk = next++) < chunks.count;) {
-          const Network part = take_chunk(chunk, copies);
-          Arena images = rest;
-          part.plan_images(images);
-          part.run_forward(thread, 0, part.chunks.N, scratch);
-          losses[chunk] = compute_loss(chunk, labels);
-          part.template run_backward<Factor>(thread, 0, 1, scratch);
+          losses[chunk] = 0;
+          for_each_part(chunk, [&](int64_t begin, int64_t end, bool first) {
+            const Network part = take_images(begin, end, chunk, copies);
+            Arena images = rest;
+            part.plan_images(images);
+            part.run_forward(thread, 0, end - begin, scratch);
+            losses[chunk] += compute_loss(begin, end, labels);
+            part.template run_backward<Factor>(thread, 0, 1, scratch, first);
+          });
         }
       } else {
         const int64_t first_chunk = thread.begin(chunks.count), last_chunk = thread.end(chunks.count);
         run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
         thread.barrier();
-        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++) losses[chunk] = compute_loss(chunk, labels);
+        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++) {
+          losses[chunk] = 0;
+          for_each_part(chunk,
+                        [&](int64_t begin, int64_t end, bool) { losses[chunk] += compute_loss(begin, end, labels); });
+        }
         run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
       }
       thread.barrier();
@@ -212,19 +239,15 @@ template <typename T> struct Network {
     });
     return arena.used;
   }
-  static bool has_batch_statistics(const LayerParams& p) {
-    return p.kind == CONV_NORM_RELU && !p.num_groups && !p.use_running_stats;
-  }
   void plan_images(Arena& arena) const {
     plan_activations(true, arena);
     plan_gradients(arena);
   }
-  // A chunk of images as a network of its own, whose layers are written to `to`.
-  Network take_chunk(int64_t chunk, LayerParams* to) const {
-    const int64_t begin = chunks.begin(chunk), N = chunks.end(chunk) - begin;
+  // Images of a chunk as a network of their own, whose layers are written to `to`.
+  Network take_images(int64_t begin, int64_t end, int64_t chunk, LayerParams* to) const {
     for (int64_t i = 0; i < count; i++) {
       LayerParams& p = to[i] = layers[i];
-      p.N = N;
+      p.N = end - begin;
       if (p.dropout_scale) p.dropout_scale += begin * p.K;
       dispatch<float>(p, [&](const auto& layer) { p.grads += chunk * layer.grad_size; });
     }
@@ -232,13 +255,13 @@ template <typename T> struct Network {
     first.x = (const float*)first.x + begin * first.C * first.H * first.W;
     last.out = (float*)last.out + begin * last.K;
     last.dout = (const float*)last.dout + begin * last.K;
-    return {to, count, 1, {N, 1}};
+    return {to, count, 1, {end - begin, 1}};
   }
-  // Writes the gradient of a chunk's logits, and returns the sum of their losses.
-  double compute_loss(int64_t chunk, const int64_t* labels) const {
+  // Writes the gradient of the logits of images begin ... end-1, and returns the sum of their losses.
+  double compute_loss(int64_t begin, int64_t end, const int64_t* labels) const {
     const LayerParams& last = layers[count - 1];
-    const int64_t begin = chunks.begin(chunk), first = begin * last.K;
-    return cross_entropy_sum(chunks.end(chunk) - begin, last.K, (const float*)last.out + first, labels + begin,
+    const int64_t first = begin * last.K;
+    return cross_entropy_sum(end - begin, last.K, (const float*)last.out + first, labels + begin,
                              (float*)last.dout + first, last.N);
   }
 };

@@ -337,14 +337,17 @@ template <typename T, typename Factor> struct Winograd {
     }
   }
 
-  // Transforms the dU that a thread has summed up to dweight as (9, C, K).
-  void store_weight_grad(const Scratch& scratch, float* dweight) const {
+  // Transforms the dU that a thread has summed up, and writes (first) or adds it to dweight as (9, C, K).
+  void store_weight_grad(const Scratch& scratch, float* dweight, bool first) const {
     for (int64_t c = 0; c < C; c++)
       for (int64_t k = 0; k < K; k += LANES) {
         const float* dU = scratch.dU + c * K + k;
         transform_2d<6, 3>(
             filter_transform_backward, [&](int64_t i) { return load(dU + i * point_stride); },
-            [&](int64_t tap, vec_f32 dg) { store(dweight + (tap * C + c) * K + k, dg); });
+            [&](int64_t tap, vec_f32 dg) {
+              float* to = dweight + (tap * C + c) * K + k;
+              store(to, first ? dg : load(to) + dg);
+            });
       }
   }
 };
