@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ import platformdirs
 from normkit.fused.params import LayerParams
 
 SOURCES = Path(__file__).with_name("csrc")
-TIMEOUT = 300  # seconds; a build takes five
+FUNCTIONS = "layer_params_size", "forward", "backward", "step", "cross_entropy"
+ACTIVATIONS = "float", "bf16"  # C++'s types of them: each has its functions, such as forward_bf16
+TIMEOUT = 300  # seconds; a build takes five to ten
 
 # The library brings no OpenMP runtime of its own, it binds to PyTorch's (see csrc/parallel.h): so no -fopenmp, and
 # names are left open when it is linked. Optimised for this machine's processor, which the cache's key covers.
@@ -147,10 +150,15 @@ def cache_key(command):
 
 
 def compile_into(command, folder):
-    """Compiles and links in the folder; returns the library's path."""
-    compiled, linked = folder / "kernel.o", folder / "kernel.so"
-    run_compiler([*command, "-c", str(SOURCES / "kernel.cpp"), "-o", str(compiled)])
-    run_compiler([*compiler_words(), *PLAIN, *LINK[platform.system()], str(compiled), "-o", str(linked)])
+    """Compiles for all types of activations at a time, and links, in the folder; returns the library's path."""
+    compiled, linked = [str(folder / f"{activation}.o") for activation in ACTIVATIONS], folder / "kernel.so"
+
+    def compile_for(activation, to):
+        run_compiler([*command, f"-DACTIVATION={activation}", "-c", str(SOURCES / "kernel.cpp"), "-o", to])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_for, ACTIVATIONS, compiled))
+    run_compiler([*compiler_words(), *PLAIN, *LINK[platform.system()], *compiled, "-o", str(linked)])
     return linked
 
 
@@ -198,17 +206,25 @@ def load(path):
         functions = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded: {error}") from None
-    for name in ("layer_params_size", "forward", "backward", "step", "cross_entropy"):
+    for activation in ACTIVATIONS:
+        declare(functions, activation)
+    return functions
+
+
+def declare(functions, activation):
+    """Declares the functions for a type of activations; raises BuildError where one is missing or another version's."""
+    names = [f"{name}_{activation}" for name in FUNCTIONS]
+    for name in names:
         if not hasattr(functions, name):
             raise BuildError(f"the compiled kernel does not export {name}: does CXX have a flag that hides it?")
-    functions.layer_params_size.restype = ctypes.c_int64
-    if functions.layer_params_size() != ctypes.sizeof(LayerParams):
+    params_size, forward, backward, step, cross_entropy = (getattr(functions, name) for name in names)
+    params_size.restype = ctypes.c_int64
+    if params_size() != ctypes.sizeof(LayerParams):
         raise BuildError("the compiled kernel's LayerParams is not the one of params.py")
-    layers = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64]
-    functions.forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
-    functions.backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    functions.step.argtypes = [*layers, ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    functions.cross_entropy.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 4
-    functions.cross_entropy.restype = None
-    functions.forward.restype = functions.backward.restype = functions.step.restype = ctypes.c_int64
-    return functions
+    layers = [ctypes.c_void_p, ctypes.c_int64]
+    forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
+    backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    step.argtypes = [*layers, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    cross_entropy.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 4
+    cross_entropy.restype = None
+    forward.restype = backward.restype = step.restype = ctypes.c_int64

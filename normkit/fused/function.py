@@ -29,7 +29,7 @@ def prepare_call(layers, dtype, needs_grad, shape, nchw, threads):
     otherwise x is channels_last, in dtype. Logits, an AvgPoolLinear's output, are in float32.
     """
     sizes, out_shape = sizes_of(layers, shape, nchw)
-    plan = make_plan(sizes, dtype == torch.bfloat16, needs_grad, threads)
+    plan = make_plan(sizes, "bf16" if dtype == torch.bfloat16 else "float", needs_grad, threads)
     blocks = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
     return Call(plan, blocks, out_shape, torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype)
 
@@ -169,7 +169,7 @@ class Plan(NamedTuple):
     outputs: np.ndarray  # of the last output, the running statistics
     gradients: np.ndarray  # of dout, dx, the parameters' gradients
     read_again: list  # which of the inputs the backward pass reads
-    use_bf16: bool
+    activation: str  # of build.ACTIVATIONS
     needs_grad: bool
     threads: int
     forward_bytes: int = 0  # of workspace
@@ -177,20 +177,20 @@ class Plan(NamedTuple):
     step_bytes: int = 0
 
     def forward(self, structs, workspace):
-        sizes = self.use_bf16, structs, len(self.structs), self.needs_grad, self.threads
-        return library().functions.forward(*sizes, workspace)
+        return self.function("forward")(structs, len(self.structs), self.needs_grad, self.threads, workspace)
 
     def backward(self, structs, activations, workspace):
-        sizes = self.use_bf16, structs, len(self.structs), self.threads
-        return library().functions.backward(*sizes, activations, workspace)
+        return self.function("backward")(structs, len(self.structs), self.threads, activations, workspace)
 
     def step(self, structs, labels, loss, workspace):
-        sizes = self.use_bf16, structs, len(self.structs), self.threads
-        return library().functions.step(*sizes, labels, loss, workspace)
+        return self.function("step")(structs, len(self.structs), self.threads, labels, loss, workspace)
+
+    def function(self, name):
+        return getattr(library().functions, f"{name}_{self.activation}")
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(sizes, use_bf16, needs_grad, threads):
+def make_plan(sizes, activation, needs_grad, threads):
     """Returns the Plan for layers of these sizes."""
     norms = [i for i, (kind, *_) in enumerate(sizes) if kind == params.CONV_NORM_RELU]
     parameters = [
@@ -204,7 +204,7 @@ def make_plan(sizes, use_bf16, needs_grad, threads):
     structs = params.make_structs(sizes)
     places = (params.offsets_of(fields, len(sizes)) for fields in (inputs, outputs, gradients))
     read_again = [i for i, (_, name) in enumerate(inputs) if name not in ("bias", "norm_bias")]
-    plan = Plan(structs, *places, read_again, use_bf16, needs_grad, threads)
+    plan = Plan(structs, *places, read_again, activation, needs_grad, threads)
     address = structs.ctypes.data
     # At least a byte: an empty tensor has no address.
     return plan._replace(

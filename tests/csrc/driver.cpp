@@ -7,6 +7,10 @@
 #include <utility>
 #include <vector>
 
+#define ACTIVATION float
+#include "../../normkit/fused/csrc/kernel.cpp"
+#undef ACTIVATION
+#define ACTIVATION bf16
 #include "../../normkit/fused/csrc/kernel.cpp"
 
 extern "C" int omp_get_max_threads();
@@ -89,23 +93,25 @@ struct Run {
     layers.back().out = keep(Values(N * 10)), layers.back().dout = keep(Values(N * 10));
   }
   void run(Mode mode) {
+    const auto forward = use_bf16 ? forward_bf16 : forward_float;
+    const auto backward = use_bf16 ? backward_bf16 : backward_float;
+    const auto step = use_bf16 ? step_bf16 : step_float;
+    const auto cross_entropy = use_bf16 ? cross_entropy_bf16 : cross_entropy_float;
     const int64_t count = layers.size(), threads = omp_get_max_threads();
     const bool needs_grad = mode != EVALUATE;
-    const std::unique_ptr<char[]> activations(
-        new char[forward(use_bf16, layers.data(), count, needs_grad, threads, nullptr)]);
-    forward(use_bf16, layers.data(), count, needs_grad, threads, activations.get());
+    const std::unique_ptr<char[]> activations(new char[forward(layers.data(), count, needs_grad, threads, nullptr)]);
+    forward(layers.data(), count, needs_grad, threads, activations.get());
     if (!needs_grad) return;
     const LayerParams& last = layers.back();
     std::vector<int64_t> labels(last.N, last.K - 1);
-    const int64_t size = backward(use_bf16, layers.data(), count, threads, activations.get(), nullptr);
+    const int64_t size = backward(layers.data(), count, threads, activations.get(), nullptr);
     const std::unique_ptr<char[]> gradients(new char[size]);
-    backward(use_bf16, layers.data(), count, threads, activations.get(), gradients.get());
+    backward(layers.data(), count, threads, activations.get(), gradients.get());
     if (mode != TRAIN) return;
     float loss;
     cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), &loss);
-    const std::unique_ptr<char[]> both(
-        new char[step(use_bf16, layers.data(), count, threads, labels.data(), &loss, nullptr)]);
-    step(use_bf16, layers.data(), count, threads, labels.data(), &loss, both.get());
+    const std::unique_ptr<char[]> both(new char[step(layers.data(), count, threads, labels.data(), &loss, nullptr)]);
+    step(layers.data(), count, threads, labels.data(), &loss, both.get());
   }
   typedef std::pair<const float*, int64_t> Part;  // values, how many
   static void write(std::initializer_list<Part> parts) {

@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../normkit/fused/csrc/kernel.cpp"
+#include "../../normkit/fused/csrc/network.h"
 
 namespace {
 

@@ -11,6 +11,9 @@
 
 namespace {
 
+// What products of the backward pass are computed from.
+template <typename T> using GradientFactor = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, float>;
+
 // A layer has
 //   take_packed(arena), pack(backward, thread)    its weights, rearranged for a pass
 //   take_scratch(arena, backward)                 memory of one thread for a pass, from which arena counts it
