@@ -1,6 +1,7 @@
 """Colours and style of all pictures, and the text in them, made to fit."""
 
 import colorsys
+import contextlib
 import functools
 import itertools
 import math
@@ -217,10 +218,11 @@ def lay_out(figure):
     if engine is None or not figure.axes:
         figure.draw_without_rendering()
         return
-    engine.execute(figure)
+    with contextlib.suppress(ValueError):  # in a window that is hardly open, as drawing does
+        engine.execute(figure)
     for ax in figure.axes:
-        locator = ax.get_axes_locator()  # of a colorbar
-        ax.apply_aspect(locator and locator(ax, None))
+        if ax.get_axes_locator() is None:  # which places a colorbar, say
+            ax.apply_aspect()
 
 
 def fit_headings(figure, headings):
