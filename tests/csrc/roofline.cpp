@@ -157,8 +157,9 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
               layer.pack(true, thread);
               thread.barrier();
               thread.for_each(chunks.count, [&](int64_t chunk) {
-                layer.backward(chunks.begin(chunk), chunks.end(chunk), own, layers[i].grads + chunk * layer.grad_size,
-                               true);
+                network.for_each_part(chunk, [&](int64_t begin, int64_t end, bool first) {
+                  layer.backward(begin, end, own, layers[i].grads + chunk * layer.grad_size, first);
+                });
               });
               thread.barrier();
               layer.reduce(thread, chunks.count);

@@ -205,6 +205,7 @@ template <typename T> struct Network {
     char* const memory = arena.take<char>(threads * each.used);
     if (!workspace) return arena.used;
 
+    std::fill_n(losses, chunks.count, 0);
     std::atomic<int64_t> next = {0};
     parallel(threads, [&](const Thread& thread) {
       pack<float>(false, thread);
@@ -215,7 +216,6 @@ template <typename T> struct Network {
       if (by_chunk) {
         LayerParams* const copies = rest.take<LayerParams>(count);
         for (int64_t chunk; (chunk = next++) < chunks.count;) {
-          losses[chunk] = 0;
           for_each_part(chunk, [&](int64_t begin, int64_t end, bool first) {
             const Network part = take_images(begin, end, chunk, copies);
             Arena images = rest;
@@ -229,11 +229,9 @@ template <typename T> struct Network {
         const int64_t first_chunk = thread.begin(chunks.count), last_chunk = thread.end(chunks.count);
         run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
         thread.barrier();
-        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++) {
-          losses[chunk] = 0;
+        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
           for_each_part(chunk,
                         [&](int64_t begin, int64_t end, bool) { losses[chunk] += compute_loss(begin, end, labels); });
-        }
         run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
       }
       thread.barrier();
