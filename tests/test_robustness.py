@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from normkit import robustness
 
@@ -25,6 +26,20 @@ def test_calibration_by_hand():
 def test_a_network_that_is_always_sure_is_as_wrong_as_its_error():
     error, points = robustness.calibration(1e4 * torch.eye(10), torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 0, 0]))
     assert error == pytest.approx(0.3) and points == [pytest.approx((1, 0.7, 1))]
+
+
+@pytest.mark.parametrize("right, edge", [(True, 1), (False, 0)])
+def test_a_dot_at_the_edge_is_whole(data, right, edge):
+    """Where all are right, or none, it reaches as far beyond the axes as its size says."""
+    logits = 1e4 * torch.nn.functional.one_hot((data.test_labels + (not right)) % 10, 10)
+    figure = robustness.plot_calibration(data, {"batch": logits})
+    canvas, (ax,) = FigureCanvasAgg(figure), figure.axes
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba()).astype(int)
+    x, y = ax.transData.transform((1, edge)).astype(int)
+    radius = (420**0.5 / 2 - 2) * figure.dpi / 72
+    beyond = pixels[round(len(pixels) - y - (radius if right else -radius)), x]
+    assert beyond[2] > beyond[0] + 50  # blue
 
 
 def test_calibration_takes_shares_and_refuses_too_few_labels():
