@@ -132,8 +132,9 @@ def train(
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    loss_sum, correct, sound_batches = torch.zeros(3, dtype=torch.float32, device=device).unbind()
-    sound, total = torch.ones((), dtype=torch.bool, device=device), 0
+    # On a GPU what is summed stays there: to read it is to wait for it, so that is done when the bar redraws.
+    number = torch.Tensor.item if device.type == "cpu" else torch.Tensor.detach
+    loss_sum, correct, total, sound, sound_batches = 0, 0, 0, True, 0
     closure_needed = optim.needs_closure(optimizer)
     fast = fast_loss(network, criterion, compute_dtype)
     network.train()
@@ -147,7 +148,7 @@ def train(
                 place = checks.first_non_finite(plain_model(network), images)
             message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
             raise FloatingPointError(message)
-        accuracy = 100 * correct.item() / total
+        accuracy = 100 * int(correct) / total
         bar.set_description(f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
 
     def backward(loss):
@@ -171,7 +172,7 @@ def train(
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
-            sound &= checks.is_sound(loss)
+            sound &= checks.is_sound(number(loss))
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
@@ -179,16 +180,15 @@ def train(
             optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            # Summed on the device: to read a number is to wait for it, so that is done when the bar redraws.
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == checks.classes_of(labels)).sum()
+            loss_sum += number(loss) * len(labels)
+            correct += number((logits.argmax(1) == checks.classes_of(labels)).sum())
             total += len(labels)
             if bar.update():
                 read_metrics()
         if not total:
             raise ValueError("the loader yields no images")
         read_metrics()
-    return Metrics(loss_sum.item() / total, 100 * correct.item() / total, int(correct), total)
+    return Metrics(float(loss_sum) / total, 100 * int(correct) / total, int(correct), total)
 
 
 def compute_logits(network, images, compute_dtype):

@@ -273,8 +273,8 @@ EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 befor
 
 
 def is_sound(loss):
-    """Whether a loss is a number that training can go on from: a tensor, so that nothing waits for the device."""
-    return loss.detach().abs() < EXPLODED  # false for NaN
+    """Whether a loss is a number that training can go on from: of a tensor a tensor, so that nothing waits for it."""
+    return abs(loss) < EXPLODED  # false for NaN
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import utils
 from normkit.device import autocast
 from normkit.fused import function, fuse, workspace
 from normkit.fused.build import library
-from normkit.fused.function import FusedFunction, prepare_call
+from normkit.fused.function import FusedFunction, draw_dropout_scales, prepare_call
 from normkit.fused.layers import AvgPoolLinear, Conv1x1MaxPool, ConvNormReLU
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
@@ -162,6 +162,17 @@ def test_the_whole_network_learns_and_predicts_as_its_modules(norm, n, size, mem
     with torch.no_grad():
         torch.testing.assert_close(fused(images(n, size)), plain(images(n, size)), rtol=1e-4, atol=1e-5)
     assert fused.reason is None
+
+
+@pytest.mark.parametrize("rates", [[0.3], [0.1, 0.5], [0, 0.25, 1], [0.2, 0.2, 0], [1]])
+def test_dropout_draws_the_numbers_of_its_modules(rates):
+    blocks = [model.ConvBlock(3, 16, nn.Identity(), rates[i % len(rates)]) for i in range(8)]
+    torch.manual_seed(0)
+    expected = [block.dropout(torch.ones(5, 16, 1, 1)).flatten() for block in blocks]
+    torch.manual_seed(0)
+    scales = draw_dropout_scales(blocks, 5)
+    assert all(scale is None for scale, block in zip(scales, blocks) if not block.dropout.p)
+    assert all(torch.equal(torch.ones(80) if scale is None else scale, each) for scale, each in zip(scales, expected))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -232,9 +232,14 @@ def draw_dropout_scales(blocks, N):
     if not any(drop):
         return [None] * len(blocks)
     sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
-    scales = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").split(sizes)
+    drawn = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+    scales = drawn.split(sizes)
     for scale, p in zip(scales, drop):
         if p:
             scale.bernoulli_(1 - p) if p < 1 else scale.zero_()
-    torch._foreach_div_(scales, [1 - p or 1.0 for p in drop])
+    kept = [1 - p or 1.0 for p in drop]
+    if len({*kept}) == 1:  # in one call, as is usual
+        drawn.div_(kept[0])
+    else:
+        torch._foreach_div_(scales, kept)
     return [scale if p else None for scale, p in zip(scales, drop)]
