@@ -158,15 +158,20 @@ def plot_samples(data, each=10):
     each = whole_number("each", each)
     classes = len(data.classes)
     names = [str(name) for name in data.classes]
-    width = each * 0.72 + 0.1 * max(map(len, names))  # inches
-    figure, axes = subplots(classes, each, figsize=(max(width, 4), classes * 0.72), squeeze=False)
-    for label, row in enumerate(axes):
-        chosen = data.train_images[data.train_labels == label][:each]
-        for ax in row:
-            ax.axis("off")
-        for ax, image in zip(row, chosen):
-            ax.imshow(image.permute(1, 2, 0).numpy())
-        row[0].text(-0.25, 0.5, names[label], transform=row[0].transAxes, ha="right", va="center")
+    height, width = data.train_images.shape[2:]
+    gap = height / 7  # pixels, between images
+    across, down = width + gap, height + gap
+    size = each * 0.72 * max(1, width / height) + 0.1 * max(map(len, names)), classes * 0.72 + 0.3  # inches
+    figure, ax = subplots(figsize=(max(size[0], 4), size[1]))
+    for label in range(classes):
+        for i, image in enumerate(data.train_images[data.train_labels == label][:each]):
+            place = i * across, i * across + width, label * down + height, label * down
+            ax.imshow(image.permute(1, 2, 0).numpy(), extent=place)
+    ax.set(xlim=(0, each * across - gap), ylim=(classes * down - gap, 0), xticks=[])
+    ax.set_yticks([label * down + height / 2 for label in range(classes)], names)
+    ax.tick_params(length=0, pad=9)
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
     figure.suptitle(f"{data.name}, training images")
     return figure
 
