@@ -7,7 +7,7 @@ import itertools
 import tempfile
 from pathlib import Path
 
-from normkit.files import read_state, to_bytes, write_state
+from normkit.files import read_state, to_bytes, write_state, write_whole
 
 VERSION = 6  # of the file
 
@@ -53,8 +53,8 @@ class Checkpoint:
         """Raises TypeError where a part's state could not be read again."""
         for name, part in self.parts.items():
             state = part.state_dict()
-            if not is_readable(state):
-                keys = [str(key) for key, each in dict(state).items() if not is_readable(each)]
+            if readable_bytes(state) is None:
+                keys = [str(key) for key, each in dict(state).items() if readable_bytes(each) is None]
                 raise TypeError(
                     f"the state of the {name} ({type(part).__name__}) holds more than tensors, arrays and plain "
                     f"values, in {', '.join(keys)}, so no checkpoint can keep it: train without checkpoint="
@@ -65,14 +65,15 @@ class Checkpoint:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"version": VERSION, "settings": self.settings, "settings_now": self.current_settings()}
         state["history"] = list(history)
-        if not is_readable(state):
+        content = readable_bytes(state)
+        if content is None:
             state = "a row of the history or the state of a part holds more than tensors and plain values"
             print(f"NO CHECKPOINT of epoch {len(history)}: {state}. Training goes on without.", flush=True)
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self.path.exists() and read_state(self.path) is not None
-            write_state(self.path, state, self.previous if whole else None)
+            write_whole(self.path, content, self.previous if whole else None)
         except OSError as error:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
@@ -184,12 +185,13 @@ def files_of(path):
     return path, path.with_name(path.name + ".previous")
 
 
-def is_readable(state):
-    """Whether a state consists of tensors and plain values, so that a file of it could be read again."""
+def readable_bytes(state):
+    """Returns the contents of a file of a state; None where it holds more than tensors, arrays and plain values."""
     try:
-        return read_state(io.BytesIO(to_bytes(state))) is not None
+        content = to_bytes(state)
+        return content if read_state(io.BytesIO(content)) is not None else None
     except Exception:  # whatever pickle or torch says of a user-defined object
-        return False
+        return None
 
 
 def settings_in(path):

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 
 ARRAY = "numpy.ndarray"  # marks a tensor that was an array
+JSON = {dict: "dict in JSON", list: "list in JSON", tuple: "tuple in JSON"}  # marks of a text that was one
+KINDS = {mark: kind for kind, mark in JSON.items()}
+MANY = 100  # values: torch.load takes some microseconds for each that is not in such a text
 
 
 def plain(value):
@@ -27,18 +31,31 @@ def rebuilt(value, function):
     return type(value)(map(function, value)) if type(value) in (list, tuple) else value
 
 
-def without_arrays(value):
-    """Returns nested state with tensors for NumPy's arrays."""
+def encoded(value):
+    """Returns nested state with tensors for NumPy's arrays, and one text for many numbers or names."""
     if type(value) is np.ndarray and value.dtype.kind in "biufc":
         return ARRAY, torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
-    return rebuilt(value, without_arrays)
+    if type(value) in JSON and len(value) > MANY and is_flat(value):
+        return JSON[type(value)], json.dumps(value)
+    return rebuilt(value, encoded)
 
 
-def with_arrays(value):
-    """Returns nested state as it was before without_arrays."""
-    if type(value) is tuple and len(value) == 2 and value[0] == ARRAY:
-        return value[1].numpy()
-    return rebuilt(value, with_arrays)
+def decoded(value):
+    """Returns nested state as it was before it was encoded."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is str:
+        mark, content = value
+        if mark == ARRAY:
+            return content.numpy()
+        if mark in KINDS:
+            return KINDS[mark](json.loads(content))
+    return rebuilt(value, decoded)
+
+
+def is_flat(value):
+    """Whether a tuple or list holds whole numbers and text alone, as random.getstate()'s does, or a dict only text."""
+    if isinstance(value, dict):
+        return {*map(type, value), *map(type, value.values())} == {str}
+    return {*map(type, value)} <= {int, str}
 
 
 def is_plain(value):
@@ -53,13 +70,13 @@ def is_plain(value):
 def to_bytes(state):
     """Returns the contents of a file of that state."""
     buffer = io.BytesIO()
-    torch.save(without_arrays(plain(state)), buffer)
+    torch.save(encoded(plain(state)), buffer)
     return buffer.getbuffer()
 
 
-def write_state(path, state, previous=None):
+def write_state(path, state):
     """Writes a file of tensors, arrays and plain values; see write_whole."""
-    write_whole(path, to_bytes(state), previous)
+    write_whole(path, to_bytes(state))
 
 
 def write_whole(path, content, previous=None):
@@ -94,7 +111,7 @@ def read_state(file):
                 return None
         if hasattr(file, "seek"):
             file.seek(0)
-        return with_arrays(torch.load(file, map_location="cpu", weights_only=True))
+        return decoded(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and plain values, and is not read: name another file, or delete it"

@@ -27,9 +27,14 @@ def is_library(name):
     root = name.partition(".")[0]
     if root in ("__main__", "__mp_main__"):  # a notebook or script, whichever program it runs in
         return False
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
-    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
-    return bool(installed) or root in LIBRARIES or root in sys.stdlib_module_names
+    if root in LIBRARIES or root in sys.stdlib_module_names:
+        return True
+    return is_installed(getattr(sys.modules.get(name), "__file__", None) or "")
+
+
+@functools.cache
+def is_installed(file):
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def attributes_of(owner):

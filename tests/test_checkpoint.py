@@ -210,6 +210,17 @@ def test_no_flipped_bit_goes_unnoticed(file):
     assert noticed > 75  # the others hit padding
 
 
+@pytest.mark.parametrize(
+    "numbers", [range(200), [2**200, -(2**70)] * 99, [True, 0] * 99, ["\ud800", "é", 1] * 99, [0.1] * 200]
+)
+@pytest.mark.parametrize("kind", [list, tuple, lambda each: {str(i): str(value) for i, value in enumerate(each)}])
+def test_what_is_long_is_read_as_it_was_written(tmp_path, numbers, kind):
+    """In the file it may be one text."""
+    state = {"long": kind(numbers), "in a tuple": (1, kind(numbers), None), "short": kind(numbers[:3])}
+    files.write_state(tmp_path / "state", state)
+    assert repr(files.read_state(tmp_path / "state")) == repr(state)
+
+
 def test_a_file_that_goes_missing_is_written_again_after_the_next_epoch(data, tmp_path):
     file, seen = tmp_path / "folder" / "file", []
 
