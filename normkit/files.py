@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 ARRAY = "numpy.ndarray"  # marks a tensor that was an array
-JSON = {dict: "dict in JSON", list: "list in JSON", tuple: "tuple in JSON"}  # marks of a text that was one
+JSON = {dict: "dict in JSON", tuple: "tuple in JSON"}  # marks of a text that was one; lists, as optimizers have, stay
 KINDS = {mark: kind for kind, mark in JSON.items()}
 MANY = 100  # values: torch.load takes some microseconds for each that is not in such a text
 
@@ -52,7 +52,7 @@ def decoded(value):
 
 
 def is_flat(value):
-    """Whether a tuple or list holds whole numbers and text alone, as random.getstate()'s does, or a dict only text."""
+    """Whether a dict holds text alone, as settings do, or a tuple whole numbers and text, as random.getstate()'s."""
     if isinstance(value, dict):
         return {*map(type, value), *map(type, value.values())} == {str}
     return {*map(type, value)} <= {int, str}
