@@ -132,8 +132,7 @@ def train(
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    # On a GPU what is summed stays there: to read it is to wait for it, so that is done when the bar redraws.
-    number = torch.Tensor.item if device.type == "cpu" else torch.Tensor.detach
+    # On a GPU these stay there: to read a number is to wait for it, so that is done when the bar redraws.
     loss_sum, correct, total, sound, sound_batches = 0, 0, 0, True, 0
     closure_needed = optim.needs_closure(optimizer)
     fast = fast_loss(network, criterion, compute_dtype)
@@ -142,9 +141,10 @@ def train(
 
     def read_metrics():
         if not sound:
-            first, kind = int(sound_batches), "huge" if loss.isfinite() else "not finite"
+            first, kind = int(sound_batches), "huge or not finite"
             rate, place = optim.rate_of(optimizer.param_groups[0]), f"batch {batch_id}, as it is read now and then"
             if first == batch_id:  # else, on a GPU, where it began can no longer be seen
+                kind = "huge" if loss.isfinite() else "not finite"
                 place = checks.first_non_finite(plain_model(network), images)
             message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
             raise FloatingPointError(message)
@@ -172,7 +172,7 @@ def train(
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
-            sound &= checks.is_sound(number(loss))
+            sound &= checks.is_sound(checks.number_of(loss))
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
@@ -180,8 +180,8 @@ def train(
             optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            loss_sum += number(loss) * len(labels)
-            correct += number((logits.argmax(1) == checks.classes_of(labels)).sum())
+            loss_sum += checks.number_of(loss) * len(labels)
+            correct += checks.number_of((logits.argmax(1) == checks.classes_of(labels)).sum())
             total += len(labels)
             if bar.update():
                 read_metrics()

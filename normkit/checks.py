@@ -272,8 +272,13 @@ def first_non_finite(model, images):
 EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
 
 
+def number_of(tensor):
+    """Returns the number in a tensor: on the CPU Python's, else a tensor in float32, for which nothing waits."""
+    return tensor.item() if tensor.device.type == "cpu" else tensor.detach().float()
+
+
 def is_sound(loss):
-    """Whether a loss is a number that training can go on from: of a tensor a tensor, so that nothing waits for it."""
+    """Whether a loss, see number_of, is a number that training can go on from."""
     return abs(loss) < EXPLODED  # false for NaN
 
 

@@ -17,6 +17,7 @@ from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
 from normkit.style import (
     COLORS,
+    LINE,
     axes_or_new,
     broken,
     colors_of,
@@ -25,7 +26,9 @@ from normkit.style import (
     label_point,
     legend_below,
     legend_beside,
+    line_count,
     new_figure,
+    shortened,
     styled,
     subplots,
 )
@@ -157,17 +160,19 @@ def plot_samples(data, each=10):
     """A row of training images for each class."""
     each = whole_number("each", each)
     classes = len(data.classes)
-    names = [str(name) for name in data.classes]
+    names = [broken(name) for name in data.classes]
+    longest = max((len(line) for name in names for line in name.splitlines()), default=0)
     height, width = data.train_images.shape[2:]
-    gap = height / 7  # pixels, between images
-    across, down = width + gap, height + gap
-    size = each * 0.72 * max(1, width / height) + 0.1 * max(map(len, names)), classes * 0.72 + 0.3  # inches
+    gap, widest, text = 0.09, max(0.63, 11 / each), LINE * max(line_count([name]) for name in names)  # inches
+    pixel = min(0.63 / height, widest / width)  # inches
+    across, down = width + gap / pixel, max(height + gap / pixel, text / pixel)  # pixels, to the next image
+    size = each * across * pixel + 0.1 * longest + 0.3, classes * down * pixel + 0.4
     figure, ax = subplots(figsize=(max(size[0], 4), size[1]))
     for label in range(classes):
         for i, image in enumerate(data.train_images[data.train_labels == label][:each]):
             place = i * across, i * across + width, label * down + height, label * down
             ax.imshow(image.permute(1, 2, 0).numpy(), extent=place)
-    ax.set(xlim=(0, each * across - gap), ylim=(classes * down - gap, 0), xticks=[])
+    ax.set(xlim=(0, (each - 1) * across + width), ylim=((classes - 1) * down + height, 0), xticks=[])
     ax.set_yticks([label * down + height / 2 for label in range(classes)], names)
     ax.tick_params(length=0, pad=9)
     ax.spines[:].set_visible(False)
@@ -210,7 +215,11 @@ def plot_disagreements(data, logits, columns=5, rows=2):
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
     longest = max(map(len, names)) + len(": 100 %")
     labels = {name: broken(name) + (": " if len(name) + longest <= 28 else ":\n") for name in logits}
-    depths = {name: label.count("\n") + 1 for name, label in labels.items()}  # in lines
+    texts = {}
+    for name, guesses, shares in zip(logits, predicted[:, chosen].tolist(), 100 * confidence[:, chosen]):
+        guesses = [broken(f"{names[guess]} {share:.0f} %", 28) for guess, share in zip(guesses, shares)]
+        texts[name] = [labels[name] + guess for guess in guesses]
+    depths = {name: max(text.count("\n") for text in [*each, ""]) + 1 for name, each in texts.items()}  # in lines
     height, width = data.test_images.shape[2:]
     line_height = width / 8  # of text below an image, in its pixels
     bottom = height + line_height * sum(depths.values())
@@ -218,16 +227,15 @@ def plot_disagreements(data, logits, columns=5, rows=2):
     figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, i in zip(axes.flat, chosen.tolist()):
+    for place, (ax, i) in enumerate(zip(axes.flat, chosen.tolist())):
         ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
         ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
-        ax.set_title(f"is {names[data.test_labels[i]]}", fontsize=10)
-        place = height
-        for line, (name, depth) in enumerate(depths.items()):
-            guess = f"{labels[name]}{names[predicted[line, i]]} {100 * confidence[line, i]:.0f} %"
+        ax.set_title(broken(f"is {names[data.test_labels[i]]}"), fontsize=10)
+        top = height
+        for name, depth in depths.items():
             text = {"ha": "center", "va": "center", "fontsize": 9.5, "color": colors[name]}
-            ax.text((width - 1) / 2, place + line_height * depth / 2, guess, **text)
-            place += line_height * depth
+            ax.text((width - 1) / 2, top + line_height * depth / 2, texts[name][place], **text)
+            top += line_height * depth
     differing = 100 * (predicted != predicted[0]).any(0).float().mean()
     figure.suptitle(f"{data.name}: the variants disagree on {differing:.0f} % of the test images")
     figure.get_layout_engine().set(h_pad=0.1)  # inches, that the heading keeps clear of the first row's titles
@@ -242,8 +250,12 @@ def plot_confusions(data, logits):
     """
     logits = logits_by_name(data, logits)
     names, colors = class_names(data, *logits.values()), colors_of(logits)
-    classes, spacing = range(len(names)), min(0.16, 0.8 / len(logits))
-    longest, step = max(map(len, names)), math.ceil(len(names) / 25)  # of many classes, not all are named
+    step = math.ceil(len(names) / 25)  # of many classes, not all are named
+    rows = [
+        broken(name, max(24, len(name) // 2 + 5)) for name in names[::step]
+    ]  # in two lines, for which there is room
+    columns = [shortened(name) for name in names[::step]]
+    classes, spacing, longest = range(len(names)), min(0.16, 0.8 / len(logits)), max(map(len, columns))
     figure = new_figure((max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
     grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])
     below = figure.add_subplot(grid[1, :])
@@ -263,15 +275,15 @@ def plot_confusions(data, logits):
                     **{"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "#333333"},
                     fontweight="bold" if truth == guess else "normal",
                 )
-        ax.set_xticks(classes[::step], names[::step], rotation=90, fontsize=9)
-        ax.set_yticks(classes[::step], [] if i else names[::step], fontsize=9)
+        ax.set_xticks(classes[::step], columns, rotation=90, fontsize=9)
+        ax.set_yticks(classes[::step], [] if i else rows, fontsize=9)
         ax.grid(False)
         ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.tick_params(length=0)
         ax.set(xlabel="predicted", ylabel="" if i else "true", title=f"{name}, % of a class")
         places = np.array(classes) + spacing * (i - (len(logits) - 1) / 2)
         below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name])
-    below.set_xticks(classes[::step], names[::step], rotation=90 * (longest > 12 or len(names) > 12))
+    below.set_xticks(classes[::step], columns, rotation=90 * (longest > 12 or len(names) > 12))
     below.set_xlim(-0.7, len(names) - 0.3)
     below.grid(axis="x", visible=False)
     below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")

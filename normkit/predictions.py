@@ -24,6 +24,8 @@ def logits_of(data, given, name="logits"):
             f"{name} has logits of {len(logits)} images, and {data.name} has {len(data.test_labels)} test images: "
             f"{NEXT_STEP}, over all of them in their order"
         )
+    if not len(logits):
+        raise ValueError(f"{data.name} has no test images: there is nothing to draw")
     if labels is not None and not torch.equal(torch.as_tensor(labels, device="cpu"), data.test_labels.cpu()):
         raise ValueError(f"{name} was predicted for other labels than {data.name}'s, or in another order: {NEXT_STEP}")
     logits = as_logits(logits)

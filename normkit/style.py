@@ -126,6 +126,12 @@ def broken(text, longest=24):
     return "\n".join(textwrap.fill(line, longest, break_on_hyphens=False) for line in lines).replace(KEPT, " ")
 
 
+def shortened(text, longest=24):
+    """Returns a text in one line of at most so many characters, the rest as an ellipsis."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
 def line_count(names):
     """Returns how many lines names take, each broken, below one another."""
     return sum(broken(name).count("\n") + 1 for name in names)

@@ -133,6 +133,34 @@ def test_long_names_of_variants(data, logits):
         check_layout(robustness.plot_corruptions(pd.DataFrame(rows), images, LONG))
 
 
+CLASSES = {
+    "long": "long-horned beetle of the southern forests, the male",
+    "two lines": "two\nlines",
+    "one word": "x" * 40,
+}
+
+
+@pytest.mark.parametrize("name", CLASSES.values(), ids=CLASSES)
+def test_names_of_classes(data, name):
+    data = dataclasses.replace(data, classes=(name, *data.classes[1:]))
+    chosen = data.test_labels.roll(1)  # wrong now and then
+    logits = {norm: 9.0 * torch.eye(10)[each] for norm, each in [("batch", data.test_labels), ("group", chosen)]}
+    for figure in (
+        plots.plot_samples(data, 3),
+        plots.plot_disagreements(data, logits),
+        plots.plot_confusions(data, logits),
+    ):
+        check_layout(figure)
+
+
+@pytest.mark.parametrize("size", [(8, 256), (256, 8)])
+def test_samples_of_long_images_fit_on_a_page(data, size):
+    images = torch.zeros(10, 3, *size, dtype=torch.uint8)
+    figure = plots.plot_samples(dataclasses.replace(data, train_images=images, train_labels=torch.arange(10)), 10)
+    check_layout(figure)
+    assert all(2 <= inches <= 14 for inches in figure.get_size_inches())
+
+
 @pytest.mark.parametrize("each", [1, 3, 10])
 def test_headings_of_narrow_pictures(data, each):
     data = dataclasses.replace(data, name=LONG)

@@ -1,6 +1,7 @@
 """What pictures are given: histories and predictions as files, other tools and other functions have them."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -66,6 +67,13 @@ def test_a_huge_number_leaves_room_for_the_curves():
     assert "run: 1.0e+30" in drawn(figure)
     left, right = (ax.get_window_extent().width for ax in figure.axes)
     assert left == pytest.approx(right, rel=0.2)
+
+
+def test_data_without_test_images_has_nothing_to_draw(data):
+    data = dataclasses.replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
+    for plot in (plots.plot_mistakes, plots.plot_confusions, plots.plot_disagreements, plot_calibration):
+        with pytest.raises(ValueError, match="synthetic stand-in has no test images: there is nothing to draw"):
+            plot(data, torch.zeros(0, 10))
 
 
 def test_axes_may_be_of_a_subfigure_and_have_to_be_straight():

@@ -12,7 +12,7 @@ import model
 import utils
 from normkit import anatomy, plots
 from normkit.backend import Compiled, choose_backend
-from normkit.checks import check_epochs
+from normkit.checks import check_epochs, number_of
 from normkit.data import Data
 from normkit.fused import fuse
 from normkit.synthetic import make_synthetic
@@ -402,3 +402,17 @@ def test_a_compiled_network_has_the_metrics_of_the_written_one(data, norm, devic
     for one, other in zip(compiled, plain):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
         assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_mean_loss_is_as_good_whatever_the_criterions_dtype(device, dtype):
+    """A sum in bfloat16 would stop growing, and one in float16 would be infinite soon."""
+    net, batch = linear().to(device), (torch.zeros(64, 3, 16, 16), torch.zeros(64, dtype=torch.int64))
+
+    def criterion(logits, labels):
+        return 400 + F.cross_entropy(logits, labels).to(dtype)
+
+    metrics = utils.train(net, [batch] * 300, torch.optim.SGD(net.parameters(), 0.0), criterion=criterion, **QUIET)
+    expected = criterion(net(batch[0].to(device)), batch[1].to(device)).item()
+    assert metrics.loss == pytest.approx(expected, rel=1e-4)
+    assert number_of(torch.ones((), dtype=dtype, device="meta")).dtype == torch.float32
