@@ -273,8 +273,10 @@ EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 befor
 
 
 def number_of(tensor):
-    """Returns the number in a tensor: on the CPU Python's, else a tensor in float32, for which nothing waits."""
-    return tensor.item() if tensor.device.type == "cpu" else tensor.detach().float()
+    """Returns the number in a tensor: on the CPU Python's, else a tensor, int64 or float32, for which nothing waits."""
+    if tensor.device.type == "cpu":
+        return tensor.item()
+    return tensor.detach().float() if tensor.is_floating_point() else tensor
 
 
 def is_sound(loss):
