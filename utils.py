@@ -172,7 +172,7 @@ def train(
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
-            sound &= checks.is_sound(checks.number_of(loss))
+            sound &= checks.is_sound(value := checks.number_of(loss))
             sound_batches += sound
             if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
                 read_metrics()
@@ -180,7 +180,7 @@ def train(
             optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            loss_sum += checks.number_of(loss) * len(labels)
+            loss_sum += value * len(labels)
             correct += checks.number_of((logits.argmax(1) == checks.classes_of(labels)).sum())
             total += len(labels)
             if bar.update():

@@ -34,6 +34,7 @@ def is_library(name):
 
 @functools.cache
 def is_installed(file):
+    """Whether a module's file lies where packages are installed."""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
