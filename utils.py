@@ -24,6 +24,7 @@ from normkit.data import check_data
 from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
 from normkit.identity import seed_in, settings_of
+from normkit.meter import Meter, count_correct
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, seed_everything, states_in
@@ -132,24 +133,24 @@ def train(
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    # On a GPU these stay there: to read a number is to wait for it, so that is done when the bar redraws.
-    loss_sum, correct, total, sound, sound_batches = 0, 0, 0, True, 0
+    meter = Meter()  # which on a GPU is read when the bar redraws
     closure_needed = optim.needs_closure(optimizer)
     fast = fast_loss(network, criterion, compute_dtype)
     network.train()
     optim.begin(optimizer)
 
     def read_metrics():
-        if not sound:
-            first, kind = int(sound_batches), "huge or not finite"
+        meter.read()
+        if (first := meter.first_unsound) is not None:
+            kind = "huge or not finite"
             rate, place = optim.rate_of(optimizer.param_groups[0]), f"batch {batch_id}, as it is read now and then"
             if first == batch_id:  # else, on a GPU, where it began can no longer be seen
-                kind = "huge" if loss.isfinite() else "not finite"
+                kind = "huge" if math.isfinite(meter.loss) else "not finite"
                 place = checks.first_non_finite(plain_model(network), images)
             message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
             raise FloatingPointError(message)
-        accuracy = 100 * int(correct) / total
-        bar.set_description(f"Train: Loss={loss.item():.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
+        accuracy = 100 * meter.correct / meter.total
+        bar.set_description(f"Train: Loss={meter.loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
 
     def backward(loss):
         optimizer.zero_grad()
@@ -167,28 +168,26 @@ def train(
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
             images = checks.check_images(images, device, dtype)
-            logits, labels, loss = fast.forward(images, labels)
+            loss, correct = fast.forward(images, labels)
             if loss is None:
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
-            sound &= checks.is_sound(value := checks.number_of(loss))
-            sound_batches += sound
-            if device.type == "cpu" and not sound:  # nothing to wait for, so before the weights are spoilt
+                correct = count_correct(logits, labels)
+            meter.add(loss, correct, len(labels))
+            if meter.first_unsound is not None:  # on a CPU before the weights are spoilt
                 read_metrics()
             backward(loss)
             optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            loss_sum += value * len(labels)
-            correct += checks.number_of((logits.argmax(1) == checks.classes_of(labels)).sum())
-            total += len(labels)
             if bar.update():
                 read_metrics()
-        if not total:
+        meter.read()
+        if not meter.total:
             raise ValueError("the loader yields no images")
         read_metrics()
-    return Metrics(float(loss_sum) / total, 100 * int(correct) / total, int(correct), total)
+    return Metrics(meter.loss_sum / meter.total, 100 * meter.correct / meter.total, meter.correct, meter.total)
 
 
 def compute_logits(network, images, compute_dtype):
@@ -221,7 +220,7 @@ def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend=
     """Returns Metrics of the model in evaluation mode, each image counted once."""
     checks.check_criterion(criterion)
     logits, labels = predict(model, loader, precision=precision, backend=backend)
-    correct, total = int((logits.argmax(1) == checks.classes_of(labels)).sum()), len(labels)
+    correct, total = int(count_correct(logits, labels)), len(labels)
     loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
     return Metrics(loss.item(), 100 * correct / total, correct, total)
 

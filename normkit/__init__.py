@@ -21,6 +21,8 @@ placement    on Macs, whether the GPU or the CPU trains a network faster
 backend      what computes a network: its modules, the fused kernel, CUDA graphs, or torch.compile
 graph        Graphed: on a GPU, training steps that are started in one call
 fused        fuse(): the kernel for CPUs; see fused/README.md
+gpu          Triton kernels for training steps on a GPU, and the step that they make up
+meter        Meter: what a pass over a loader adds up to
 environment  check_setup: what the kit runs on, and what is missing
 engine       compute: many tasks on whatever joblib is set to, a dask cluster too
 rows         the file of a study: read and checked, and added to

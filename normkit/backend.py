@@ -39,7 +39,7 @@ def choose_backend(backend, model):
     if backend == "auto" and device is not None and device.type == "cuda":
         graphed = given if isinstance(given, Graphed) else Graphed(model)
         if graphed.reason is None:
-            return graphed, "CUDA graphs of PyTorch's modules"
+            return graphed, graphed_line(graphed)
         return model, f"eager: PyTorch's modules (no CUDA graphs: {graphed.reason})"
     fused = fuse(model)
     if fused.reason is None:
@@ -59,6 +59,12 @@ def compiled_line(network):
     if compiled.reason is not None:
         return f"eager: PyTorch's modules (not compiled: {compiled.reason})"
     return "torch.compile" if compiled is network else "torch.compile, in CUDA graphs of whole steps"
+
+
+def graphed_line(graphed):
+    if graphed.kernels_reason is None:
+        return "CUDA graphs, in bfloat16 of Triton kernels, else of PyTorch's modules"
+    return f"CUDA graphs of PyTorch's modules (no Triton kernels: {graphed.kernels_reason})"
 
 
 def plain_model(network):

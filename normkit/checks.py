@@ -269,21 +269,6 @@ def first_non_finite(model, images):
     return f"module {found[0]}" if found else "the loss"
 
 
-EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
-
-
-def number_of(tensor):
-    """Returns the number in a tensor: on the CPU Python's, else a tensor, int64 or float32, for which nothing waits."""
-    if tensor.device.type == "cpu":
-        return tensor.item()
-    return tensor.detach().float() if tensor.is_floating_point() else tensor
-
-
-def is_sound(loss):
-    """Whether a loss, see number_of, is a number that training can go on from."""
-    return abs(loss) < EXPLODED  # false for NaN
-
-
 @contextlib.contextmanager
 def oom_advice(loader):
     """Turns an allocator's failure into a MemoryError with advice, and gives the memory back."""

@@ -1,7 +1,7 @@
 """A training step on CUDA in one launch: forward pass, loss and backward pass, kept as a CUDA graph.
 
-A step of the kit's network is some 300 small operations. Python takes seven times as long to start them one by one as
-an H200 to do them; a graph is started at once, by one call.
+A step of the kit's network is some 300 small operations by PyTorch's modules, or 60 Triton kernels. Python takes seven
+times as long to start the former one by one as an H200 to do them; a graph is started at once, by one call.
 """
 
 import collections
@@ -17,6 +17,8 @@ from normkit.device import autocast
 from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
 from normkit.fused.loss import are_classes, are_labels, is_plain_step
+from normkit.gpu.step import reason_against, training_step
+from normkit.meter import count_correct
 
 DEVICE = "cuda"  # the kind of device that graphs are for
 MOST = 4  # graphs that are kept, each with the memory of its activations
@@ -26,7 +28,7 @@ RECORDED = weakref.WeakSet()  # the networks that may have some
 class Graphed(nn.Module):
     """Calls the model, or what it was compiled to, and keeps the graphs of its training steps, for GraphedLoss.
 
-    reason: why there can be no graph, in words, or None.
+    reason: why there can be no graph, in words, or None. kernels_reason: why Triton kernels are not what they are of.
     """
 
     def __init__(self, model):
@@ -39,6 +41,7 @@ class Graphed(nn.Module):
         self.reason = self.inspection.reason or next(of_code(), None)
         if self.reason is None and not torch.get_device_module(DEVICE).is_available():
             self.reason = "there is no CUDA device"
+        self.kernels_reason = self.reason or reason_against(self.inspection.layers)
 
     def __getstate__(self):  # for copies and pickles, which make graphs of their own
         return self.__dict__ | {"inspection": None, "graphs": collections.OrderedDict()}
@@ -53,6 +56,23 @@ class Graphed(nn.Module):
         self.graphs.clear()
         print(f"No CUDA graph, goes on step by step. {reason}", flush=True)
 
+    def record(self, inspection, images, labels, dtype):
+        """Returns a StepGraph for such batches, by the kernels or else by the modules; None where CUDA records none."""
+        RECORDED.add(self)
+        batch = (inspection, images, labels, dtype)
+        if self.kernels_reason is None and not self.compiled and dtype == torch.bfloat16:
+            reason = reason_against(inspection.layers, images)
+            if reason is None:
+                try:
+                    return StepGraph(self, *batch, by_kernels=True)
+                except Exception as error:  # Triton has errors of its own, as where it finds no C compiler
+                    reason = self.kernels_reason = in_words(error)
+            print(f"No Triton kernels, goes on with PyTorch's modules. {reason}", flush=True)
+        try:
+            return StepGraph(self, *batch, by_kernels=False)
+        except Exception as error:  # CUDA, cuDNN and what compiled the model each have errors of their own
+            return self.give_up(in_words(error))
+
     def inspect(self):
         """Returns an Inspection of the network as it is now; graphs of what it was before are given up."""
         model = self.model
@@ -66,8 +86,8 @@ class GraphedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a graph.
 
     The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
-    nothing. Where a graph might give another result, or somebody watches the step, forward returns None for logits and
-    loss and has done nothing. (Hooks on autograd's AccumulateGrad nodes cannot be seen.)
+    nothing. Where a graph might give another result, or somebody watches the step, forward returns None for the loss
+    and has done nothing. (Hooks on autograd's AccumulateGrad nodes cannot be seen.)
     """
 
     def __init__(self, network, criterion, dtype):
@@ -75,12 +95,12 @@ class GraphedLoss:
         self.labels_checked = False
 
     def forward(self, images, labels):
-        """Returns logits (N, K), labels and the mean loss of images (N, 3, H, W) and labels, int64 (N,).
+        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
 
         They lie on the network's device, and the next step overwrites them.
         """
         self.graph = self.find_graph(images, labels)
-        return (None, labels, None) if self.graph is None else self.graph.launch(images, labels)
+        return (None, None) if self.graph is None else self.graph.launch(images, labels)
 
     @torch.no_grad()
     def backward(self):
@@ -89,8 +109,7 @@ class GraphedLoss:
             return False
         graph, self.graph = self.graph, None
         # New ones, as the next step writes to the same places; laid out as the parameters are, as autograd does.
-        gradients = [torch.empty_like(parameter) for parameter in graph.parameters]
-        torch._foreach_copy_(gradients, graph.gradients)
+        gradients = torch._foreach_mul(graph.gradients, 1)
         for parameter, gradient in zip(graph.parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return True
@@ -117,11 +136,9 @@ class GraphedLoss:
                 return network.give_up("its tensors are replaced again and again")
             graph = None  # whose memory the next one may take
         if seen and graph is None:
-            try:
-                RECORDED.add(network)
-                graph = StepGraph(network, inspection, images, labels, self.dtype)
-            except Exception as error:  # CUDA, cuDNN and what compiled the model each have errors of their own
-                return network.give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            graph = network.record(inspection, images, labels, self.dtype)
+            if graph is None:
+                return None
         graphs[key] = graph
         while len(graphs) > MOST:
             graphs.popitem(last=False)
@@ -131,11 +148,28 @@ class GraphedLoss:
 class StepGraph:
     """What a training step does up to the gradients, recorded for batches of one shape."""
 
-    def __init__(self, network, inspection, images, labels, dtype):
+    def __init__(self, network, inspection, images, labels, dtype, by_kernels):
         self.tensors = tensors_of(inspection.modules)
         self.addresses = addresses_of(self.tensors)
         self.images, self.labels, self.dtype = images.clone(), labels.to(images.device, copy=True), dtype
         self.launches = 0
+        self.parameters = [each for each in dict.fromkeys(inspection.parameters) if each.requires_grad]
+        self.record(network, self.by_kernels(inspection) if by_kernels else self.by_modules(network))
+
+    def by_kernels(self, inspection):
+        """Returns a function that computes the mean loss, how many images are right, and gradients."""
+
+        def compute():
+            loss, correct, gradients = training_step(inspection.layers, self.images, self.labels)
+            sums = {}  # a parameter may be that of several layers
+            for parameter, gradient in zip(inspection.parameters, gradients):
+                sums[parameter] = sums[parameter] + gradient if parameter in sums else gradient
+            return loss, correct, [sums[parameter] for parameter in self.parameters]
+
+        return torch.no_grad()(compute)
+
+    def by_modules(self, network):
+        """Returns such a function that calls the network."""
         # Parameters of its own, in the same memory: autograd joins a recording with every stream on which a parameter
         # was used before, as long as somebody keeps a loss of that, and only what is recorded may be joined.
         aliases = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in network.parameters()}
@@ -146,10 +180,21 @@ class StepGraph:
             for part, each in module._parameters.items()
             if each is not None
         }
-        self.parameters = [each for each in dict.fromkeys(inspection.parameters) if each.requires_grad]
-        self.record(network, named, [aliases[id(each)] for each in self.parameters])
+        inputs = [aliases[id(each)] for each in self.parameters]
 
-    def record(self, network, named, inputs):
+        def compute():
+            with autocast(self.images.device, self.dtype):
+                logits = functional_call(network, named, (self.images,), tie_weights=False).float()
+            loss = F.cross_entropy(logits, self.labels)
+            gradients = [
+                gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+                for parameter, gradient in zip(inputs, torch.autograd.grad(loss, inputs))
+            ]
+            return loss.detach(), count_correct(logits, self.labels), gradients
+
+        return compute
+
+    def record(self, network, compute):
         """Records a step; the weights, running statistics and the device's generator stay as they are."""
         device = self.images.device
         state, buffers = torch.cuda.get_rng_state(device), [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -159,43 +204,35 @@ class StepGraph:
             try:
                 with torch.cuda.stream(side):
                     for _ in range(2):  # so that what is set up at first use is there
-                        self.compute(network, named, inputs)
-                    self.capture(network, named, inputs, side, state)
+                        compute()
+                    self.capture(compute, side, state)
             finally:
                 current.wait_stream(side)
                 torch.cuda.set_rng_state(state, device)
                 for buffer, before in buffers:
                     buffer.detach().copy_(before)
 
-    def capture(self, network, named, inputs, stream, state):
+    def capture(self, compute, stream, state):
         """Has CUDA write down a step in place of computing it; other threads, such as a DataLoader's, may go on."""
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.logits, self.loss, self.gradients = self.compute(network, named, inputs)
+                self.loss, self.correct, self.gradients = compute()
         except BaseException:  # an interrupt, too
             replace_generator(self.images.device, state)
             raise
-
-    def compute(self, network, named, inputs):
-        """Returns logits, loss, gradients."""
-        with autocast(self.images.device, self.dtype):
-            logits = functional_call(network, named, (self.images,), tie_weights=False).float()
-        loss = F.cross_entropy(logits, self.labels)
-        gradients = torch.autograd.grad(loss, inputs)
-        return logits.detach(), loss.detach(), gradients
 
     def is_current(self):
         """Whether the tensors that were recorded are where they were, and the same of them are trained."""
         return self.addresses == addresses_of(self.tensors)
 
     def launch(self, images, labels):
-        """Returns logits, labels and loss of a batch, which the next one overwrites."""
+        """Returns the loss of a batch and how many images are right, which the next one overwrites."""
         self.launches += 1
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
-        return self.logits, self.labels, self.loss
+        return self.loss, self.correct
 
 
 def replace_generator(device, state):
@@ -208,6 +245,11 @@ def replace_generator(device, state):
     torch.cuda.default_generators[device.index].graphsafe_set_state(generator.graphsafe_get_state())
     for network in RECORDED:
         network.graphs.clear()
+
+
+def in_words(error):
+    """Returns an error's kind and message in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def addresses_of(tensors):

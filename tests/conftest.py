@@ -17,6 +17,8 @@ import utils
 from normkit import cifar10
 
 matplotlib.use("agg")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before somebody imports Triton, which then needs no GPU
 # Two processes run the tests, and some start others: threads of each would wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

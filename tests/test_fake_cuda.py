@@ -10,6 +10,7 @@ import utils
 from normkit import checks
 from normkit.backend import choose_backend
 from normkit.device import place_of
+from normkit.meter import Meter, count_correct
 
 
 @pytest.fixture(params=["cuda", "cuda:1"])
@@ -39,14 +40,16 @@ def test_loaders_forward_loss_and_metrics_stay_on_the_device(data, device, norm,
                 logits = utils.compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id=1)  # values are checked in the first batch
                 loss = F.cross_entropy(logits, labels)
-                correct = (logits.argmax(1) == checks.classes_of(labels)).sum()
-                for tensor in (images, labels, logits, loss, correct, checks.is_sound(loss)):
+                correct = count_correct(logits, labels)
+                for tensor in (images, labels, logits, loss, correct):
                     assert tensor.device.type == "cuda" and tensor.device.index == (device.index or 0)
                 assert logits.dtype == torch.float32
                 sizes.append(len(labels))
             assert sum(sizes) == len(loader.labels) and sizes[-1] == len(loader.labels) % 64
-        total = torch.zeros((), device=device) + loss  # as train() sums
-        assert total.device == loss.device
+        meter = Meter()
+        meter.add(loss, correct, 64)
+        [(numbers, _)] = meter.waiting
+        assert numbers.device == loss.device and meter.total == 0  # nothing was waited for
 
 
 def test_the_kernel_is_refused_with_its_reason(device):

@@ -13,7 +13,8 @@ import utils
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "model.py", ROOT / "utils.py", *sorted((ROOT / "normkit").rglob("*.py"))]
-LATE = {"matplotlib.pyplot", "normkit.muon", "scipy", "torchvision"}  # slow to import, so only where they are used
+# Slow to import, so only where they are used.
+LATE = {"matplotlib.pyplot", "normkit.gpu.kernels", "normkit.muon", "scipy", "torchvision"}
 
 
 def name_of(path):

@@ -12,9 +12,10 @@ import model
 import utils
 from normkit import anatomy, plots
 from normkit.backend import Compiled, choose_backend
-from normkit.checks import check_epochs, number_of
+from normkit.checks import check_epochs
 from normkit.data import Data
 from normkit.fused import fuse
+from normkit.meter import Meter
 from normkit.synthetic import make_synthetic
 
 
@@ -415,4 +416,6 @@ def test_the_mean_loss_is_as_good_whatever_the_criterions_dtype(device, dtype):
     metrics = utils.train(net, [batch] * 300, torch.optim.SGD(net.parameters(), 0.0), criterion=criterion, **QUIET)
     expected = criterion(net(batch[0].to(device)), batch[1].to(device)).item()
     assert metrics.loss == pytest.approx(expected, rel=1e-4)
-    assert number_of(torch.ones((), dtype=dtype, device="meta")).dtype == torch.float32
+    meter = Meter()
+    meter.add(torch.ones((), dtype=dtype, device="meta"), torch.ones((), dtype=torch.int64, device="meta"), 64)
+    assert meter.waiting[0][0].dtype == torch.float32

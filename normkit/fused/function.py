@@ -226,13 +226,13 @@ def count_batch(norms):
         torch._foreach_add_(counts, 1)
 
 
-def draw_dropout_scales(blocks, N):
+def draw_dropout_scales(blocks, N, device="cpu"):
     """Returns each block's (N * K), 0 or 1 / (1 - p), of the numbers its nn.Dropout2d would draw, or None for all 1."""
     drop = [block.dropout.p if block.dropout.training else 0 for block in blocks]
     if not any(drop):
         return [None] * len(blocks)
     sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
-    drawn = torch.empty(sum(sizes), dtype=torch.float32, device="cpu")
+    drawn = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     scales = drawn.split(sizes)
     for scale, p in zip(scales, drop):
         if p:

@@ -15,7 +15,8 @@ class Inspection:
     """The conditions on a network, gone through once; is_current() tells in half the time whether they hold.
 
     reason: why no kernel or graph can stand in for the network on that kind of device, or None. Only then are there the
-    modules, the layers' parameters, the number of classes, and frozen: whether a batch norm is in evaluation mode.
+    modules, the layers, their parameters, the number of classes, and frozen: whether a batch norm is in evaluation
+    mode.
     """
 
     def __init__(self, net, device_type="cpu"):
@@ -33,7 +34,7 @@ class Inspection:
         self.layouts = layouts_of(self.tensors)
         # Once more: another thread may have changed it meanwhile.
         self.reason = next(legality.of_network(net, device_type), None)
-        layers = layers_of(net)
+        self.layers = layers = layers_of(net)
         self.parameters = [parameter for layer in layers for parameter in layer.parameters()]
         self.classes = len(self.parameters[-1])
         norms = [layer.norm for layer in layers if layer.kind == params.CONV_NORM_RELU]

@@ -19,21 +19,21 @@ class FusedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, without autograd.
 
     Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
-    somebody watches it, forward returns None for logits and loss and has done nothing.
+    somebody watches it, forward returns None for the loss and has done nothing.
     """
 
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.gradients = network, criterion, dtype, None
 
     def forward(self, images, labels):
-        """Returns logits (N, K), labels and the mean loss of images (N, 3, H, W) and labels, int64 (N,)."""
+        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right."""
         inspection = self.inspect(images, labels)
         if inspection is None:
-            return None, labels, None
+            return None, None
         call = inspection.prepare_call(self.dtype, True, images.shape, True, torch.get_num_threads())
         logits, loss, gradients = training_step(call, images.float().contiguous(), inspection.parameters, labels)
         self.gradients = list(zip(inspection.parameters, gradients))
-        return logits.flatten(1), labels, loss
+        return loss, (logits.flatten(1).argmax(1) == labels).sum()
 
     @torch.no_grad()
     def backward(self):

@@ -1,0 +1,1 @@
+"""Training steps on a GPU by Triton kernels: kernels.py has the layers, step.py puts them together."""
