@@ -18,6 +18,7 @@ import model
 import utils
 from normkit import graph
 from normkit.backend import Compiled
+from normkit.device import autocast
 from normkit.graph import Graphed, GraphedLoss, StepGraph
 
 
@@ -391,3 +392,55 @@ def test_no_graph_says_why(device):
 def change(net, name):
     CHANGES[name](net)
     return net
+
+
+def by_kernels(change, device, monkeypatch, norm="batch"):
+    """Trains in bfloat16 by stand-ins of the kernels' results, changed; returns the network, and what the plain loop has."""
+    nets = net_on(device, norm), net_on(device, norm)
+
+    def training_step(layers, images, labels):
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        with torch.enable_grad(), autocast(device, torch.bfloat16):
+            logits = nets[0](images).float()
+            loss = F.cross_entropy(logits, labels)
+            gradients = torch.autograd.grad(loss, parameters)
+        return change(loss.detach(), (logits.argmax(1) == labels).sum(), list(gradients))
+
+    monkeypatch.setattr(graph, "training_step", training_step)
+    monkeypatch.setattr(graph, "reason_against", lambda layers, images=None: None)
+    networks = Graphed(nets[0]), nets[1]
+    for network, net in zip(networks, nets):
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        train(network, loader_of(40, 8, device), optimizer, precision="bfloat16")
+    return networks
+
+
+def fail(*step):
+    raise RuntimeError("no C compiler")
+
+
+WRONG = {
+    "RuntimeError: no C compiler": fail,
+    "a loss of nan in place of ": lambda loss, correct, gradients: (loss * torch.nan, correct, gradients),
+    "1 of 38 gradients are not ": lambda loss, correct, gradients: (
+        loss,
+        correct,
+        [-10 * gradients[0], *gradients[1:]],
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_kernels_that_fail_or_are_wrong_give_way_to_the_modules(reason, device, by_graph, monkeypatch, capsys):
+    network, net = by_kernels(WRONG[reason], device, monkeypatch)
+    printed = capsys.readouterr().out
+    assert printed.startswith("No Triton kernels, goes on with PyTorch's modules. ") and reason in printed
+    assert reason in network.kernels_reason and network.reason is None and by_graph == {True: 4, False: 1}
+    assert_same(network.model, net)
+
+
+@pytest.mark.parametrize("norm", THREE)
+def test_kernels_that_are_right_are_recorded(norm, device, by_graph, monkeypatch, capsys):
+    network, net = by_kernels(lambda *step: step, device, monkeypatch, norm)
+    assert network.kernels_reason is None and not capsys.readouterr().out and by_graph == {True: 4, False: 1}
+    assert_same(network.model, net)
