@@ -395,7 +395,7 @@ def change(net, name):
 
 
 def by_kernels(change, device, monkeypatch, norm="batch"):
-    """Trains in bfloat16 by stand-ins of the kernels' results, changed; returns the network, and what the plain loop has."""
+    """Trains by stand-ins of the kernels, their results changed; returns the network, and what the loop alone has."""
     nets = net_on(device, norm), net_on(device, norm)
 
     def training_step(layers, images, labels):
