@@ -79,6 +79,12 @@ def fresh_seed():
 
 
 @pytest.fixture(autouse=True)
+def float32_by_default(monkeypatch):
+    """Of "auto", on every processor: some have instructions for bfloat16, whose numbers are others."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     """The user's own data and mirrors are not the tests'."""
     for name in ("CIFAR10_ROOT", "CIFAR10_URL"):
