@@ -16,7 +16,10 @@ from normkit.device import autocast
 from normkit.fused import FusedLoss, fuse
 from normkit.fused.build import library
 
-pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
+pytestmark = [
+    pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}"),
+    pytest.mark.usefixtures("float32_by_default"),
+]
 
 
 @pytest.fixture

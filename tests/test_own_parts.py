@@ -21,6 +21,8 @@ import utils
 from normkit import checks
 from normkit.randomness import GENERATORS, objects_of
 
+pytestmark = pytest.mark.usefixtures("float32_by_default")
+
 
 @pytest.fixture(scope="module")
 def pairs(loaders):

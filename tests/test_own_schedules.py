@@ -14,6 +14,8 @@ from torch.optim import lr_scheduler
 
 import utils
 
+pytestmark = pytest.mark.usefixtures("float32_by_default")
+
 # ---------------------------------------------------------------------- optimizers, schedules
 
 

@@ -19,6 +19,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import model
 import utils
 
+pytestmark = pytest.mark.usefixtures("float32_by_default")
+
 NORMS = list(model.NORMS)
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(4)

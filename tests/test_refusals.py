@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 import model
 import utils
 
+pytestmark = pytest.mark.usefixtures("float32_by_default")
+
 
 def sgd(net):
     return torch.optim.SGD(net.parameters(), 0.01)

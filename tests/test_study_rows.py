@@ -63,7 +63,7 @@ def test_a_norm_of_a_module_that_was_changed_is_the_changed_one_in_other_process
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "norms_of_mine.py").write_text(NORM)
     module = importlib.import_module("norms_of_mine")
-    runs, found = grid(norm="mine", seed=range(2), precision="float32", **ONE), []
+    runs, found = grid(norm="mine", seed=range(2), **ONE), []
     for change in (None, "value", "file"):
         if change == "value":
             module.FLAG = False
@@ -285,7 +285,9 @@ def test_a_run_whose_checkpoint_is_of_no_use_is_begun_anew(small, tmp_path, monk
         if useless == "of another version":
             patch.setattr(checkpoint, "VERSION", checkpoint.VERSION - 1)
         elif useless == "of another precision":  # which a machine with another device chooses
-            patch.setattr(device, "choose_precision", lambda *_: torch.bfloat16)
+            own = device.choose_precision("auto", torch.device("cpu"))
+            other = torch.float32 if own == torch.bfloat16 else torch.bfloat16
+            patch.setattr(device, "choose_precision", lambda *_: other)
         run_many(run | {"on_epoch": stop}, small, file)
     for each in (tmp_path / "s.csv.unfinished").iterdir():
         each.write_bytes(each.read_bytes()[: 99 if useless == "damaged" else None])
