@@ -16,7 +16,6 @@ from normkit.fused.layers import layers_of
 from normkit.gpu import step
 
 pytest.importorskip("triton")
-KERNELS = step.kernels()[0]
 
 
 @pytest.fixture
@@ -33,8 +32,13 @@ def dtype(device):
 def few_programs(device, monkeypatch):
     """As the interpreter runs one after the other; but several, so that there are shares to be summed up."""
     if device.type == "cpu":
-        for name, number in {"PROGRAMS": 2, "CONV_PROGRAMS": 2, "SUM_BLOCK": 16384}.items():
-            monkeypatch.setattr(KERNELS, name, number)
+        few(2, monkeypatch)
+        monkeypatch.setattr(step, "SUM_BLOCK", 16384)
+
+
+def few(programs, monkeypatch):
+    monkeypatch.setattr(step, "programs_of", lambda N: programs)
+    monkeypatch.setattr(step, "CONV_PROGRAMS", programs)
 
 
 def net_of(norm, device, **settings):
@@ -133,8 +137,7 @@ def test_sums_are_the_same_but_for_rounding_whoever_adds_up_what(norm, device, d
     """Of more programs than there are blocks, some have nothing to do."""
     images, labels, steps = images_of(2, 3, 8, 8, device=device), torch.arange(2), []
     for programs in (1, 4):
-        monkeypatch.setattr(KERNELS, "PROGRAMS", programs)
-        monkeypatch.setattr(KERNELS, "CONV_PROGRAMS", programs)
+        few(programs, monkeypatch)
         steps.append(step_of(net_of(norm, device), images, labels, dtype))
     assert steps[0][1] == steps[1][1]
     for name, gradient in steps[0][2].items():
@@ -162,8 +165,8 @@ def of_48_channels(net):
 
 REASONS = {
     "a layer has 48 channels": lambda: (of_48_channels(model.Net("group")), None),
-    "the images are 1×3×68×64": lambda: (model.Net(), torch.empty(1, 3, 68, 64)),
-    "the images are 40000×3×32×32": lambda: (model.Net(), torch.empty(40_000, 3, 32, 32, device="meta")),
+    "the images are 1×3×36×32": lambda: (model.Net(), torch.empty(1, 3, 36, 32)),
+    "the images are 70000×3×32×32": lambda: (model.Net(), torch.empty(70_000, 3, 32, 32, device="meta")),
     "batch norm is in evaluation mode": lambda: (model.Net().eval(), torch.empty(1, 3, 8, 8)),
 }
 

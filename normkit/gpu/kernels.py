@@ -4,17 +4,13 @@ Sizes: N images, H×W pixels, C input and K output channels, M = N·H·W pixels 
 channels_last, so a matrix (M, C); what is summed is float32. Names: z is a convolution's output, which the norm takes;
 d… is the gradient of …; a norm's zhat is what it scales and shifts.
 
-A grid has PROGRAMS programs. Each takes a run of blocks, or every so many images, and writes what it sums up to a row
-of its own, so that sums are the same in each run. rows is the distance of two such rows.
+A program takes a run of blocks, or every so many images, and writes its share of a sum to a row of its own, so that
+sums are the same in each run. rows is the distance of two such rows.
 """
 
 import triton
 import triton.language as tl
 from triton.language import constexpr
-
-PROGRAMS = 128  # about one for each multiprocessor
-CONV_PROGRAMS = 256  # of a convolution
-SUM_BLOCK = 64  # columns of which a program sums up all the rows
 
 
 @triton.jit
@@ -35,8 +31,8 @@ def conv3x3(
 ):  # fmt: skip
     """out (M, K) = x (N, C, H, W), of any layout, convolved with weight, plus bias (K,) and skip (M, K).
 
-    FLIP: the taps in the opposite order, as for a gradient. moments (PROGRAMS, 2, K): each program's share of out's
-    means, and sums of squared differences from them.
+    FLIP: the taps in the opposite order, as for a gradient. moments (programs, 2, K): the means of each program's
+    share of out, and sums of squared differences from them.
     """
     M = N * H * W
     first, blocks = share_of_blocks(M, BLOCK)
@@ -417,8 +413,8 @@ def avgpool_linear_loss(
 
 
 @triton.jit
-def sum_shares(shares, total, rows, PROGRAMS: constexpr, BLOCK: constexpr):
-    """total (rows,) = the sum of what each of the PROGRAMS programs has in shares (PROGRAMS, rows)."""
-    column, p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PROGRAMS)
+def sum_shares(shares, total, rows, SHARES: constexpr, BLOCK: constexpr):
+    """total (rows,) = the sum of the SHARES rows of shares."""
+    column, p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SHARES)
     mask = column < rows
     tl.store(total + column, tl.sum(tl.load(shares + p[:, None] * rows + column[None, :], mask[None, :], 0.0), 0), mask)
