@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 def test_the_backend_on_a_gpu():
     net = model.Net().cuda()
     network, line = choose_backend("auto", net)
-    assert isinstance(network, Graphed) and line == "CUDA graphs of PyTorch's modules" and plain_model(network) is net
+    assert isinstance(network, Graphed) and plain_model(network) is net
+    assert line == "CUDA graphs, in bfloat16 of Triton kernels, else of PyTorch's modules"
     assert choose_backend("auto", network)[0] is network
     assert choose_backend("eager", network)[0] is net
     compiled, line = choose_backend("compile", network)
