@@ -146,30 +146,21 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
     const auto alone = [&](bool is_backward) {
       return least(repeats, [&] {
         Arena rest = arena;
-        const int64_t scratch_bytes = is_backward ? network.template plan_pass<Factor>(true, rest)
-                                                  : network.template plan_pass<float>(false, rest);
-        char* const scratch = rest.take<char>(threads * scratch_bytes);
+        const int64_t own_bytes = is_backward ? network.template plan_pass<Factor>(true, rest)
+                                              : network.template plan_pass<float>(false, rest);
+        char* const memory = rest.take<char>(threads * own_bytes);
         parallel(threads, [&](const Thread& thread) {
-          const Arena own = {scratch + thread.index * scratch_bytes};
+          Arena scratch = {memory + thread.index * own_bytes};
+          const Network<T> own = network.copy_layers(scratch);
           const Chunks& chunks = network.chunks;
-          if (is_backward)
-            network.template dispatch<Factor>(layers[i], [&](const auto& layer) {
-              layer.pack(true, thread);
-              thread.barrier();
-              thread.for_each(chunks.count, [&](int64_t chunk) {
-                network.for_each_part(chunk, [&](int64_t begin, int64_t end, bool first) {
-                  layer.backward(begin, end, own, layers[i].grads + chunk * layer.grad_size, first);
-                });
-              });
-              thread.barrier();
-              layer.reduce(thread, chunks.count);
-            });
-          else
-            network.template dispatch<float>(layers[i], [&](const auto& layer) {
-              layer.pack(false, thread);
-              thread.barrier();
-              layer.forward(thread, thread.begin(N), thread.end(N), own);
-            });
+          if (is_backward) {
+            own.template backward_layer<Factor>(i, thread.begin(chunks.count), thread.end(chunks.count), scratch, true);
+            thread.barrier();
+            network.template dispatch<Factor>(layers[i],
+                                              [&](const auto& layer) { layer.reduce(thread, chunks.count); });
+          } else {
+            own.forward_layer(i, thread, thread.begin(N), thread.end(N), scratch);
+          }
         });
       });
     };
@@ -193,19 +184,17 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
     const Winograd<T, float> there = {p};
     const Winograd<T, Factor> back = {p};
     std::vector<T> dpre_activation(there.images_per_block * p.H * p.W * p.K);
-    p.packed = there.take_packed(rest);
+    p.packed = there.pack(rest, false);
     const auto scratch = there.take_scratch(rest, true);
     there.clear(scratch);
-    parallel(1, [&](const Thread& thread) { there.pack(false, thread); });
     part("forward transforms", there, [&](int64_t begin, int64_t start, int64_t tiles) {
       there.compute_V(begin, start, tiles, scratch);
       there.compute_output(begin, start, tiles, scratch);
     });
     part("forward products", there, [&](int64_t, int64_t, int64_t tiles) { there.compute_M(tiles, scratch); });
-    p.packed_backward = back.take_packed(rest);
+    p.packed_backward = back.pack(rest, true);
     const auto scratch_back = back.take_scratch(rest, true);
     back.clear(scratch_back);
-    parallel(1, [&](const Thread& thread) { back.pack(true, thread); });
     part("backward transforms", back, [&](int64_t begin, int64_t start, int64_t tiles) {
       back.compute_V(begin, start, tiles, scratch_back);
       back.compute_dM(start, tiles, dpre_activation.data(), scratch_back);

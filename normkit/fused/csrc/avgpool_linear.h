@@ -13,8 +13,7 @@ template <typename T> struct AvgPoolLinear {
   const int64_t dweight_size = K * C, grad_size = dweight_size + K;
 
   float* take_scratch(Arena& arena, bool) const { return arena.take<float>(area * C); }
-  void* take_packed(Arena&) const { return nullptr; }
-  void pack(bool, const Thread&) const {}
+  void* pack(Arena&, bool) const { return nullptr; }
 
   void forward(const Thread&, int64_t begin, int64_t end, Arena arena) const {
     float* x = take_scratch(arena, false);

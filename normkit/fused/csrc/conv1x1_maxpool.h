@@ -25,16 +25,16 @@ template <typename T> struct Conv1x1MaxPool {
     return {arena.take<float>(pixels_padded * C), arena.take<float>(pixels_padded * K_columns)};
   }
 
-  // The weight as (C, K_columns), and the bias as one more row.
-  float* take_packed(Arena& arena) const { return arena.take<float>((C + 1) * K_columns); }
-  void pack(bool backward, const Thread& thread) const {
-    if (backward || thread.index) return;
-    float* packed = (float*)p.packed;
+  // The weight as (C, K_columns), and the bias as one more row, for the forward pass.
+  float* pack(Arena& arena, bool backward) const {
+    float* packed = backward ? nullptr : arena.take<float>((C + 1) * K_columns);
+    if (!packed) return packed;
     std::fill_n(packed, (C + 1) * K_columns, 0);
     for (int64_t k = 0; k < K; k++) {
       for (int64_t c = 0; c < C; c++) packed[c * K_columns + k] = p.weight[k * C + c];
       packed[C * K_columns + k] = p.bias[k];
     }
+    return packed;
   }
 
   // Calls body(first pixel, index in out, first channel, how many channels) for each window of a strip of image n.

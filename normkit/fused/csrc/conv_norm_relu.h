@@ -34,8 +34,7 @@ template <typename T, typename Convolution> struct ConvNormReLU {
             arena.take<float>(K),
             arena.take<T>(backward * convolution.images_per_block * image_size)};
   }
-  auto take_packed(Arena& arena) const { return convolution.take_packed(arena); }
-  void pack(bool backward, const Thread& thread) const { convolution.pack(backward, thread); }
+  auto pack(Arena& arena, bool backward) const { return convolution.pack(arena, backward); }
 
   // Calls body(first image, end) for the blocks of images begin ... end-1.
   template <typename Body> void for_each_block(int64_t begin, int64_t end, Body body) const {

@@ -33,14 +33,12 @@ template <typename T> struct Im2col {
     std::fill_n(scratch.rows, rows_size(), 0);
   }
 
-  // The weight as (taps, K).
-  float* take_packed(Arena& arena) const { return arena.take<float>(weight_size); }
-  void pack(bool backward, const Thread& thread) const {
-    if (backward) return;
-    float* packed = (float*)p.packed;
-    thread.for_each(taps, [&](int64_t i) {
+  // The weight as (taps, K), for the forward pass.
+  float* pack(Arena& arena, bool backward) const {
+    float* packed = backward ? nullptr : arena.take<float>(weight_size);
+    for (int64_t i = 0; packed && i < taps; i++)
       for (int64_t k = 0; k < K; k++) packed[i * K + k] = p.weight[p.weight_index(k, i % C, i / C)];
-    });
+    return packed;
   }
 
   void fill_rows(int64_t n, const Scratch& scratch) const {

@@ -46,7 +46,7 @@ struct LayerParams {
   float *scale, *shift;       // (N, K): the layer's output is relu(scale * pre_activation + shift)
   float *dscale, *dshift;     // (N, K): with respect to scale * (pre_activation - mean) + shift
   void* dpre_activation;      // as pre_activation, where a skip needs it
-  void* packed;               // the weight, rearranged for the forward pass
+  void* packed;               // the weight, rearranged for the forward pass; of a thread's own, or null: not yet
   void* packed_backward;      // and for the backward pass
   float* grads;               // of the parameters, one set for each chunk of images
 

@@ -15,8 +15,8 @@ namespace {
 template <typename T> using GradientFactor = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, float>;
 
 // A layer has
-//   take_packed(arena), pack(backward, thread)    its weights, rearranged for a pass
-//   take_scratch(arena, backward)                 memory of one thread for a pass, from which arena counts it
+//   pack(arena, backward)                         its weights, rearranged for a pass
+//   take_scratch(arena, backward)                 memory of one thread for a pass
 //   forward(thread, begin, end, arena)            for images begin ... end-1; for batch norm all threads together
 //   backward(begin, end, arena, grads, first)     for images of a chunk, whose first write grads (grad_size), while
 //                                                 others add to it: gradients of its parameters
@@ -101,29 +101,57 @@ template <typename T> struct Network {
                                 : body(ConvNormReLU<T, Winograd<T, Factor>>{p});
   }
 
-  // Takes memory for a pass: packed weights, the gradients of each chunk. Returns the bytes of a thread's scratch,
-  // which each layer begins anew.
+  // Takes memory for a pass: the gradients of each chunk. Returns the bytes of a thread's own memory: its copies of the
+  // layers, and what each layer begins anew, packed weights and scratch.
   template <typename Factor> int64_t plan_pass(bool backward, Arena& arena) const {
+    Arena own = {};
+    own.take<LayerParams>(count);
     int64_t bytes = 0;
     for (int64_t i = 0; i < count; i++)
       dispatch<Factor>(layers[i], [&](const auto& layer) {
-        Arena counting = {};
-        layer.take_scratch(counting, backward);
-        bytes = std::max(bytes, counting.used);
-        (backward ? layers[i].packed_backward : layers[i].packed) = layer.take_packed(arena);
+        Arena each = own;
+        layer.pack(each, backward);
+        layer.take_scratch(each, backward);
+        bytes = std::max(bytes, each.used);
         if (backward) layers[i].grads = arena.take<float>(chunks.count * layer.grad_size);
       });
     return bytes;
   }
-  template <typename Factor> void pack(bool backward, const Thread& thread) const {
-    for (int64_t i = 0; i < count; i++)
-      dispatch<Factor>(layers[i], [&](const auto& layer) { layer.pack(backward, thread); });
+  // The layers as a thread's own, with its own packed weights: fetched from the cache of another core they take longer.
+  Network copy_layers(Arena& arena) const {
+    LayerParams* const own = arena.take<LayerParams>(count);
+    std::copy_n(layers, count, own);
+    return {own, count, threads, chunks};
+  }
+  // Packs all weights at once, for several runs.
+  template <typename Factor> void pack(Arena& arena) const {
+    for (int64_t i = 0; i < count; i++) {
+      dispatch<float>(layers[i], [&](const auto& layer) { layers[i].packed = layer.pack(arena, false); });
+      dispatch<Factor>(layers[i], [&](const auto& layer) { layers[i].packed_backward = layer.pack(arena, true); });
+    }
   }
 
-  // Takes a thread's images through all layers; with batch statistics, together with the threads that have the others.
+  // Takes a thread's images through layer i; with batch statistics, together with the threads that have the others.
+  void forward_layer(int64_t i, const Thread& thread, int64_t begin, int64_t end, Arena scratch) const {
+    LayerParams& p = layers[i];
+    dispatch<float>(p, [&](const auto& layer) {
+      if (!p.packed) p.packed = layer.pack(scratch, false);
+      layer.forward(thread, begin, end, scratch);
+    });
+  }
+  template <typename Factor>
+  void backward_layer(int64_t i, int64_t first_chunk, int64_t last_chunk, Arena scratch, bool first) const {
+    LayerParams& p = layers[i];
+    dispatch<Factor>(p, [&](const auto& layer) {
+      if (!p.packed_backward) p.packed_backward = layer.pack(scratch, true);
+      for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
+        for_each_part(chunk, [&](int64_t begin, int64_t end, bool is_first) {
+          layer.backward(begin, end, scratch, p.grads + chunk * layer.grad_size, first && is_first);
+        });
+    });
+  }
   void run_forward(const Thread& thread, int64_t begin, int64_t end, Arena scratch) const {
-    for (int64_t i = 0; i < count; i++)
-      dispatch<float>(layers[i], [&](const auto& layer) { layer.forward(thread, begin, end, scratch); });
+    for (int64_t i = 0; i < count; i++) forward_layer(i, thread, begin, end, scratch);
   }
   template <typename Factor>
   void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch,
@@ -131,12 +159,7 @@ template <typename T> struct Network {
     for (int64_t i = count; i--;) {
       // Gradients of other sizes take turns in the same memory, and batch norm sums up what all threads have found.
       if (threads > 1) thread.barrier();
-      dispatch<Factor>(layers[i], [&](const auto& layer) {
-        for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
-          for_each_part(chunk, [&](int64_t begin, int64_t end, bool is_first) {
-            layer.backward(begin, end, scratch, layers[i].grads + chunk * layer.grad_size, first && is_first);
-          });
-      });
+      backward_layer<Factor>(i, first_chunk, last_chunk, scratch, first);
     }
   }
   template <typename Factor> void reduce(const Thread& thread) const {
@@ -148,14 +171,13 @@ template <typename T> struct Network {
   int64_t forward(bool needs_grad, char* workspace) const {
     Arena arena = {workspace};
     plan_activations(needs_grad, arena);
-    const int64_t scratch_bytes = plan_pass<float>(false, arena);
-    char* const scratch = arena.take<char>(threads * scratch_bytes);
+    const int64_t own_bytes = plan_pass<float>(false, arena);
+    char* const memory = arena.take<char>(threads * own_bytes);
     if (!workspace) return arena.used;
     const LayerParams& last = layers[count - 1];
     parallel(threads, [&](const Thread& thread) {
-      pack<float>(false, thread);
-      thread.barrier();
-      run_forward(thread, thread.begin(last.N), thread.end(last.N), {scratch + thread.index * scratch_bytes});
+      Arena scratch = {memory + thread.index * own_bytes};
+      copy_layers(scratch).run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
       if (last.kind == CONV_NORM_RELU)
         for (int64_t n = thread.begin(last.N); n < thread.end(last.N); n++)
           ConvNormReLU<T, Winograd<T, float>>{last}.store_out(n);
@@ -167,17 +189,16 @@ template <typename T> struct Network {
     Arena kept = {activations}, arena = {workspace};
     plan_activations(true, kept);
     plan_gradients(arena);
-    const int64_t scratch_bytes = plan_pass<Factor>(true, arena);
-    char* const scratch = arena.take<char>(threads * scratch_bytes);
+    const int64_t own_bytes = plan_pass<Factor>(true, arena);
+    char* const memory = arena.take<char>(threads * own_bytes);
     if (!workspace) return arena.used;
     const LayerParams& last = layers[count - 1];
     parallel(threads, [&](const Thread& thread) {
       if (last.kind == CONV_NORM_RELU)
         thread.for_each(last.N, [&](int64_t n) { sum_gradients(last, (const T*)last.dout, n); });
-      pack<Factor>(true, thread);
-      thread.barrier();
-      run_backward<Factor>(thread, thread.begin(chunks.count), thread.end(chunks.count),
-                           {scratch + thread.index * scratch_bytes});
+      Arena scratch = {memory + thread.index * own_bytes};
+      copy_layers(scratch).template run_backward<Factor>(thread, thread.begin(chunks.count), thread.end(chunks.count),
+                                                         scratch);
       thread.barrier();
       reduce<Factor>(thread);
     });
@@ -193,9 +214,12 @@ template <typename T> struct Network {
                           (chunks.count % threads == 0 || chunks.count >= 2 * threads);  // else threads would idle
     last.dout = arena.take<float>(last.N * last.K);
     double* const losses = arena.take<double>(chunks.count);
-    const int64_t scratch_bytes = std::max(plan_pass<float>(false, arena), plan_pass<Factor>(true, arena));
+    // Of a thread through the layers.
+    const bool several_runs = by_chunk && (chunks.count > threads || chunks.largest() > images_at_once);
+    const int64_t own_bytes = std::max(plan_pass<float>(false, arena), plan_pass<Factor>(true, arena));
     Arena each = {};  // what a thread needs
-    each.take<char>(scratch_bytes);
+    each.take<char>(own_bytes);
+    if (several_runs) pack<Factor>(each);
     if (by_chunk) {
       each.take<LayerParams>(count);
       Network{layers, count, 1, {images_at_once, 1}}.plan_images(each);
@@ -208,16 +232,15 @@ template <typename T> struct Network {
     std::fill_n(losses, chunks.count, 0);
     std::atomic<int64_t> next = {0};
     parallel(threads, [&](const Thread& thread) {
-      pack<float>(false, thread);
-      pack<Factor>(true, thread);
-      thread.barrier();
       Arena rest = {memory + thread.index * each.used};
-      const Arena scratch = {rest.take<char>(scratch_bytes)};
+      Arena scratch = {rest.take<char>(own_bytes)};
+      const Network own = copy_layers(scratch);
+      if (several_runs) own.template pack<Factor>(rest);
       if (by_chunk) {
         LayerParams* const copies = rest.take<LayerParams>(count);
         for (int64_t chunk; (chunk = next++) < chunks.count;) {
           for_each_part(chunk, [&](int64_t begin, int64_t end, bool first) {
-            const Network part = take_images(begin, end, chunk, copies);
+            const Network part = own.take_images(begin, end, chunk, copies);
             Arena images = rest;
             part.plan_images(images);
             part.run_forward(thread, 0, end - begin, scratch);
@@ -227,12 +250,12 @@ template <typename T> struct Network {
         }
       } else {
         const int64_t first_chunk = thread.begin(chunks.count), last_chunk = thread.end(chunks.count);
-        run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
+        own.run_forward(thread, thread.begin(last.N), thread.end(last.N), scratch);
         thread.barrier();
         for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
           for_each_part(chunk,
                         [&](int64_t begin, int64_t end, bool) { losses[chunk] += compute_loss(begin, end, labels); });
-        run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
+        own.template run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
       }
       thread.barrier();
       reduce<Factor>(thread);

@@ -130,24 +130,31 @@ template <typename T, typename Factor> struct Winograd {
   }
   void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
 
-  // U.
-  Factor* take_packed(Arena& arena) const { return arena.take<Factor>(36 * point_stride); }
-  void pack(bool backward, const Thread& thread) const {
-    Factor* U = (Factor*)(backward ? p.packed_backward : p.packed);
+  // U, in memory of the arena's.
+  // Compiled once: inlined in several places, its roundings might differ.
+  [[gnu::noinline]] Factor* pack(Arena& arena, bool backward) const {
+    Factor* U = arena.take<Factor>(36 * point_stride);
+    if (!U) return U;
     const int64_t rows = backward ? K : C, columns = backward ? C_padded : K, valid = backward ? C : K;
-    thread.for_each(columns / LANES, [&](int64_t vector) {
-      const int64_t column = vector * LANES;
-      for (int64_t row = 0; row < rows; row++) {
-        vec_f32 taps[9] = {};
-        for (int64_t tap = 0; tap < 9; tap++)
+    const int64_t column_stride = backward ? p.weight_c_stride : 9 * C,
+                  row_stride = backward ? 9 * C : p.weight_c_stride;
+    constexpr int64_t AT_ONCE = 4;  // rows: a vector of values that were stored one by one just now would have to wait
+    for_each_vector(columns, [&](int64_t column) {
+      float taps[AT_ONCE][9][LANES] = {};
+      for (int64_t first = 0; first < rows; first += AT_ONCE) {
+        const int64_t end = std::min(first + AT_ONCE, rows);
+        for (int64_t row = first; row < end; row++)
           for (int64_t l = 0; l < LANES && column + l < valid; l++)
-            taps[tap][l] =
-                p.weight[backward ? p.weight_index(row, column + l, tap) : p.weight_index(column + l, row, tap)];
-        transform_2d<3, 6>(
-            filter_transform, [&](int64_t i) { return taps[i]; },
-            [&](int64_t i, vec_f32 u) { store_in_row(row_of(U, row, columns) + i * point_stride + column, row, u); });
+            for (int64_t tap = 0; tap < 9; tap++)
+              taps[row - first][tap][l] =
+                  p.weight[row * row_stride + (column + l) * column_stride + tap * p.weight_tap_stride];
+        for (int64_t row = first; row < end; row++)
+          transform_2d<3, 6>(
+              filter_transform, [&](int64_t i) { return load(taps[row - first][i]); },
+              [&](int64_t i, vec_f32 u) { store_in_row(row_of(U, row, columns) + i * point_stride + column, row, u); });
       }
     });
+    return U;
   }
 
   struct Tile {
