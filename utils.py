@@ -135,6 +135,7 @@ def train(
     device, dtype, compute_dtype = place_of(model, loader, precision)
     meter = Meter()  # which on a GPU is read when the bar redraws
     closure_needed = optim.needs_closure(optimizer)
+    alone = not closure_needed and optim.steps_alone(optimizer)
     fast = fast_loss(network, criterion, compute_dtype)
     network.train()
     optim.begin(optimizer)
@@ -178,7 +179,7 @@ def train(
             if meter.first_unsound is not None:  # on a CPU before the weights are spoilt
                 read_metrics()
             backward(loss)
-            optimizer.step(optim.closure_for(optimizer, loss, closure)) if closure_needed else optimizer.step()
+            optim.step(optimizer, optim.closure_for(optimizer, loss, closure) if closure_needed else None, alone)
             if scheduler is not None:
                 scheduler.step()
             if bar.update():

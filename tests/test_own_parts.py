@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 import model
 import utils
-from normkit import checks
+from normkit import checks, optim
 from normkit.randomness import GENERATORS, objects_of
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
@@ -299,7 +299,35 @@ def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
     assert "may differ" not in run(3, DataLoader(pairs, 32), "d")
 
 
-# -------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------- models and optimizers
+
+
+class Watched(torch.optim.SGD):
+    """Notes in how many threads it steps; fails where it is told to."""
+
+    def step(self, closure=None):
+        self.threads = torch.get_num_threads()
+        if closure is not None:
+            raise ValueError("no closure is taken here")
+        return super().step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_small_fused_optimizers_step_in_one_thread(loaders, fused):
+    model, threads = linear(), torch.get_num_threads()
+    large = torch.zeros(10 * optim.SMALL, requires_grad=True)
+    optimizer = Watched(model.parameters(), 0.1, fused=fused)
+    try:
+        torch.set_num_threads(3)
+        utils.train(model, loaders[0], optimizer, progress=False)
+        assert (optimizer.threads, torch.get_num_threads()) == (1 if fused else 3, 3)
+        with pytest.raises(ValueError, match="no closure"):
+            optim.step(optimizer, closure=float, alone=True)
+        assert torch.get_num_threads() == 3
+        optimizer.add_param_group({"params": [large]})
+        assert not optim.steps_alone(optimizer)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
