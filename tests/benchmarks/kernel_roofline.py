@@ -95,7 +95,7 @@ def tabulate(values, measured, limits, batch_size, threads, precision):
     for name, kind, C, K, size in LAYERS:
         forward_products, backward_products, forward_others, backward_others = count_work(kind, C, K, size, lanes)
         there = 1e3 * batch_size * (forward_products / lanes + forward_others) / instructions
-        narrow = backward_instructions if kind == "winograd" else instructions
+        narrow = backward_instructions if kind in ("im2col", "winograd") else instructions
         back = 1e3 * batch_size * (backward_products / lanes / narrow + backward_others / instructions)
         forward, backward = measured[name]
         row = {"layer": name, "forward ms": forward, "backward ms": backward}

@@ -11,26 +11,32 @@
 
 namespace {
 
-template <typename T> struct Im2col {
+// Factor: as Winograd's. Pairs are of neighbouring pixels, over which the weight's gradient sums up.
+template <typename T, typename Factor> struct Im2col {
+  static constexpr int64_t PER_FACTOR = is_pair<Factor> ? 2 : 1;
+  typedef std::conditional_t<is_pair<Factor>, bf16, float> Value;
+
   const LayerParams& p;
   const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
   const int64_t W_padded = round_up(W, std::max(LANES, MR)), row_size = 3 * C * W_padded;
   const int64_t taps = 9 * C, weight_size = taps * K;  // a tap is (row, column, channel), in this order
+  const int64_t depth = (W + PER_FACTOR - 1) / PER_FACTOR;
   const int64_t images_per_block = 1;
 
   struct Scratch {
     float* padded_row;
-    float* rows;  // (H + 2, 3, C, W_padded): each input row, in three copies a pixel apart
-    float *drow, *dweight;
+    Factor* rows;  // (H + 2, 3, C, W_padded): each input row, in three copies a pixel apart
+    Factor* drow;  // (depth, K), of a row of pixels
+    float* dweight;
   };
   Scratch take_scratch(Arena& arena, bool backward) const {
-    return {arena.take<float>(W_padded + 2 * LANES), arena.take<float>(rows_size()),
-            arena.take<float>(backward * W * K), arena.take<float>(backward * round_up(taps, MR) * K)};
+    return {arena.take<float>(W_padded + 2 * LANES), arena.take<Factor>(rows_size() / PER_FACTOR),
+            arena.take<Factor>(backward * depth * K), arena.take<float>(backward * round_up(taps, MR) * K)};
   }
   int64_t rows_size() const { return (H + 2) * row_size + MR * W_padded; }
   void clear(const Scratch& scratch) const {
     std::fill_n(scratch.padded_row, W_padded + 2 * LANES, 0);
-    std::fill_n(scratch.rows, rows_size(), 0);
+    std::fill_n(scratch.rows, rows_size() / PER_FACTOR, 0);
   }
 
   // The weight as (taps, K), for the forward pass.
@@ -43,7 +49,8 @@ template <typename T> struct Im2col {
 
   void fill_rows(int64_t n, const Scratch& scratch) const {
     const float* from = (const float*)p.x + n * C * H * W;
-    float *padded = scratch.padded_row + LANES, *to = scratch.rows + row_size;
+    float* padded = scratch.padded_row + LANES;
+    Value* to = (Value*)scratch.rows + row_size;
     for (int64_t c = 0; c < C; c++)
       for (int64_t y = 0; y < H; y++, from += W) {
         std::copy_n(from, W, padded);
@@ -62,15 +69,27 @@ template <typename T> struct Im2col {
     }
   }
 
+  void fill_drow(const T* dpre_activation, Factor* drow) const {
+    for (int64_t x = 0; x < W; x += PER_FACTOR, dpre_activation += PER_FACTOR * K)
+      for (int64_t k = 0; k < K; k += LANES, drow += LANES)
+        if constexpr (is_pair<Factor>) {
+          const vec_u32 left = zero_extend(read<vec_bf16>(dpre_activation + k));
+          const vec_u32 right = x + 1 < W ? zero_extend(read<vec_bf16>(dpre_activation + K + k)) : vec_u32{};
+          const vec_u32 pair = left | right << 16;
+          memcpy(drow, &pair, sizeof pair);
+        } else {
+          store(drow, load(dpre_activation + k));
+        }
+  }
   void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
     for (int64_t n = begin; n < end; n++) {
       fill_rows(n, scratch);
       for (int64_t y = 0; y < H; y++, dpre_activation += W * K, first = false) {
-        for (int64_t i = 0; i < W * K; i += LANES) store(scratch.drow + i, load(dpre_activation + i));
+        fill_drow(dpre_activation, scratch.drow);
         with_constant(W_padded, [&](auto row) {
-          gemm<float, float, row.value>({scratch.rows + y * row_size, W_padded}, {scratch.drow, K},
-                                        {scratch.dweight, K}, round_up(taps, MR), W, K,
-                                        {first ? nullptr : scratch.dweight, K});
+          gemm<Factor, float, row.value / PER_FACTOR>({scratch.rows + y * row_size / PER_FACTOR, W_padded / PER_FACTOR},
+                                                      {scratch.drow, K}, {scratch.dweight, K}, round_up(taps, MR),
+                                                      depth, K, {first ? nullptr : scratch.dweight, K});
         });
       }
     }

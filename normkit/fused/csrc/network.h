@@ -97,7 +97,7 @@ template <typename T> struct Network {
   template <typename Factor, typename Body> static void dispatch(LayerParams& p, Body body) {
     p.kind == AVGPOOL_LINEAR    ? body(AvgPoolLinear<T>{p})
     : p.kind == CONV1X1_MAXPOOL ? body(Conv1x1MaxPool<T>{p})
-    : p.nchw                    ? body(ConvNormReLU<T, Im2col<T>>{p})
+    : p.nchw                    ? body(ConvNormReLU<T, Im2col<T, Factor>>{p})
                                 : body(ConvNormReLU<T, Winograd<T, Factor>>{p});
   }
 
