@@ -160,7 +160,7 @@ def train(
         return loss
 
     def closure():
-        return backward(criterion(compute_logits(network, images, compute_dtype), labels))
+        return backward(criterion(compute_logits(network, images, compute_dtype), labels.to(device)))
 
     with (
         tqdm(total=checks.length_of(loader), desc="Train", file=sys.stdout, disable=not progress) as bar,

@@ -1,6 +1,13 @@
+# ruff: noqa: E402
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before torchvision imports Triton, which then needs no GPU
+
 import gc
 import hashlib
-import os
 import pickle
 import tarfile
 from types import SimpleNamespace
@@ -8,7 +15,6 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from helpers import stand_in
 from torchvision import datasets
 
@@ -17,8 +23,6 @@ import utils
 from normkit import cifar10
 
 matplotlib.use("agg")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before somebody imports Triton, which then needs no GPU
 # Two processes run the tests, and some start others: threads of each would wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

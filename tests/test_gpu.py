@@ -26,11 +26,14 @@ def count(total, N):
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
-    """Those of older versions cannot call Triton's own functions, or take no new NumPy."""
+    """That of an older version takes no new NumPy."""
     if not torch.cuda.is_available():
+        total = torch.zeros(1, dtype=torch.int32)
         try:
-            count[(1,)](total := torch.zeros(1, dtype=torch.int32), 3)
+            count[(1,)](total, 3)
         except Exception as error:
+            if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+                raise
             pytest.skip(f"Triton {triton.__version__} cannot interpret: {error}")
         assert total == 2
 
@@ -140,7 +143,7 @@ def test_other_layouts(layout, device, dtype):
 def test_instance_norm_of_one_image_no_skips_and_three_classes(device, dtype):
     net = net_of("group", device, num_groups="channels", skip=False)
     net.C10 = model.Conv2d(32, 3, 1).to(device)
-    assert_same(net, images_of(1, 3, 8, 8, device=device), torch.tensor([2]), dtype)
+    assert_same(net, images_of(1, 3, 8, 8, device=device), torch.tensor([2, 1])[::2], dtype)
 
 
 def test_all_is_dropped(device, dtype):
@@ -175,15 +178,22 @@ def test_a_label_that_is_no_class_makes_the_loss_nan(label, device, dtype):
     assert loss.isnan() and correct <= 1
 
 
-def of_48_channels(net):
-    net.C1.conv, net.C1.norm = nn.Conv2d(3, 48, 3, padding=1), nn.GroupNorm(4, 48)
+def changed(change):
+    net = model.Net("group")
+    change(net)
     return net
 
 
+def widen(net):
+    net.C1.conv, net.C1.norm = nn.Conv2d(3, 48, 3, padding=1), nn.GroupNorm(4, 48)
+
+
 REASONS = {
-    "a layer has 48 channels": lambda: (of_48_channels(model.Net("group")), None),
-    "the images are 1×3×36×32": lambda: (model.Net(), torch.empty(1, 3, 36, 32)),
-    "the images are 70000×3×32×32": lambda: (model.Net(), torch.empty(70_000, 3, 32, 32, device="meta")),
+    "a layer has 48 channels": lambda: (changed(widen), None),
+    "there are 200 classes": lambda: (changed(lambda net: setattr(net, "C10", model.Conv2d(32, 200, 1))), None),
+    "a norm has eps=1e-40": lambda: (changed(lambda net: setattr(net.C3.norm, "eps", 1e-40)), None),
+    "images have 36×32 pixels": lambda: (model.Net(), torch.empty(1, 3, 36, 32)),
+    "a batch has 40000 images": lambda: (model.Net(), torch.empty(40_000, 3, 32, 32, device="meta")),
     "batch norm is in evaluation mode": lambda: (model.Net().eval(), torch.empty(1, 3, 8, 8)),
 }
 

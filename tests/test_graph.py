@@ -404,7 +404,7 @@ def by_kernels(change, device, monkeypatch, norm="batch"):
             logits = nets[0](images).float()
             loss = F.cross_entropy(logits, labels)
             gradients = torch.autograd.grad(loss, parameters)
-        return change(loss.detach(), (logits.argmax(1) == labels).sum(), list(gradients))
+        return change(nets[0], loss.detach(), (logits.argmax(1) == labels).sum(), list(gradients))
 
     monkeypatch.setattr(graph, "training_step", training_step)
     monkeypatch.setattr(graph, "reason_against", lambda layers, images=None: None)
@@ -419,14 +419,18 @@ def fail(*step):
     raise RuntimeError("no C compiler")
 
 
+def spoil(net, *step):
+    net.C3.norm.running_var.fill_(-1.0)
+    return step
+
+
 WRONG = {
     "RuntimeError: no C compiler": fail,
-    "a loss of nan in place of ": lambda loss, correct, gradients: (loss * torch.nan, correct, gradients),
-    "1 of 38 gradients are not ": lambda loss, correct, gradients: (
-        loss,
-        correct,
-        [-10 * gradients[0], *gradients[1:]],
-    ),
+    "the running statistics are not ": spoil,
+    "a loss of nan in place of ": lambda net, loss, correct, each: (loss * torch.nan, correct, each),
+    "-7 images are right in place of ": lambda net, loss, correct, each: (loss, correct * 0 - 7, each),
+    "1 of 38 gradients are not ": lambda net, loss, correct, each: (loss, correct, [-each[0], *each[1:]]),
+    "of 38 gradients are not ": lambda net, loss, correct, each: (loss, correct, [1.8 * one for one in each]),
 }
 
 
@@ -434,13 +438,13 @@ WRONG = {
 def test_kernels_that_fail_or_are_wrong_give_way_to_the_modules(reason, device, by_graph, monkeypatch, capsys):
     network, net = by_kernels(WRONG[reason], device, monkeypatch)
     printed = capsys.readouterr().out
-    assert printed.startswith("No Triton kernels, goes on with PyTorch's modules. ") and reason in printed
+    assert printed.startswith("No Triton kernels, goes on with PyTorch's modules: ") and reason in printed
     assert reason in network.kernels_reason and network.reason is None and by_graph == {True: 4, False: 1}
     assert_same(network.model, net)
 
 
 @pytest.mark.parametrize("norm", THREE)
 def test_kernels_that_are_right_are_recorded(norm, device, by_graph, monkeypatch, capsys):
-    network, net = by_kernels(lambda *step: step, device, monkeypatch, norm)
+    network, net = by_kernels(lambda net, *step: step, device, monkeypatch, norm)
     assert network.kernels_reason is None and not capsys.readouterr().out and by_graph == {True: 4, False: 1}
     assert_same(network.model, net)

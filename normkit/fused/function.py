@@ -222,7 +222,11 @@ def running_stats(norm):
 def count_batch(norms):
     """Counts the batch where a batch norm in training mode does."""
     counts = [norm._buffers.get("num_batches_tracked") for norm in norms if norm.training]
-    if counts := [each for each in counts if each is not None]:
+    counts = [each for each in counts if each is not None]
+    if len({*map(id, counts)}) < len(counts):  # one norm in several places
+        for each in counts:
+            each += 1
+    elif counts:
         torch._foreach_add_(counts, 1)
 
 

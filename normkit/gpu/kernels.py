@@ -155,13 +155,13 @@ def batch_norm_relu(
         tl.store(running_mean + k, before + momentum * (mean - before))
         before = tl.load(running_var + k)
         tl.store(running_var + k, before + momentum * (var * (M / (M - 1.0)) - before))
-    slope = inv_std * tl.load(norm_weight + k)
-    shift = tl.load(norm_bias + k) - mean * slope
+    gain, shift = tl.load(norm_weight + k), tl.load(norm_bias + k)
     first, blocks = share_of_blocks(M, BLOCK)
     for i in range(blocks):
         m = first + i * BLOCK + tl.arange(0, BLOCK)
         at, mask = m[:, None] * K + k[None, :], (m < M)[:, None]
-        values = relu(tl.load(z + at, mask, 0.0).to(tl.float32) * slope[None, :] + shift[None, :])
+        zhat = (tl.load(z + at, mask, 0.0).to(tl.float32) - mean[None, :]) * inv_std[None, :]
+        values = relu(zhat * gain[None, :] + shift[None, :])
         if scale is not None:
             values *= tl.load(scale + (m // HW)[:, None] * K + k[None, :], mask, 0.0)
         tl.store(out + at, values, mask)

@@ -12,16 +12,16 @@ from normkit.fused.layers import parameters_of
 
 WIDTHS = (8, 16, 32)  # channels of a layer
 MAX_PIXELS = 32 * 32  # of an image, which group norm's kernels keep in registers
-MAX_ELEMENTS = 2**31 - 1  # of an activation: the kernels' indices have 32 bits
+MAX_BATCH = 2**15  # images: indices of an activation's elements have 32 bits
+MAX_CLASSES = 128  # whose weights a program keeps in registers
+MIN_EPS = 1e-30  # of a norm, or float32 has none
 CONV_PROGRAMS = 256  # about two for each multiprocessor of an H200, where 128 and 512 were slower
 SUM_BLOCK = 64  # columns of shares that a program sums up
 
 
 def programs_of(N):
-    """Returns how many programs go backward: on an H200 128 and 256 took 0.36 and 0.38 ms at 64 images, 1.08 and 0.97
-    at 512.
-    """
-    return 128 if N <= 128 else 256
+    """Returns the size of most grids, which is the number of shares that a sum has."""
+    return 128 if N <= 128 else 256  # on an H200: 0.36 and 0.38 ms a step of 64 images, 1.08 and 0.97 of 512
 
 
 @functools.cache
@@ -29,8 +29,8 @@ def kernels():
     """Returns the module of the kernels, and why it cannot be used, in words, or None."""
     try:
         from normkit.gpu import kernels
-    except ImportError as error:  # there is no Triton for macOS, nor in PyTorch's wheels for Windows
-        return None, f"Triton cannot be imported: {error}"
+    except Exception as error:  # there is none for macOS, nor in PyTorch's wheels for Windows, and one may be broken
+        return None, f"Triton cannot be imported: {type(error).__name__}: {error}"
     return kernels, None
 
 
@@ -42,11 +42,19 @@ def reason_against(layers, images=None):
     for layer in layers:
         K = len(parameters_of(layer.conv)[0])
         if layer.kind != params.AVGPOOL_LINEAR and K not in WIDTHS:
-            return f"a layer has {K} channels: they take {', '.join(map(str, WIDTHS))}"
+            return f"a layer has {K} channels, and the kernels take {', '.join(map(str, WIDTHS))}"
+        if layer.kind == params.AVGPOOL_LINEAR and K > MAX_CLASSES:
+            return f"there are {K} classes, and the kernels take {MAX_CLASSES} at most"
+        if layer.kind == params.CONV_NORM_RELU and layer.norm.eps < MIN_EPS:
+            return f"a norm has eps={layer.norm.eps:g}, and the kernels take {MIN_EPS:g} at least"
     if images is not None:
         N, _, H, W = images.shape
-        if H * W > MAX_PIXELS or N * H * W * max(WIDTHS) > MAX_ELEMENTS:
-            return f"the images are {N}×3×{H}×{W}: they take {MAX_PIXELS} pixels at most, and no such batches"
+        if H * W > MAX_PIXELS:
+            return f"images have {H}×{W} pixels, and the kernels take {MAX_PIXELS} at most"
+        if N > MAX_BATCH:
+            return f"a batch has {N} images, and the kernels take {MAX_BATCH} at most"
+        if images.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "the GPU does not compute in bfloat16"
         if any(layer.kind == params.CONV_NORM_RELU and is_frozen(layer.norm) for layer in layers):
             return "batch norm is in evaluation mode"
     return kernels()[1]
@@ -202,7 +210,7 @@ class Step:
     def loss(self, x, labels):
         """Returns the gradient of the last layer's input x."""
         (weight, bias), (N, C, H, W) = self.layers[-1].parameters(), x.shape
-        dx, column = torch.empty_like(x), self.columns[-1]
+        dx, column, labels = torch.empty_like(x), self.columns[-1], labels.contiguous()
         self.kernels.avgpool_linear_loss[self.grid](
             x, weight, bias, labels, dx, *self.gradients[-1], self.shares[:, column:], self.shares[:, column + 1 :], N,
             self.rows,
