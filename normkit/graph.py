@@ -223,7 +223,7 @@ class StepGraph:
         if not abs(correct - true_correct) <= 2 + N / 10:
             raise ArithmeticError(f"{correct.item():.0f} images are right in place of {true_correct.item():.0f}")
         largest = max(each.norm() for each in true_gradients)
-        allowed = [(0.5 + 1 / N) * each.norm() + 0.03 * largest for each in true_gradients]
+        allowed = [(0.5 + 2 / N) * each.norm() + 0.03 * largest for each in true_gradients]
         wrong = are_further(gradients, true_gradients, allowed)
         if any(wrong):
             raise ArithmeticError(f"{sum(wrong)} of {len(wrong)} gradients are not those of the modules")
