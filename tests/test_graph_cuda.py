@@ -51,3 +51,11 @@ def test_a_compiled_step_in_a_graph_has_the_metrics_of_the_modules(norm, data):
     runs = [utils.run(norm, data.first(198, 66), backend=backend, **how).history for backend in ("compile", "eager")]
     for one, other in zip(*runs, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-2)
+
+
+def test_a_closure_gets_labels_on_the_gpu(data):
+    """Of a loader whose batches lie on the CPU, also where a graph has computed the first loss."""
+    net = model.Net("group").cuda()
+    batches = [(images.cpu(), labels.cpu()) for images, labels in utils.get_loaders(data, 66, device="cuda")[0]]
+    metrics = utils.train(net, batches, torch.optim.LBFGS(net.parameters(), 0.01, max_iter=2), **QUIET)
+    assert metrics.total == 198
