@@ -160,10 +160,10 @@ class StepGraph:
         self.images, self.labels, self.dtype = images.clone(), labels.to(images.device, copy=True), dtype
         self.launches = 0
         self.parameters = [each for each in dict.fromkeys(inspection.parameters) if each.requires_grad]
-        compute = self.by_modules(network)
+        compute = modules = self.by_modules(network)
         if by_kernels:
-            self.check(network, self.by_kernels(inspection), compute)
             compute = self.by_kernels(inspection)
+            self.check(network, compute, modules)
         self.record(network, compute)
 
     def by_kernels(self, inspection):

@@ -214,7 +214,7 @@ template <typename T> struct Network {
                           (chunks.count % threads == 0 || chunks.count >= 2 * threads);  // else threads would idle
     last.dout = arena.take<float>(last.N * last.K);
     double* const losses = arena.take<double>(chunks.count);
-    // Of a thread through the layers.
+    // Whether a thread goes through the layers several times, for which it packs all weights first.
     const bool several_runs = by_chunk && (chunks.count > threads || chunks.largest() > images_at_once);
     const int64_t own_bytes = std::max(plan_pass<float>(false, arena), plan_pass<Factor>(true, arena));
     Arena each = {};  // what a thread needs

@@ -130,8 +130,8 @@ template <typename T, typename Factor> struct Winograd {
   }
   void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
 
-  // U, in memory of the arena's.
-  // Compiled once: inlined in several places, its roundings might differ.
+  // The weight in the Winograd domain, U, in the arena's memory. Compiled once: inlined in several places, its
+  // roundings might differ.
   [[gnu::noinline]] Factor* pack(Arena& arena, bool backward) const {
     Factor* U = arena.take<Factor>(36 * point_stride);
     if (!U) return U;
