@@ -63,7 +63,7 @@ class Graphed(nn.Module):
         RECORDED.add(self)
         batch = (inspection, images, labels, dtype)
         if self.kernels_reason is None and not self.compiled and dtype == torch.bfloat16:
-            reason = reason_against(inspection.layers, images)
+            reason = reason_against(inspection.layers, images, inspection.frozen)
             if reason is None:
                 try:
                     return StepGraph(self, *batch, by_kernels=True)

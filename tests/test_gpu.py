@@ -194,14 +194,14 @@ REASONS = {
     "a norm has eps=1e-40": lambda: (changed(lambda net: setattr(net.C3.norm, "eps", 1e-40)), None),
     "images have 36×32 pixels": lambda: (model.Net(), torch.empty(1, 3, 36, 32)),
     "a batch has 40000 images": lambda: (model.Net(), torch.empty(40_000, 3, 32, 32, device="meta")),
-    "batch norm is in evaluation mode": lambda: (model.Net().eval(), torch.empty(1, 3, 8, 8)),
+    "batch norm is in evaluation mode": lambda: (model.Net(), torch.empty(1, 3, 8, 8), True),
 }
 
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_reasons(reason):
-    net, images = REASONS[reason]()
-    assert step.reason_against(layers_of(net), images).startswith(reason)
+    net, *batch = REASONS[reason]()
+    assert step.reason_against(layers_of(net), *batch).startswith(reason)
 
 
 def test_without_triton(monkeypatch):

@@ -34,10 +34,10 @@ def kernels():
     return kernels, None
 
 
-def reason_against(layers, images=None):
+def reason_against(layers, images=None, frozen=False):
     """Returns why the kernels cannot compute a training step, in words, or None; of layers that legality.py allows.
 
-    Without images, what depends on them and on the norms' modes is left out.
+    Without images, what depends on them is left out. frozen: a batch norm is in evaluation mode.
     """
     for layer in layers:
         K = len(parameters_of(layer.conv)[0])
@@ -55,14 +55,9 @@ def reason_against(layers, images=None):
             return f"a batch has {N} images, and the kernels take {MAX_BATCH} at most"
         if images.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
             return "the GPU does not compute in bfloat16"
-        if any(layer.kind == params.CONV_NORM_RELU and is_frozen(layer.norm) for layer in layers):
-            return "batch norm is in evaluation mode"
+    if frozen:
+        return "batch norm is in evaluation mode"
     return kernels()[1]
-
-
-def is_frozen(norm):
-    """Whether a norm takes its running statistics."""
-    return type(norm) is nn.BatchNorm2d and not norm.training
 
 
 def power_of_two(number, least=16):
@@ -73,7 +68,7 @@ def power_of_two(number, least=16):
 def training_step(layers, images, labels, dtype=torch.bfloat16):
     """Returns the mean cross-entropy, how many images are right, and a gradient for each of the layers' parameters."""
     step = Step(layers, len(images), dtype)
-    x, dout = images, None
+    x = images
     for i in range(len(layers) - 1):
         x = step.forward(i, x)
     dout = step.loss(x, labels)
