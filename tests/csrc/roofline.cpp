@@ -176,8 +176,8 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
       const int64_t block = convolution.images_per_block, total = block * convolution.tiles;
       const double time = least(repeats, [&] {
         for (int64_t begin = 0; begin < N; begin += block)
-          for (int64_t start = 0; start < total; start += convolution.TILES_PER_BLOCK)
-            body(begin, start, std::min(convolution.TILES_PER_BLOCK, total - start));
+          for (int64_t start = 0; start < total; start += convolution.tiles_per_block)
+            body(begin, start, std::min(convolution.tiles_per_block, total - start));
       });
       printf("part\t%s\t%s\t%.3f\n", NAMES[i], name, 1e6 * time);
     };

@@ -32,10 +32,12 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
     for (int64_t c = 0; c < columns; c += nr * LANES) {
       vec_f32 sums[mr][nr] = {};
       if (initial) {
+        const float* from = initial + r * initial_row + c;
         UNROLL(16)
-        for (int64_t i = 0; i < mr; i++) {
+        for (int64_t i = 0; i < mr; i++, from += initial_row) {
+          keep_in_register(from);
           UNROLL(2)
-          for (int64_t j = 0; j < nr; j++) sums[i][j] = load(initial + (r + i) * initial_row + c + j * LANES);
+          for (int64_t j = 0; j < nr; j++) sums[i][j] = load(from + j * LANES);
         }
       }
       const Factor *a_k = a + r * a_stride, *b_k = b + c;
@@ -52,10 +54,12 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
           for (int64_t j = 0; j < nr; j++) sums[i][j] = multiply_add(sums[i][j], a_k[i * a_stride], values[j]);
         }
       }
+      Out* to = out + r * out_row + c;
       UNROLL(16)
-      for (int64_t i = 0; i < mr; i++) {
+      for (int64_t i = 0; i < mr; i++, to += out_row) {
+        keep_in_register(to);
         UNROLL(2)
-        for (int64_t j = 0; j < nr; j++) store(out + (r + i) * out_row + c + j * LANES, sums[i][j]);
+        for (int64_t j = 0; j < nr; j++) store(to + j * LANES, sums[i][j]);
       }
     }
 }

@@ -55,6 +55,14 @@ template <typename Vector> inline void keep_in_register(Vector& vector) {
 #endif
 }
 
+// The same for a pointer that goes from row to row: GCC else computes all rows' addresses ahead, more than registers
+// hold.
+template <typename Value> inline void keep_in_register(Value*& pointer) {
+#if defined __x86_64__ || defined __aarch64__
+  __asm__("" : "+r"(pointer));
+#endif
+}
+
 inline vec_u32 zero_extend(vec_bf16 values) {
 #ifdef __AVX512BF16__
   return (vec_u32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)values);  // one instruction; compilers take four

@@ -98,17 +98,19 @@ template <typename Factor> inline void store_in_row(Factor* to, int64_t row, vec
 // a batch of CIFAR-10: 6.9 % of the gradient with batch norm, 1.4 % with group norm, before and after). In the forward
 // pass it would put each convolution off by 1 %, four times as much as bfloat16 does otherwise.
 template <typename T, typename Factor> struct Winograd {
-  static constexpr int64_t TILES_PER_BLOCK = 16;  // so that V, dM, M, U and dU fit into an L2 cache of 512 KiB
   static constexpr int64_t PER_FACTOR = is_pair<Factor> ? 2 : 1;
 
   const LayerParams& p;
   const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
   const int64_t C_padded = round_up(C, std::max(LANES, MR));
+  // So many that V, dM, M, U and dU fit into an L2 cache: of 512 KiB, or of the 1 MiB that processors with products of
+  // bfloat16 have. The more, the less often dU is loaded and stored.
+  const int64_t tiles_per_block = (is_pair<Factor> ? 32 : 16) * (std::max(C_padded, K) <= 16 ? 2 : 1);
   // From one point's matrix of U or dU to the next: a cache line more than it has, or all 36 would lie in one cache
   // set.
   const int64_t point_stride = C_padded * K + 16;
   const int64_t tile_rows = (H + 3) / 4, tile_columns = (W + 3) / 4, tiles = tile_rows * tile_columns;
-  const int64_t images_per_block = std::clamp(TILES_PER_BLOCK / tiles, int64_t(1), p.N);
+  const int64_t images_per_block = std::clamp(tiles_per_block / tiles, int64_t(1), p.N);
   // Six rows of pixels with a border of zeros, as wide as the tiles need: what one row of tiles reads.
   const int64_t strip_row = (tile_columns * 4 + 2) * C_padded, strip_size = 6 * strip_row;
 
@@ -122,10 +124,10 @@ template <typename T, typename Factor> struct Winograd {
   Scratch take_scratch(Arena& arena, bool backward) const {
     return {arena.take<float>(strip_size),
             arena.take<float>(backward * strip_size),
-            arena.take<Factor>(TILES_PER_BLOCK * 36 * C_padded),
-            arena.take<float>(TILES_PER_BLOCK * 36 * std::max(C_padded, K)),
-            arena.take<Factor>(backward * TILES_PER_BLOCK * 36 * K),
-            arena.take<Factor>(backward * is_pair<Factor> * TILES_PER_BLOCK * 36 * K),
+            arena.take<Factor>(tiles_per_block * 36 * C_padded),
+            arena.take<float>(tiles_per_block * 36 * std::max(C_padded, K)),
+            arena.take<Factor>(backward * tiles_per_block * 36 * K),
+            arena.take<Factor>(backward * is_pair<Factor> * tiles_per_block * 36 * K),
             arena.take<float>(backward * 36 * point_stride)};
   }
   void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
@@ -244,8 +246,8 @@ template <typename T, typename Factor> struct Winograd {
   }
   void forward(int64_t begin, int64_t end, const Scratch& scratch) const {
     const int64_t total = (end - begin) * tiles;
-    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
-      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
+    for (int64_t start = 0; start < total; start += tiles_per_block) {
+      const int64_t count = std::min(tiles_per_block, total - start);
       compute_V(begin, start, count, scratch);
       compute_M(count, scratch);
       compute_output(begin, start, count, scratch);
@@ -333,8 +335,8 @@ template <typename T, typename Factor> struct Winograd {
   // From dpre_activation of images begin ... end-1: writes their dx, if it is wanted, and writes (first) or adds to dU.
   void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
     const int64_t total = (end - begin) * tiles;
-    for (int64_t start = 0; start < total; start += TILES_PER_BLOCK) {
-      const int64_t count = std::min(TILES_PER_BLOCK, total - start);
+    for (int64_t start = 0; start < total; start += tiles_per_block) {
+      const int64_t count = std::min(tiles_per_block, total - start);
       compute_V(begin, start, count, scratch);
       compute_dM(start, count, dpre_activation, scratch);
       add_dU(count, scratch, first && !start);
