@@ -197,8 +197,12 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
     back.clear(scratch_back);
     part("backward transforms", back, [&](int64_t begin, int64_t start, int64_t tiles) {
       back.compute_V(begin, start, tiles, scratch_back);
-      back.compute_dM(start, tiles, dpre_activation.data(), scratch_back);
-      back.compute_dx(begin, start, tiles, scratch_back);
+      with_constant(back.K, [&](auto channels) {
+        back.template compute_dM<channels.value>(start, tiles, dpre_activation.data(), scratch_back);
+      });
+      with_constant(back.C_padded, [&](auto channels) {
+        back.template compute_dx<channels.value>(begin, start, tiles, scratch_back);
+      });
     });
     part("backward products", back, [&](int64_t, int64_t start, int64_t tiles) {
       back.add_dU(tiles, scratch_back, !start);

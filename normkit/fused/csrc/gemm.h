@@ -20,8 +20,8 @@ typedef float bf16x2;
 #endif
 template <typename Factor> constexpr bool is_pair = !std::is_same_v<Factor, float>;
 
-// Columns of b, out and initial values are contiguous; rows are a multiple of mr. A row of a is a_row values behind the
-// one before, known when this is compiled, or a_stride where a_row is 0.
+// Columns of b, out and initial values are contiguous; rows are a multiple of mr, and the depth is 1 or more. A row of
+// a is a_row values behind the one before, known when this is compiled, or a_stride where a_row is 0.
 template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
 [[gnu::noinline]] void gemm_microkernel(const Factor* a, int64_t a_stride, int64_t a_column, const Factor* b,
                                         int64_t b_row, Out* out, int64_t out_row, int64_t rows, int64_t depth,
@@ -41,7 +41,8 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
         }
       }
       const Factor *a_k = a + r * a_stride, *b_k = b + c;
-      for (int64_t k = 0; k < depth; k++, a_k += a_column, b_k += b_row) {
+      int64_t k = 0;
+      do {  // at least once: where it may be never, GCC copies all sums before and after
         Vector values[nr];
         UNROLL(2)
         for (int64_t j = 0; j < nr; j++) {
@@ -53,7 +54,8 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
           UNROLL(2)
           for (int64_t j = 0; j < nr; j++) sums[i][j] = multiply_add(sums[i][j], a_k[i * a_stride], values[j]);
         }
-      }
+        a_k += a_column, b_k += b_row;
+      } while (++k < depth);
       Out* to = out + r * out_row + c;
       UNROLL(16)
       for (int64_t i = 0; i < mr; i++, to += out_row) {

@@ -73,10 +73,9 @@ template <typename T, typename Factor> struct Im2col {
     for (int64_t x = 0; x < W; x += PER_FACTOR, dpre_activation += PER_FACTOR * K)
       for (int64_t k = 0; k < K; k += LANES, drow += LANES)
         if constexpr (is_pair<Factor>) {
-          const vec_u32 left = zero_extend(read<vec_bf16>(dpre_activation + k));
-          const vec_u32 right = x + 1 < W ? zero_extend(read<vec_bf16>(dpre_activation + K + k)) : vec_u32{};
-          const vec_u32 pair = left | right << 16;
-          memcpy(drow, &pair, sizeof pair);
+          const vec_bf16 left = read<vec_bf16>(dpre_activation + k);
+          const vec_u32 pairs = interleave(left, x + 1 < W ? read<vec_bf16>(dpre_activation + K + k) : vec_bf16{});
+          memcpy(drow, &pairs, sizeof pairs);
         } else {
           store(drow, load(dpre_activation + k));
         }

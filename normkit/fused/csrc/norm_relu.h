@@ -15,7 +15,8 @@ struct NormReLU {
       : scale(load(p.scale + n * p.K + k)), shift(load(p.shift + n * p.K + k)) {}
   vec_f32 out(vec_f32 pre_activation) const {
     const vec_f32 value = pre_activation * scale + shift;
-    return select(!(value < 0), value);  // so that NaN stays NaN
+    const vec_f32 zero = {};
+    return zero > value ? zero : value;  // in this order NaN stays NaN
   }
   // Where a gradient passes ReLU: also at NaN, as in PyTorch.
   vec_i32 passes(vec_f32 pre_activation) const { return !(pre_activation * scale + shift <= 0); }
@@ -25,14 +26,15 @@ struct NormReLU {
 // Values between C and the next whole vector are arbitrary.
 template <typename T>
 inline void read_pixels(const LayerParams& p, int64_t n, int64_t first, int64_t count, float* to, int64_t stride) {
-  const T* from = (const T*)p.x + (n * p.H * p.W + first) * p.C;
-  const T* end = (const T*)p.x + p.N * p.H * p.W * p.C;
-  for (int64_t c = 0; c < p.C; c += LANES)
+  const int64_t C = p.C;
+  const T* from = (const T*)p.x + (n * p.H * p.W + first) * C;
+  const T* end = (const T*)p.x + p.N * p.H * p.W * C;
+  for (int64_t c = 0; c < C; c += LANES)
     if (p.source) {
       const NormReLU norm_relu(*p.source, n, c);
-      for (int64_t i = 0; i < count; i++) store(to + i * stride + c, norm_relu.out(load(from + i * p.C + c)));
+      for (int64_t i = 0; i < count; i++) store(to + i * stride + c, norm_relu.out(load(from + i * C + c)));
     } else {
-      for (int64_t i = 0; i < count; i++) store(to + i * stride + c, load(from + i * p.C + c, p.C - c, end));
+      for (int64_t i = 0; i < count; i++) store(to + i * stride + c, load(from + i * C + c, C - c, end));
     }
 }
 

@@ -70,6 +70,14 @@ inline vec_u32 zero_extend(vec_bf16 values) {
   return __builtin_convertvector(values, vec_u32);
 #endif
 }
+#ifdef __AVX512BF16__
+// Pairs of a value of `even` and, behind it, one of `odd`.
+inline vec_u32 interleave(vec_bf16 even, vec_bf16 odd) {
+  const __m512i order = (__m512i)(vec_u32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001 + 0x200000);
+  return (vec_u32)_mm512_permutex2var_epi16(_mm512_castsi256_si512((__m256i)even), order,
+                                            _mm512_castsi256_si512((__m256i)odd));
+}
+#endif
 inline vec_f32 bf16_to_f32(vec_bf16 values) { return (vec_f32)(zero_extend(values) << 16); }
 inline vec_bf16 f32_to_bf16(vec_f32 values) {  // to the nearest, ties to even
 #ifdef __AVX512BF16__
@@ -91,17 +99,15 @@ template <typename T> inline vec_f32 load(const T* from, int64_t count, const T*
   return load(last);
 }
 
-inline void store(float* to, vec_f32 values, int64_t count = LANES) {
-  count < LANES ? memcpy(to, &values, count * sizeof *to) : memcpy(to, &values, sizeof values);
+// Stores the first `count` values. A size that is known takes one instruction, any other a call; AVX-512's masked
+// stores of 16 bits take longer than a branch.
+template <typename Vector, typename Value> inline void store_first(Value* to, const Vector& values, int64_t count) {
+  count == LANES       ? memcpy(to, &values, LANES * sizeof *to)
+  : count == LANES / 2 ? memcpy(to, &values, LANES / 2 * sizeof *to)
+                       : memcpy(to, &values, count * sizeof *to);
 }
-inline void store(bf16* to, vec_f32 values, int64_t count = LANES) {
-  const vec_bf16 rounded = f32_to_bf16(values);
-#ifdef __AVX512BF16__
-  _mm256_mask_storeu_epi16(to, (1 << count) - 1, (__m256i)rounded);
-#else
-  count < LANES ? memcpy(to, &rounded, count * sizeof *to) : memcpy(to, &rounded, sizeof rounded);
-#endif
-}
+inline void store(float* to, vec_f32 values, int64_t count = LANES) { store_first(to, values, count); }
+inline void store(bf16* to, vec_f32 values, int64_t count = LANES) { store_first(to, f32_to_bf16(values), count); }
 
 inline void add(float* to, vec_f32 values) { store(to, load(to) + values); }
 

@@ -79,19 +79,32 @@ inline void transform_2d(Transform transform, In in, Out out) {
   }
 }
 
-// Rows of a matrix that is later summed over its rows: pairs hold two rows each, of which the even one is to be written
-// first.
+// Rows of a matrix that is later summed over its rows: pairs hold two rows each. The even one of them is to be written
+// first, and waits in the place of both.
 template <typename Factor> inline Factor* row_of(Factor* matrix, int64_t row, int64_t columns) {
   return matrix + row / (is_pair<Factor> ? 2 : 1) * columns;
 }
 template <typename Factor> inline void store_in_row(Factor* to, int64_t row, vec_f32 values) {
   if constexpr (is_pair<Factor>) {
-    const vec_u32 half = zero_extend(f32_to_bf16(values));
-    const vec_u32 pair = row % 2 ? read<vec_u32>(to) | half << 16 : half;
-    memcpy(to, &pair, sizeof pair);
+    const vec_bf16 rounded = f32_to_bf16(values);
+    if (row % 2) {
+      const vec_u32 pairs = interleave(read<vec_bf16>(to), rounded);
+      memcpy(to, &pairs, sizeof pairs);
+    } else {
+      memcpy(to, &rounded, sizeof rounded);
+    }
   } else {
     store(to, values);
   }
+}
+// Gives an even row that is the last one zeros to pair with.
+template <typename Factor> inline void end_rows(Factor* matrix, int64_t rows, int64_t columns) {
+  if constexpr (is_pair<Factor>)
+    for (int64_t i = 0; rows % 2 && i < columns; i += LANES) {
+      Factor* to = row_of(matrix, rows - 1, columns) + i;
+      const vec_u32 pairs = interleave(read<vec_bf16>(to), vec_bf16{});
+      memcpy(to, &pairs, sizeof pairs);
+    }
 }
 
 // Factor is bf16x2 in backward passes alone. There, rounding the points hardly adds to what rounded activations do (to
@@ -187,8 +200,8 @@ template <typename T, typename Factor> struct Winograd {
         if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
     }
   }
-  // Where a tile's pixel i lies in a strip, from its first one on.
-  int64_t strip_offset(int64_t i) const { return i / 6 * strip_row + i % 6 * C_padded; }
+  // Where a tile's pixel i lies in a strip, from its first one on, with pixels `stride` apart: C_padded.
+  int64_t strip_offset(int64_t i, int64_t stride) const { return i / 6 * strip_row + i % 6 * stride; }
 
   // Fills the strip for the row of tiles that begins with this one; rows of tiles are taken in order.
   void read_strip(int64_t n, const Tile& tile, float* strip) const {
@@ -209,10 +222,11 @@ template <typename T, typename Factor> struct Winograd {
         const float* d = scratch.strip + tile.x * C_padded + c;
         Factor* V = row_of(scratch.V, tile.index, 36 * C_padded) + c;
         transform_2d<6, 6>(
-            input_transform, [&](int64_t i) { return load(d + strip_offset(i)); },
+            input_transform, [&](int64_t i) { return load(d + strip_offset(i, C_padded)); },
             [&](int64_t i, vec_f32 v) { store_in_row(V + i * C_padded, tile.index, v); });
       });
     });
+    end_rows(scratch.V, count, 36 * C_padded);
   }
   void compute_M(int64_t count, const Scratch& scratch) const {  // V · U
     const Factor* U = (const Factor*)p.packed;
@@ -254,9 +268,11 @@ template <typename T, typename Factor> struct Winograd {
     }
   }
 
-  // dpre_activation: of the block.
+  // dpre_activation: of the block. channels: K, so that the 36 addresses need not be computed, or 0.
+  template <int64_t channels>
   [[gnu::flatten]] void compute_dM(int64_t start, int64_t count, const T* dpre_activation,
                                    const Scratch& scratch) const {
+    const int64_t K = channels ? channels : this->K;
     for_each_tile(start, count, [&](const Tile& tile) {
       for_each_vector(K, [&](int64_t k) {
         Factor* dM = row_of(scratch.dM, tile.index, 36 * K) + k;
@@ -275,6 +291,7 @@ template <typename T, typename Factor> struct Winograd {
           transform([&](int64_t i) { return tile.y + i / 4 < H && tile.x + i % 4 < W ? pixel(i) : vec_f32{}; });
       });
     });
+    end_rows(scratch.dM, count, 36 * K);
   }
   void add_dU(int64_t count, const Scratch& scratch, bool first) const {  // V^T · dM
     for (int64_t i = 0; i < 36; i++) {
@@ -293,7 +310,10 @@ template <typename T, typename Factor> struct Winograd {
       });
   }
   // Writes dx, or adds to it. A pixel's gradient is whole with the last of the tiles that read it.
+  // channels: C_padded or 0.
+  template <int64_t channels>
   [[gnu::flatten]] void compute_dx(int64_t begin, int64_t start, int64_t count, const Scratch& scratch) const {
+    const int64_t C_padded = channels ? channels : this->C_padded;
     for_each_tile(start, count, [&](const Tile& tile) {
       float* dstrip = scratch.dstrip;
       if (!tile.x) {
@@ -309,7 +329,7 @@ template <typename T, typename Factor> struct Winograd {
         transform_2d<6, 6>(
             input_transform_backward, [&](int64_t i) { return load(M + i * C_padded); },
             [&](int64_t i, vec_f32 values) {
-              float* to = dd + strip_offset(i);
+              float* to = dd + strip_offset(i, C_padded);
               i / 6 < 2 || i % 6 < 2 ? add(to, values) : store(to, values);  // of a pixel's tiles this is the first
             });
       });
@@ -317,20 +337,20 @@ template <typename T, typename Factor> struct Winograd {
     });
   }
   void store_strip(int64_t n, const Tile& tile, const float* dstrip) const {
-    const int64_t rows = tile.y + 4 < H ? 4 : 5, pixels = W, stride = C, strip_stride = C_padded;
+    const int64_t rows = tile.y + 4 < H ? 4 : 5;
+    const int64_t runs = C == C_padded ? 1 : W, run = W * C / runs;  // pixels without gaps are stored as one
     const T* end = (const T*)p.dx + p.N * H * W * C;
     const bool accumulate = p.accumulate_dx;
-    for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++)
-      for_each_vector(stride, [&](int64_t c) {
-        const float* from = dstrip + row * strip_row + strip_stride + c;
-        T* to = (T*)p.dx + (n * H + tile.y + row - 1) * pixels * stride + c;
-        const int64_t valid = std::min(LANES, stride - c);
-        for (int64_t x = 0; x < pixels; x++, from += strip_stride, to += stride) {
-          vec_f32 values = load(from);
-          if (accumulate) values += load(to, valid, end);
-          store(to, values, valid);
+    for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++) {
+      const float* from = dstrip + row * strip_row + C_padded;
+      T* to = (T*)p.dx + (n * H + tile.y + row - 1) * W * C;
+      for (int64_t i = 0; i < runs; i++, from += C_padded, to += run)
+        for (int64_t c = 0; c < run; c += LANES) {
+          vec_f32 values = load(from + c);
+          if (accumulate) values += load(to + c, run - c, end);
+          store(to + c, values, std::min(LANES, run - c));
         }
-      });
+    }
   }
   // From dpre_activation of images begin ... end-1: writes their dx, if it is wanted, and writes (first) or adds to dU.
   void backward(int64_t begin, int64_t end, const T* dpre_activation, const Scratch& scratch, bool first) const {
@@ -338,11 +358,11 @@ template <typename T, typename Factor> struct Winograd {
     for (int64_t start = 0; start < total; start += tiles_per_block) {
       const int64_t count = std::min(tiles_per_block, total - start);
       compute_V(begin, start, count, scratch);
-      compute_dM(start, count, dpre_activation, scratch);
+      with_constant(K, [&](auto channels) { compute_dM<channels.value>(start, count, dpre_activation, scratch); });
       add_dU(count, scratch, first && !start);
       if (!p.dx) continue;
       compute_dV(count, scratch);
-      compute_dx(begin, start, count, scratch);
+      with_constant(C_padded, [&](auto channels) { compute_dx<channels.value>(begin, start, count, scratch); });
     }
   }
 
