@@ -13,6 +13,8 @@
 //   dM as M, and dM_by_k the same with pairs of neighbouring k        dU (36, C_padded, K)
 #pragma once
 
+#include <array>
+
 #include "arena.h"
 #include "gemm.h"
 #include "norm_relu.h"
@@ -200,16 +202,20 @@ template <typename T, typename Factor> struct Winograd {
         if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
     }
   }
-  // Where a tile's pixel i lies in a strip, from its first one on, with pixels `stride` apart: C_padded.
-  int64_t strip_offset(int64_t i, int64_t stride) const { return i / 6 * strip_row + i % 6 * stride; }
+  // Where a row lies in a strip: the two that a row of tiles shares with the one above stay where they are.
+  int64_t strip_offset(int64_t row) const { return row % 6 * strip_row; }
+  // The rows of a tile in a strip, from the tile's first pixel on.
+  std::array<float*, 6> strip_rows(float* strip, const Tile& tile, int64_t c) const {
+    std::array<float*, 6> rows;
+    for (int64_t i = 0; i < 6; i++) rows[i] = strip + strip_offset(tile.y + i) + tile.x * C_padded + c;
+    return rows;
+  }
 
   // Fills the strip for the row of tiles that begins with this one; rows of tiles are taken in order.
   void read_strip(int64_t n, const Tile& tile, float* strip) const {
-    const int64_t kept = tile.y ? 2 : 0;  // rows that the row of tiles above had, too
-    std::copy_n(strip + 4 * strip_row, kept * strip_row, strip);
-    for (int64_t row = kept; row < 6; row++) {
+    for (int64_t row = tile.y ? 2 : 0; row < 6; row++) {  // the row of tiles above had the first two
       const int64_t y = tile.y + row - 1;
-      float* to = strip + row * strip_row;
+      float* to = strip + strip_offset(tile.y + row);
       y >= 0 && y < H ? read_pixels<T>(p, n, y * W, W, to + C_padded, C_padded) : (void)std::fill_n(to, strip_row, 0);
     }
   }
@@ -219,10 +225,10 @@ template <typename T, typename Factor> struct Winograd {
     for_each_tile(start, count, [&](const Tile& tile) {
       if (!tile.x) read_strip(begin + tile.image, tile, scratch.strip);
       for_each_vector(C_padded, [&](int64_t c) {
-        const float* d = scratch.strip + tile.x * C_padded + c;
+        const auto d = strip_rows(scratch.strip, tile, c);
         Factor* V = row_of(scratch.V, tile.index, 36 * C_padded) + c;
         transform_2d<6, 6>(
-            input_transform, [&](int64_t i) { return load(d + strip_offset(i, C_padded)); },
+            input_transform, [&](int64_t i) { return load(d[i / 6] + i % 6 * C_padded); },
             [&](int64_t i, vec_f32 v) { store_in_row(V + i * C_padded, tile.index, v); });
       });
     });
@@ -317,19 +323,16 @@ template <typename T, typename Factor> struct Winograd {
     for_each_tile(start, count, [&](const Tile& tile) {
       float* dstrip = scratch.dstrip;
       if (!tile.x) {
-        if (tile.y)
-          std::copy_n(dstrip + 4 * strip_row, 2 * strip_row, dstrip);
-        else
-          std::fill_n(dstrip, 2 * strip_row, 0);
-        for (int64_t row = 2; row < 6; row++) std::fill_n(dstrip + row * strip_row, 2 * C_padded, 0);
+        if (!tile.y) std::fill_n(dstrip, 2 * strip_row, 0);
+        for (int64_t row = 2; row < 6; row++) std::fill_n(dstrip + strip_offset(tile.y + row), 2 * C_padded, 0);
       }
       for_each_vector(C_padded, [&](int64_t c) {
         const float* M = scratch.M + tile.index * 36 * C_padded + c;
-        float* dd = dstrip + tile.x * C_padded + c;
+        const auto dd = strip_rows(dstrip, tile, c);
         transform_2d<6, 6>(
             input_transform_backward, [&](int64_t i) { return load(M + i * C_padded); },
             [&](int64_t i, vec_f32 values) {
-              float* to = dd + strip_offset(i, C_padded);
+              float* to = dd[i / 6] + i % 6 * C_padded;
               i / 6 < 2 || i % 6 < 2 ? add(to, values) : store(to, values);  // of a pixel's tiles this is the first
             });
       });
@@ -342,7 +345,7 @@ template <typename T, typename Factor> struct Winograd {
     const T* end = (const T*)p.dx + p.N * H * W * C;
     const bool accumulate = p.accumulate_dx;
     for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++) {
-      const float* from = dstrip + row * strip_row + C_padded;
+      const float* from = dstrip + strip_offset(tile.y + row) + C_padded;
       T* to = (T*)p.dx + (n * H + tile.y + row - 1) * W * C;
       for (int64_t i = 0; i < runs; i++, from += C_padded, to += run)
         for (int64_t c = 0; c < run; c += LANES) {
