@@ -70,16 +70,18 @@ template <typename T> struct Network {
     }
   }
 
-  // Takes memory for the gradients of the activations: two that take turns, and one more for each skip, to which the
-  // layer that reads the skip's source adds its own.
+  // Takes memory for the gradients of the activations: two that take turns where a layer cannot write its dx in the
+  // place of its dout, and one more for each skip, to which the layer that reads the skip's source adds its own.
   void plan_gradients(Arena& arena) const {
     int64_t N = chunks.N, largest = 0;
     for (int64_t i = 0; i < count - 1; i++) largest = std::max(largest, N * out_size(layers[i]));
-    T* const alternating[] = {arena.take<T>(largest), arena.take<T>(largest)};
-    for (int64_t i = 0; i < count; i++) {
+    T *dx = arena.take<T>(largest), *other = arena.take<T>(largest);
+    for (int64_t i = count; i--;) {
       LayerParams& p = layers[i];
       p.accumulate_dx = false;
-      if (i) p.dx = alternating[i % 2];
+      // A convolution reads a block's dout before it writes dx, which may take its place: memory that is in cache.
+      if (p.kind != CONV_NORM_RELU || p.C != p.K || i == count - 1) std::swap(dx, other);
+      if (i) p.dx = dx;
       if (p.kind == CONV_NORM_RELU)
         for (float** table : {&p.dscale, &p.dshift}) *table = arena.take<float>(N * p.K);
     }
