@@ -173,17 +173,19 @@ template <typename T, typename Factor> void measure(int64_t N, int64_t groups, i
     if (p.kind != CONV_NORM_RELU) continue;
     Arena rest = arena;
     const auto part = [&](const char* name, const auto& convolution, auto body) {
-      const int64_t block = convolution.images_per_block, total = block * convolution.tiles;
+      const int64_t block = std::min(convolution.images_per_block, network.images_at_once);
       const double time = least(repeats, [&] {
-        for (int64_t begin = 0; begin < N; begin += block)
+        for (int64_t begin = 0; begin < N; begin += block) {
+          const int64_t total = std::min(block, N - begin) * convolution.tiles;
           for (int64_t start = 0; start < total; start += convolution.tiles_per_block)
             body(begin, start, std::min(convolution.tiles_per_block, total - start));
+        }
       });
       printf("part\t%s\t%s\t%.3f\n", NAMES[i], name, 1e6 * time);
     };
     const Winograd<T, float> there = {p};
     const Winograd<T, Factor> back = {p};
-    std::vector<T> dpre_activation(there.images_per_block * p.H * p.W * p.K);
+    std::vector<T> dpre_activation(back.images_per_block * p.H * p.W * p.K);
     p.packed = there.pack(rest, false);
     const auto scratch = there.take_scratch(rest, true);
     there.clear(scratch);

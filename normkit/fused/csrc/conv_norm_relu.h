@@ -147,7 +147,8 @@ template <typename T, typename Convolution> struct ConvNormReLU {
 
   // With h the gradient behind ReLU and dropout, u = norm_weight * h, and v the normalised pre_activation:
   // dpre_activation = (u - mean(u) - v * mean(u * v)) / deviation, the means over the normalisation group. The sums
-  // that they are made of, dshift and dscale, come from the layer's reader.
+  // that they are made of, dshift and dscale, come from the layer's reader. dx may lie where dout does: of each block,
+  // dout is read before dx is written.
   void backward(int64_t first_image, int64_t last_image, Arena arena, float* grads, bool first) const {
     const Scratch scratch = take_scratch(arena, true);
     convolution.clear(scratch.convolution);

@@ -42,7 +42,7 @@ template <int64_t a_row, int64_t mr, int64_t nr, typename Factor, typename Out>
       }
       const Factor *a_k = a + r * a_stride, *b_k = b + c;
       int64_t k = 0;
-      do {  // at least once: where it may be never, GCC copies all sums before and after
+      do {  // runs at least once, else GCC copies all sums before and after
         Vector values[nr];
         UNROLL(2)
         for (int64_t j = 0; j < nr; j++) {

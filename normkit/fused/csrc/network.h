@@ -27,7 +27,7 @@ template <typename T> struct Network {
   const Chunks chunks = {layers->N};
 
   // So many images of a chunk go through a layer backward at a time, and through all layers of a step where no batch
-  // statistics are wanted: four, which in the smallest maps are a block of tiles.
+  // statistics are wanted: four, whose 16 tiles in the smallest maps are enough for a block.
   const int64_t images_at_once = std::any_of(layers, layers + count, has_batch_statistics)
                                      ? chunks.largest()
                                      : std::min<int64_t>(4, chunks.largest());
@@ -70,8 +70,9 @@ template <typename T> struct Network {
     }
   }
 
-  // Takes memory for the gradients of the activations: two that take turns where a layer cannot write its dx in the
-  // place of its dout, and one more for each skip, to which the layer that reads the skip's source adds its own.
+  // Takes memory for the gradients of the activations. A layer writes its dx in the place of its dout, which is in
+  // cache, where both have one size; else into the other of two pieces. Each skip has one more piece, and the layer
+  // that reads the skip's source adds its dx to it.
   void plan_gradients(Arena& arena) const {
     int64_t N = chunks.N, largest = 0;
     for (int64_t i = 0; i < count - 1; i++) largest = std::max(largest, N * out_size(layers[i]));
@@ -79,8 +80,8 @@ template <typename T> struct Network {
     for (int64_t i = count; i--;) {
       LayerParams& p = layers[i];
       p.accumulate_dx = false;
-      // A convolution reads a block's dout before it writes dx, which may take its place: memory that is in cache.
-      if (p.kind != CONV_NORM_RELU || p.C != p.K || i == count - 1) std::swap(dx, other);
+      const bool in_place = p.kind == CONV_NORM_RELU && p.C == p.K && i < count - 1;  // the last dout is the caller's
+      if (!in_place) std::swap(dx, other);
       if (i) p.dx = dx;
       if (p.kind == CONV_NORM_RELU)
         for (float** table : {&p.dscale, &p.dshift}) *table = arena.take<float>(N * p.K);
@@ -159,7 +160,7 @@ template <typename T> struct Network {
   void run_backward(const Thread& thread, int64_t first_chunk, int64_t last_chunk, Arena scratch,
                     bool first = true) const {  // of their chunk
     for (int64_t i = count; i--;) {
-      // Gradients of other sizes take turns in the same memory, and batch norm sums up what all threads have found.
+      // A dx of another size takes memory that images of other threads had, and batch norm sums up what all have found.
       if (threads > 1) thread.barrier();
       backward_layer<Factor>(i, first_chunk, last_chunk, scratch, first);
     }

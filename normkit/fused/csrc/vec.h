@@ -55,8 +55,8 @@ template <typename Vector> inline void keep_in_register(Vector& vector) {
 #endif
 }
 
-// The same for a pointer that goes from row to row: GCC else computes all rows' addresses ahead, more than registers
-// hold.
+// Keeps a pointer that goes from row to row as the one address: GCC else computes those of all rows ahead, more than
+// there are registers.
 template <typename Value> inline void keep_in_register(Value*& pointer) {
 #if defined __x86_64__ || defined __aarch64__
   __asm__("" : "+r"(pointer));
@@ -71,7 +71,7 @@ inline vec_u32 zero_extend(vec_bf16 values) {
 #endif
 }
 #ifdef __AVX512BF16__
-// Pairs of a value of `even` and, behind it, one of `odd`.
+// Pairs of a value of `even` and, behind it, one of `odd`: of the two operands' 64 values numbers i and 32 + i.
 inline vec_u32 interleave(vec_bf16 even, vec_bf16 odd) {
   const __m512i order = (__m512i)(vec_u32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001 + 0x200000);
   return (vec_u32)_mm512_permutex2var_epi16(_mm512_castsi256_si512((__m256i)even), order,
@@ -99,12 +99,15 @@ template <typename T> inline vec_f32 load(const T* from, int64_t count, const T*
   return load(last);
 }
 
-// Stores the first `count` values. A size that is known takes one instruction, any other a call; AVX-512's masked
-// stores of 16 bits take longer than a branch.
+// Stores the first `count` values. Whole vectors, and halves, as C3 reads 8 channels and AVX-512 has 16 lanes, take one
+// instruction; other counts a call.
 template <typename Vector, typename Value> inline void store_first(Value* to, const Vector& values, int64_t count) {
-  count == LANES       ? memcpy(to, &values, LANES * sizeof *to)
-  : count == LANES / 2 ? memcpy(to, &values, LANES / 2 * sizeof *to)
-                       : memcpy(to, &values, count * sizeof *to);
+  if (count == LANES)
+    memcpy(to, &values, LANES * sizeof *to);
+  else if (count == LANES / 2)
+    memcpy(to, &values, LANES / 2 * sizeof *to);
+  else
+    memcpy(to, &values, count * sizeof *to);
 }
 inline void store(float* to, vec_f32 values, int64_t count = LANES) { store_first(to, values, count); }
 inline void store(bf16* to, vec_f32 values, int64_t count = LANES) { store_first(to, f32_to_bf16(values), count); }

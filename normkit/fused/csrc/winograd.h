@@ -9,7 +9,7 @@
 // Letters as in that paper: d a tile of the input, g a weight's nine taps; U = transform of g, V = transform of d,
 // M = V · U, y = transform of M. In memory:
 //   U (36, C, K), for the backward pass (36, K, C_padded)
-//   V (tiles, 36, C_padded)        M (tiles, 36, K)
+//   V (tiles, 36, C_padded)        M (tiles, 36, K)        where factors are pairs, V and dM have two tiles in a row
 //   dM as M, and dM_by_k the same with pairs of neighbouring k        dU (36, C_padded, K)
 #pragma once
 
@@ -81,8 +81,8 @@ inline void transform_2d(Transform transform, In in, Out out) {
   }
 }
 
-// Rows of a matrix that is later summed over its rows: pairs hold two rows each. The even one of them is to be written
-// first, and waits in the place of both.
+// Rows of a matrix that is later summed over its rows: pairs hold two rows each. The even one is to be written first,
+// and lies in the first half of each vector of pairs until the odd one comes.
 template <typename Factor> inline Factor* row_of(Factor* matrix, int64_t row, int64_t columns) {
   return matrix + row / (is_pair<Factor> ? 2 : 1) * columns;
 }
@@ -99,14 +99,11 @@ template <typename Factor> inline void store_in_row(Factor* to, int64_t row, vec
     store(to, values);
   }
 }
-// Gives an even row that is the last one zeros to pair with.
-template <typename Factor> inline void end_rows(Factor* matrix, int64_t rows, int64_t columns) {
-  if constexpr (is_pair<Factor>)
-    for (int64_t i = 0; rows % 2 && i < columns; i += LANES) {
-      Factor* to = row_of(matrix, rows - 1, columns) + i;
-      const vec_u32 pairs = interleave(read<vec_bf16>(to), vec_bf16{});
-      memcpy(to, &pairs, sizeof pairs);
-    }
+// Pairs the last row with zeros where the number of rows is odd.
+template <typename Factor> inline void complete_pairs(Factor* matrix, int64_t rows, int64_t columns) {
+  if (!is_pair<Factor> || rows % 2 == 0) return;
+  Factor* last = row_of(matrix, rows - 1, columns);
+  for (int64_t i = 0; i < columns; i += LANES) store_in_row(last + i, rows, vec_f32{});
 }
 
 // Factor is bf16x2 in backward passes alone. There, rounding the points hardly adds to what rounded activations do (to
@@ -118,15 +115,17 @@ template <typename T, typename Factor> struct Winograd {
   const LayerParams& p;
   const int64_t C = p.C, K = p.K, H = p.H, W = p.W;
   const int64_t C_padded = round_up(C, std::max(LANES, MR));
-  // So many that V, dM, M, U and dU fit into an L2 cache: of 512 KiB, or of the 1 MiB that processors with products of
-  // bfloat16 have. The more, the less often dU is loaded and stored.
+  // So many that V, M, U, dM and dU fit into an L2 cache of 512 KiB: they have 16 tiles of 32 channels, or twice as
+  // many of 16. Backward with pairs twice that: they take half the memory, and processors that have them 1 MiB of L2.
+  // The more tiles, the less often dU is loaded and stored.
   const int64_t tiles_per_block = (is_pair<Factor> ? 32 : 16) * (std::max(C_padded, K) <= 16 ? 2 : 1);
   // From one point's matrix of U or dU to the next: a cache line more than it has, or all 36 would lie in one cache
   // set.
   const int64_t point_stride = C_padded * K + 16;
   const int64_t tile_rows = (H + 3) / 4, tile_columns = (W + 3) / 4, tiles = tile_rows * tile_columns;
   const int64_t images_per_block = std::clamp(tiles_per_block / tiles, int64_t(1), p.N);
-  // Six rows of pixels with a border of zeros, as wide as the tiles need: what one row of tiles reads.
+  // Six rows of pixels with a border of zeros, as wide as the tiles need: what one row of tiles reads. They are a ring:
+  // the two that the next row of tiles reads again stay where they are.
   const int64_t strip_row = (tile_columns * 4 + 2) * C_padded, strip_size = 6 * strip_row;
 
   struct Scratch {
@@ -139,10 +138,10 @@ template <typename T, typename Factor> struct Winograd {
   Scratch take_scratch(Arena& arena, bool backward) const {
     return {arena.take<float>(strip_size),
             arena.take<float>(backward * strip_size),
-            arena.take<Factor>(tiles_per_block * 36 * C_padded),
+            arena.take<Factor>(tiles_per_block / PER_FACTOR * 36 * C_padded),
             arena.take<float>(tiles_per_block * 36 * std::max(C_padded, K)),
-            arena.take<Factor>(backward * tiles_per_block * 36 * K),
-            arena.take<Factor>(backward * is_pair<Factor> * tiles_per_block * 36 * K),
+            arena.take<Factor>(backward * tiles_per_block / PER_FACTOR * 36 * K),
+            arena.take<Factor>(backward * is_pair<Factor> * tiles_per_block / PER_FACTOR * 36 * K),
             arena.take<float>(backward * 36 * point_stride)};
   }
   void clear(const Scratch& scratch) const { std::fill_n(scratch.strip, strip_size, 0); }
@@ -202,7 +201,7 @@ template <typename T, typename Factor> struct Winograd {
         if (tile.y + i / 4 < H && tile.x + i % 4 < W) body(i, first + (i / 4 * W + i % 4) * K);
     }
   }
-  // Where a row lies in a strip: the two that a row of tiles shares with the one above stay where they are.
+  // Where a row of the image with its border, the border being row 0, lies in a strip.
   int64_t strip_offset(int64_t row) const { return row % 6 * strip_row; }
   // The rows of a tile in a strip, from the tile's first pixel on.
   std::array<float*, 6> strip_rows(float* strip, const Tile& tile, int64_t c) const {
@@ -232,7 +231,7 @@ template <typename T, typename Factor> struct Winograd {
             [&](int64_t i, vec_f32 v) { store_in_row(V + i * C_padded, tile.index, v); });
       });
     });
-    end_rows(scratch.V, count, 36 * C_padded);
+    complete_pairs(scratch.V, count, 36 * C_padded);
   }
   void compute_M(int64_t count, const Scratch& scratch) const {  // V · U
     const Factor* U = (const Factor*)p.packed;
@@ -274,7 +273,8 @@ template <typename T, typename Factor> struct Winograd {
     }
   }
 
-  // dpre_activation: of the block. channels: K, so that the 36 addresses need not be computed, or 0.
+  // dpre_activation: of the block. channels: K, where it is known when this is compiled, or 0; else GCC computes the
+  // addresses of all 36 points again and again.
   template <int64_t channels>
   [[gnu::flatten]] void compute_dM(int64_t start, int64_t count, const T* dpre_activation,
                                    const Scratch& scratch) const {
@@ -297,7 +297,7 @@ template <typename T, typename Factor> struct Winograd {
           transform([&](int64_t i) { return tile.y + i / 4 < H && tile.x + i % 4 < W ? pixel(i) : vec_f32{}; });
       });
     });
-    end_rows(scratch.dM, count, 36 * K);
+    complete_pairs(scratch.dM, count, 36 * K);
   }
   void add_dU(int64_t count, const Scratch& scratch, bool first) const {  // V^T · dM
     for (int64_t i = 0; i < 36; i++) {
@@ -316,7 +316,7 @@ template <typename T, typename Factor> struct Winograd {
       });
   }
   // Writes dx, or adds to it. A pixel's gradient is whole with the last of the tiles that read it.
-  // channels: C_padded or 0.
+  // channels: as in compute_dM, but of C_padded.
   template <int64_t channels>
   [[gnu::flatten]] void compute_dx(int64_t begin, int64_t start, int64_t count, const Scratch& scratch) const {
     const int64_t C_padded = channels ? channels : this->C_padded;
@@ -341,17 +341,17 @@ template <typename T, typename Factor> struct Winograd {
   }
   void store_strip(int64_t n, const Tile& tile, const float* dstrip) const {
     const int64_t rows = tile.y + 4 < H ? 4 : 5;
-    const int64_t runs = C == C_padded ? 1 : W, run = W * C / runs;  // pixels without gaps are stored as one
+    const int64_t runs = C == C_padded ? 1 : W, run_size = W * C / runs;  // in a row; one where pixels have no gaps
     const T* end = (const T*)p.dx + p.N * H * W * C;
     const bool accumulate = p.accumulate_dx;
     for (int64_t row = tile.y ? 0 : 1; row < rows && tile.y + row <= H; row++) {
       const float* from = dstrip + strip_offset(tile.y + row) + C_padded;
       T* to = (T*)p.dx + (n * H + tile.y + row - 1) * W * C;
-      for (int64_t i = 0; i < runs; i++, from += C_padded, to += run)
-        for (int64_t c = 0; c < run; c += LANES) {
+      for (int64_t i = 0; i < runs; i++, from += C_padded, to += run_size)
+        for (int64_t c = 0; c < run_size; c += LANES) {
           vec_f32 values = load(from + c);
-          if (accumulate) values += load(to + c, run - c, end);
-          store(to + c, values, std::min(LANES, run - c));
+          if (accumulate) values += load(to + c, run_size - c, end);
+          store(to + c, values, std::min(LANES, run_size - c));
         }
     }
   }
