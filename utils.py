@@ -136,7 +136,7 @@ def train(
     meter = Meter()  # which on a GPU is read when the bar redraws
     closure_needed = optim.needs_closure(optimizer)
     alone = not closure_needed and optim.steps_alone(optimizer)
-    fast = fast_loss(network, criterion, compute_dtype)
+    fast = fast_loss(network, criterion, compute_dtype, type(loader) is Loader and optim.is_plain(optimizer, scheduler))
     network.train()
     optim.begin(optimizer)
 

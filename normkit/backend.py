@@ -85,9 +85,14 @@ def evaluating(network):
                 module.train(mode)
 
 
-def fast_loss(network, criterion, dtype):
-    """Returns what computes the loss of a batch and its gradients without autograd's detours, where it can."""
-    return (GraphedLoss if isinstance(network, Graphed) else FusedLoss)(network, criterion, dtype)
+def fast_loss(network, criterion, dtype, undisturbed):
+    """Returns what computes the loss of a batch and its gradients without autograd's detours, where it can.
+
+    undisturbed: see FusedLoss.
+    """
+    if isinstance(network, Graphed):
+        return GraphedLoss(network, criterion, dtype)
+    return FusedLoss(network, criterion, dtype, undisturbed)
 
 
 class Compiled(nn.Module):

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, empty_like
 from torch.optim import LBFGS, lr_scheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 
 def needs_closure(optimizer):
@@ -61,6 +62,32 @@ def steps_alone(optimizer):
         and all(parameter.is_cpu for parameter in parameters)
         and sum(parameter.numel() for parameter in parameters) < SMALL * len(parameters)
     )
+
+
+def is_plain(optimizer, scheduler=None):
+    """Whether a step of both runs no code but PyTorch's and the kit's: no hooks, no class or function of a user's."""
+    kind = type(optimizer)
+    functions = [kind.step, kind.zero_grad, *filter(callable, vars(optimizer).values())]
+    hooks = [*step_hooks(optimizer), *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks]
+    return (
+        is_ours(kind.__module__)
+        and all(map(is_plain_function, functions))
+        and not hooks
+        and (scheduler is None or is_torch_scheduler(scheduler))
+    )
+
+
+def is_plain_function(function):
+    """Whether a function and those that it wraps, as torch's schedulers wrap step, are PyTorch's or the kit's."""
+    while function is not None:
+        if not is_ours(getattr(function, "__globals__", {}).get("__name__", "")):  # wraps() gives away __module__
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def is_ours(module):
+    return module.partition(".")[0] in ("torch", "normkit", "pytorch_optimizer")  # the last is what Muon stands on
 
 
 def begin(optimizer):

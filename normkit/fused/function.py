@@ -29,6 +29,7 @@ def prepare_call(layers, dtype, needs_grad, shape, nchw, threads):
     otherwise x is channels_last, in dtype. Logits, an AvgPoolLinear's output, are in float32.
     """
     sizes, out_shape = sizes_of(layers, shape, nchw)
+    threads = min(threads, shape[0])  # as each takes whole images
     plan = make_plan(sizes, "bf16" if dtype == torch.bfloat16 else "float", needs_grad, threads)
     blocks = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
     return Call(plan, blocks, out_shape, torch.float32 if layers[-1].kind == params.AVGPOOL_LINEAR else dtype)
@@ -57,15 +58,16 @@ def begin_pass(call, x, parameters):
     return out, structs, inputs
 
 
-def training_step(call, x, parameters, labels):
+def training_step(call, x, parameters, labels, gradients=None):
     """Returns logits (N, K, 1, 1) of x, (N, 3, H, W) in float32, their mean cross-entropy, and the gradients.
 
-    labels: int64 (N,), each from 0 to K - 1.
+    labels: int64 (N,), each from 0 to K - 1. gradients: tensors like the parameters to write them to, or None.
     """
     plan, workspace = call.plan, take_workspace(call.plan.step_bytes)
     logits, structs, inputs = begin_pass(call, x, parameters)
     loss, labels = torch.empty((), dtype=torch.float32, device="cpu"), labels.contiguous()
-    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    if gradients is None:
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
     params.set_addresses(structs, plan.gradients, [None, None, *gradients])
     plan.step(structs.ctypes.data, labels.data_ptr(), loss.data_ptr(), workspace.data_ptr())
     give_back(workspace)
