@@ -155,15 +155,22 @@ template <typename T, typename Factor> struct Winograd {
     const int64_t column_stride = backward ? p.weight_c_stride : 9 * C,
                   row_stride = backward ? 9 * C : p.weight_c_stride;
     constexpr int64_t AT_ONCE = 4;  // rows: a vector of values that were stored one by one just now would have to wait
+    const auto fetch = [&](int64_t row, int64_t column, float (*to)[LANES], auto tap_stride) {
+      const float* from = p.weight + row * row_stride + column * column_stride;
+      for (int64_t l = 0; l < std::min(LANES, valid - column); l++, from += column_stride) {
+        UNROLL(9)
+        for (int64_t tap = 0; tap < 9; tap++) to[tap][l] = from[tap * tap_stride];
+      }
+    };
     for_each_vector(columns, [&](int64_t column) {
       float taps[AT_ONCE][9][LANES] = {};
       for (int64_t first = 0; first < rows; first += AT_ONCE) {
         const int64_t end = std::min(first + AT_ONCE, rows);
         for (int64_t row = first; row < end; row++)
-          for (int64_t l = 0; l < LANES && column + l < valid; l++)
-            for (int64_t tap = 0; tap < 9; tap++)
-              taps[row - first][tap][l] =
-                  p.weight[row * row_stride + (column + l) * column_stride + tap * p.weight_tap_stride];
+          if (p.weight_tap_stride == 1)  // as PyTorch lays weights out; as a constant it takes a quarter off the time
+            fetch(row, column, taps[row - first], std::integral_constant<int64_t, 1>{});
+          else
+            fetch(row, column, taps[row - first], p.weight_tap_stride);
         for (int64_t row = first; row < end; row++)
           transform_2d<3, 6>(
               filter_transform, [&](int64_t i) { return load(taps[row - first][i]); },
