@@ -134,11 +134,10 @@ def train(
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
     meter = Meter()  # which on a GPU is read when the bar redraws
-    closure_needed = optim.needs_closure(optimizer)
-    alone = not closure_needed and optim.steps_alone(optimizer)
-    fast = fast_loss(network, criterion, compute_dtype, type(loader) is Loader and optim.is_plain(optimizer, scheduler))
+    undisturbed = type(loader) is Loader and optim.is_plain(optimizer, scheduler)  # nobody else acts between batches
+    stepper = optim.Stepper(optimizer, undisturbed)
+    fast = fast_loss(network, criterion, compute_dtype, undisturbed)
     network.train()
-    optim.begin(optimizer)
 
     def read_metrics():
         meter.read()
@@ -156,6 +155,7 @@ def train(
     def backward(loss):
         optimizer.zero_grad()
         if not fast.backward():
+            stepper.forget()  # as a module, a hook or a criterion of a user's may have run
             loss.backward()
         return loss
 
@@ -179,7 +179,7 @@ def train(
             if meter.first_unsound is not None:  # on a CPU before the weights are spoilt
                 read_metrics()
             backward(loss)
-            optim.step(optimizer, optim.closure_for(optimizer, loss, closure) if closure_needed else None, alone)
+            stepper.step(loss, closure)
             if scheduler is not None:
                 scheduler.step()
             if bar.update():

@@ -7,8 +7,9 @@ import warnings
 
 import torch
 from torch import Tensor, empty_like
-from torch.optim import LBFGS, lr_scheduler
+from torch.optim import LBFGS, SGD, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.sgd import sgd
 
 
 def needs_closure(optimizer):
@@ -36,18 +37,62 @@ def set_mode(optimizer, mode):
 
 
 SMALL = 4096  # numbers in a tensor, on average; two threads were faster than one from 16 to 32 thousand on
+SGD_SETTINGS = "lr momentum dampening weight_decay nesterov maximize".split()
 
 
-def step(optimizer, closure=None, alone=False):
-    """Takes an optimizer's step; alone: in this thread, see steps_alone."""
-    threads = torch.get_num_threads()
-    if alone:
-        torch.set_num_threads(1)
-    try:
-        optimizer.step() if closure is None else optimizer.step(closure)
-    finally:
-        if alone:
-            torch.set_num_threads(threads)
+class Stepper:
+    """Makes an optimizer ready for a loop, and takes its steps, in the fastest of the ways to the same numbers.
+
+    undisturbed: between two steps runs no code but PyTorch's and the kit's, but where forget() is called. Then a small
+    fused SGD's tensors are looked up once: its step() spends a third of its time on that.
+    """
+
+    def __init__(self, optimizer, undisturbed=False):
+        self.optimizer, self.closure_needed = optimizer, needs_closure(optimizer)
+        self.alone = not self.closure_needed and steps_alone(optimizer)
+        self.keeps_tensors = undisturbed and self.alone and type(optimizer) is SGD
+        self.groups = []  # SGD's, each with its parameters and their momenta
+        begin(optimizer)
+
+    def forget(self):
+        """Has the next step look everything up."""
+        self.groups = []
+
+    def step(self, loss, closure):
+        """Takes a step. closure() computes the batch's loss anew, and the gradients; the first time it is known."""
+        if self.closure_needed:
+            self.optimizer.step(closure_for(self.optimizer, loss, closure))
+            return
+        threads = torch.get_num_threads()
+        if self.alone:
+            torch.set_num_threads(1)
+        try:
+            if not self.step_groups():
+                self.optimizer.step()
+                self.groups = groups_of(self.optimizer) if self.keeps_tensors else []
+        finally:
+            if self.alone:
+                torch.set_num_threads(threads)
+
+    @torch.no_grad()
+    def step_groups(self):
+        """Takes a step of SGD, if its tensors are known, and returns whether it has."""
+        gradients = [[parameter.grad for parameter in parameters] for _, parameters, _ in self.groups]
+        watched = torch.autograd._profiler_enabled()  # which shows calls of step()
+        if not gradients or watched or any(each is None for group in gradients for each in group):
+            return False
+        for (group, parameters, momenta), own in zip(self.groups, gradients):
+            sgd(parameters, own, momenta, fused=True, **{name: group[name] for name in SGD_SETTINGS})
+        return True
+
+
+def groups_of(optimizer):
+    """Returns SGD's groups, each with its parameters and their momenta, or [] where one has none."""
+    groups = [
+        (group, group["params"], [optimizer.state.get(each, {}).get("momentum_buffer") for each in group["params"]])
+        for group in optimizer.param_groups
+    ]
+    return [] if any(each is None for _, _, momenta in groups for each in momenta) else groups
 
 
 def steps_alone(optimizer):

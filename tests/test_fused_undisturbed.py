@@ -1,5 +1,6 @@
 """What is kept from batch to batch where nobody has a word between them, and that it is not where somebody has."""
 
+import copy
 import functools
 
 import pytest
@@ -142,6 +143,92 @@ def test_what_somebody_changes_between_two_batches_counts_from_the_next(who, loa
         if hasattr(act, "handle"):
             act.handle.remove()
     assert by_kernel == {True: 2, False: 4} and len(seen) == 4
+
+
+def momentum_cycle(optimizer):
+    return lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, 2, base_momentum=0.5, max_momentum=0.9)
+
+
+SGDS = {  # settings of SGD, a schedule stepped after each batch, and how many of six steps go through SGD.step
+    "momentum": ({"momentum": 0.9}, None, 1),
+    "Nesterov": ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, None, 1),
+    "dampening": ({"momentum": 0.9, "dampening": 0.5, "maximize": True}, None, 1),
+    "a schedule": ({"momentum": 0.9, "lr": torch.tensor(0.05)}, lambda each: lr_scheduler.ExponentialLR(each, 0.5), 1),
+    "momentum that moves": ({"momentum": 0.9}, momentum_cycle, 1),
+    "no momentum": ({}, None, 6),
+    "not fused": ({"momentum": 0.9, "fused": False}, None, 6),
+}
+
+
+@pytest.mark.parametrize("name", SGDS)
+def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
+    """To the bit, with groups of two rates, and parameters of neither."""
+    settings, schedule_of, expected = SGDS[name]
+    look_up, calls, results = torch.optim.SGD._init_group, [], []
+    monkeypatch.setattr(torch.optim.SGD, "_init_group", lambda *args: calls.append(None) or look_up(*args))
+    for is_plain in (optim.is_plain, lambda *parts: False):
+        monkeypatch.setattr(optim, "is_plain", is_plain)
+        torch.manual_seed(0)
+        net = model.Net("batch")
+        net.C3.requires_grad_(False)
+        trained = [each for each in net.parameters() if each.requires_grad]
+        groups = [{"params": trained[:5], "lr": 0.02}, {"params": trained[5:]}]
+        optimizer = torch.optim.SGD(groups, **{"lr": 0.01, "fused": True} | copy.deepcopy(settings))
+        loader.set_epoch(0)
+        utils.train(net, loader, optimizer, schedule_of and schedule_of(optimizer), **QUIET)
+        state = optimizer.state_dict()
+        momenta = [each.get("momentum_buffer") for each in state["state"].values()]
+        rates = [torch.as_tensor(group["lr"]) for group in state["param_groups"]]
+        results.append([*net.state_dict().values(), *rates, *(each for each in momenta if each is not None)])
+    assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
+    assert len(calls) == 2 * (expected + 6)  # of two groups
+
+
+def test_parameters_that_lose_their_gradients_stay_as_they_are():
+    net = model.Net("group")
+    stepper = optim.Stepper(torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True), undisturbed=True)
+    for _ in range(2):
+        F.cross_entropy(net(IMAGES), LABELS).backward()
+        stepper.step(None, None)
+    net.C3.requires_grad_(False)
+    net.zero_grad()
+    F.cross_entropy(net(IMAGES), LABELS).backward()
+    before = copy.deepcopy(net.state_dict())
+    stepper.step(None, None)
+    moved = {name for name, each in net.state_dict().items() if not torch.equal(each, before[name])}
+    assert moved == {name for name, _ in net.named_parameters() if not name.startswith("C3")}
+
+
+@pytest.mark.parametrize("change", ["a group more", "a layer less"])
+def test_what_a_hook_of_the_network_does_to_the_optimizer_is_seen(change, loader, monkeypatch):
+    """With a hook a network runs as its modules, between which and the step there is somebody."""
+    results = []
+    for is_plain in (optim.is_plain, lambda *parts: False):
+        monkeypatch.setattr(optim, "is_plain", is_plain)
+        torch.manual_seed(0)
+        net, calls = model.Net("group"), []
+        last = list(net.C10.parameters())
+        optimizer = torch.optim.SGD(list(net.parameters())[:-2], 0.01, 0.9, fused=True)
+
+        def act(*_, net=net, calls=calls, optimizer=optimizer, last=last):
+            calls.append(None)
+            if len(calls) == 3 and change == "a group more":
+                optimizer.add_param_group({"params": last, "lr": 0.5})
+            elif len(calls) == 3:
+                net.C3.requires_grad_(False)
+
+        net.C4.register_forward_hook(act)
+        loader.set_epoch(0)
+        utils.train(net, loader, optimizer, **QUIET)
+        results.append(list(net.parameters()))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_profile_shows_each_step(loader):
+    net = model.Net("group")
+    with torch.profiler.profile() as profile:
+        utils.train(net, loader, torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True), **QUIET)
+    assert sum(each.count for each in profile.key_averages() if each.key == "Optimizer.step#SGD.step") == 6
 
 
 def step(fast, net, images=IMAGES, labels=LABELS):
