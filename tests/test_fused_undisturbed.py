@@ -149,12 +149,17 @@ def momentum_cycle(optimizer):
     return lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, 2, base_momentum=0.5, max_momentum=0.9)
 
 
+def momentum_stops(optimizer):
+    return lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, 2, base_momentum=0.0, max_momentum=0.9)
+
+
 SGDS = {  # settings of SGD, a schedule stepped after each batch, and how many of six steps go through SGD.step
     "momentum": ({"momentum": 0.9}, None, 1),
     "Nesterov": ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, None, 1),
     "dampening": ({"momentum": 0.9, "dampening": 0.5, "maximize": True}, None, 1),
     "a schedule": ({"momentum": 0.9, "lr": torch.tensor(0.05)}, lambda each: lr_scheduler.ExponentialLR(each, 0.5), 1),
     "momentum that moves": ({"momentum": 0.9}, momentum_cycle, 1),
+    "momentum that stops": ({"momentum": 0.9, "dampening": 0.1}, momentum_stops, 2),
     "no momentum": ({}, None, 6),
     "not fused": ({"momentum": 0.9, "fused": False}, None, 6),
 }
@@ -182,6 +187,16 @@ def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
         results.append([*net.state_dict().values(), *rates, *(each for each in momenta if each is not None)])
     assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
     assert len(calls) == 2 * (expected + 6)  # of two groups
+
+
+def test_parameters_of_two_dtypes_in_a_group():
+    parameters = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)]
+    stepper = optim.Stepper(torch.optim.SGD(parameters, 1.0, 0.5, fused=True), undisturbed=True)
+    for _ in range(3):
+        for each in parameters:
+            each.grad = torch.ones_like(each)
+        stepper.step(None, None)
+    assert [each.tolist() for each in parameters] == [[-4.25, -4.25]] * 2
 
 
 def test_parameters_that_lose_their_gradients_stay_as_they_are():
