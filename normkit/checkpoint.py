@@ -7,7 +7,7 @@ import itertools
 import tempfile
 from pathlib import Path
 
-from normkit.files import read_state, to_bytes, write_state, write_whole
+from normkit.files import is_whole, read_state, to_bytes, write_state, write_whole
 
 VERSION = 6  # of the file
 
@@ -72,8 +72,7 @@ class Checkpoint:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.exists() and read_state(self.path) is not None
-            write_whole(self.path, content, self.previous if whole else None)
+            write_whole(self.path, content, self.previous if is_whole(self.path) else None)
         except OSError as error:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 

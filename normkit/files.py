@@ -100,23 +100,31 @@ def write_whole(path, content, previous=None):
         raise
 
 
+def is_whole(file):
+    """Whether a file is an archive as torch.save writes it, each entry with the right checksum."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except PermissionError:
+        raise
+    except Exception:  # each damaged byte has an error of its own in zipfile
+        return False
+
+
 def read_state(file):
     """Returns what write_state wrote, or None where it is damaged; refuses anything but tensors and plain values.
 
     file: a path, or an open file.
     """
+    if not is_whole(file):
+        return None
+    if hasattr(file, "seek"):
+        file.seek(0)
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.save writes a zip archive, a checksum with each entry
-            if archive.testzip() is not None:
-                return None
-        if hasattr(file, "seek"):
-            file.seek(0)
         return decoded(torch.load(file, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and plain values, and is not read: name another file, or delete it"
         ) from error
-    except PermissionError:
-        raise
-    except Exception:  # each damaged byte has an error of its own in zipfile and torch
+    except Exception:  # what is in such an archive may be no state at all
         return None

@@ -113,7 +113,7 @@ def assert_same(net, images, labels, dtype):
         if net.norm == "batch" and name.endswith("conv.bias"):
             assert not gradient.any()  # batch norm takes away what it adds
         elif expected[2][name].norm() > 1e-9:  # and so does instance norm
-            assert relative(gradient, expected[2][name]) < tolerances.get(name, 1e-4), name
+            assert relative(gradient, expected[2][name]) < tolerances.get(name, 1e-5), name
     if dtype == torch.float32:
         assert correct == expected[1]
         for (name, one), other in zip(net.named_buffers(), exact.buffers()):
@@ -132,15 +132,18 @@ def test_a_step_is_that_of_the_modules(norm, device, dtype):
     )
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "every second pixel"])
-def test_other_layouts(layout, device, dtype):
+@pytest.mark.parametrize("layout, programs", [("channels_last", 1), ("every second pixel", 4)])
+def test_other_layouts(layout, programs, device, dtype, monkeypatch):
+    """One program adds up all; of four, more than there are blocks in the small maps, some have nothing to do."""
+    few(programs, monkeypatch)
     net, images = net_of("batch", device), images_of(2, 3, 8, 16, device=device)[..., ::2]
     if layout == "channels_last":
         net, images = (each.to(memory_format=torch.channels_last) for each in (net, images))
     assert_same(net, images, torch.tensor([5, 5]), dtype)
 
 
-def test_instance_norm_of_one_image_no_skips_and_three_classes(device, dtype):
+def test_instance_norm_of_one_image_no_skips_and_three_classes(device, dtype, monkeypatch):
+    few(4, monkeypatch)  # three of which have no image
     net = net_of("group", device, num_groups="channels", skip=False)
     net.C10 = model.Conv2d(32, 3, 1).to(device)
     assert_same(net, images_of(1, 3, 8, 8, device=device), torch.tensor([2, 1])[::2], dtype)
@@ -150,19 +153,6 @@ def test_all_is_dropped(device, dtype):
     net = net_of("batch", device, dropout=1.0)
     loss, _, gradients = step_of(net, images_of(4, 3, 8, 8, device=device), torch.arange(4), dtype)
     assert loss.isfinite() and [name for name, each in gradients.items() if each.any()] == ["C10.bias"]
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_sums_are_the_same_but_for_rounding_whoever_adds_up_what(norm, device, dtype, monkeypatch):
-    """Of more programs than there are blocks, some have nothing to do."""
-    images, labels, steps = images_of(2, 3, 8, 8, device=device), torch.arange(2), []
-    for programs in (1, 4):
-        few(programs, monkeypatch)
-        steps.append(step_of(net_of(norm, device), images, labels, dtype))
-    assert steps[0][1] == steps[1][1]
-    for name, gradient in steps[0][2].items():
-        tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * float(gradient.abs().max())
-        torch.testing.assert_close(gradient, steps[1][2][name], rtol=0, atol=tolerance, msg=name)
 
 
 def test_a_value_that_is_not_finite_reaches_the_loss(device, dtype):
