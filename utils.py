@@ -134,7 +134,7 @@ def train(
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
     meter = Meter()  # which on a GPU is read when the bar redraws
-    undisturbed = type(loader) is Loader and optim.is_plain(optimizer, scheduler)  # nobody else acts between batches
+    undisturbed = type(loader) is Loader and optim.are_plain(loader, optimizer, scheduler)  # nobody acts in between
     stepper = optim.Stepper(optimizer, undisturbed)
     fast = fast_loss(network, criterion, compute_dtype, undisturbed)
     network.train()

@@ -3,12 +3,16 @@
 import copy
 import inspect
 import math
+import sys
 import warnings
+from types import FunctionType
 
 import torch
 from torch import Tensor, empty_like
 from torch.optim import LBFGS, SGD, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from normkit.fused.loss import KEPT_FOR
 
 
 def needs_closure(optimizer):
@@ -43,14 +47,15 @@ class Stepper:
     """Makes an optimizer ready for a loop, and takes its steps, in the fastest of the ways to the same numbers.
 
     undisturbed: between two steps runs no code but PyTorch's and the kit's, but where forget() is called. Then a small
-    fused SGD's tensors are looked up once: its step() spends half of its time on that.
+    fused SGD's tensors are looked up now and then: its step() spends half of its time on that.
     """
 
     def __init__(self, optimizer, undisturbed=False):
         self.optimizer, self.closure_needed = optimizer, needs_closure(optimizer)
         self.alone = not self.closure_needed and steps_alone(optimizer)
-        self.keeps_tensors = undisturbed and self.alone and type(optimizer) is SGD
-        self.groups = []  # SGD's, each with its parameters and their momenta
+        scaled = not vars(optimizer).keys().isdisjoint(("grad_scale", "found_inf"))  # by a GradScaler
+        self.keeps_tensors = undisturbed and self.alone and type(optimizer) is SGD and not scaled
+        self.groups, self.steps_left = [], 0  # SGD's, each with its parameters and their momenta; for how long
         begin(optimizer)
 
     def forget(self):
@@ -68,7 +73,8 @@ class Stepper:
         try:
             if not self.step_groups():
                 self.optimizer.step()
-                self.groups = groups_of(self.optimizer) if self.keeps_tensors else []
+                if self.keeps_tensors:
+                    self.groups, self.steps_left = groups_of(self.optimizer), KEPT_FOR
         finally:
             if self.alone:
                 torch.set_num_threads(threads)
@@ -76,8 +82,10 @@ class Stepper:
     @torch.no_grad()
     def step_groups(self):
         """Takes a step of SGD, if its tensors are known, and returns whether it has."""
-        if not self.groups or torch.autograd._profiler_enabled():  # which shows calls of step()
+        if not self.groups or not self.steps_left or torch.autograd._profiler_enabled():  # which shows calls of step()
             return False
+        self.steps_left -= 1
+        # All are looked at before one is changed.
         gradients = [[parameter.grad for parameter in parameters] for _, parameters, _ in self.groups]
         settings = [{name: group[name] for name in SGD_SETTINGS} for group, _, _ in self.groups]
         if any(each is None for group in gradients for each in group) or not all(each["momentum"] for each in settings):
@@ -92,6 +100,7 @@ def groups_of(optimizer):
     groups = [
         (group, group["params"], [optimizer.state.get(each, {}).get("momentum_buffer") for each in group["params"]])
         for group in optimizer.param_groups
+        if group["params"]
     ]
     return [] if any(each is None for _, _, momenta in groups for each in momenta) else groups
 
@@ -110,30 +119,41 @@ def steps_alone(optimizer):
     )
 
 
-def is_plain(optimizer, scheduler=None):
-    """Whether a step of both runs no code but PyTorch's and the kit's: no hooks, no class or function of a user's."""
-    kind = type(optimizer)
-    functions = [kind.step, kind.zero_grad, *filter(callable, vars(optimizer).values())]
+def are_plain(loader, optimizer, scheduler=None):
+    """Whether loading a batch and stepping both runs no code but PyTorch's and the kit's.
+
+    That is, none has a class, a method or a function of a user's, nor the optimizer a hook. loader: one of the kit's.
+    """
     hooks = [*step_hooks(optimizer), *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks]
     return (
-        is_ours(kind.__module__)
-        and all(map(is_plain_function, functions))
-        and not hooks
+        not hooks
+        and type(optimizer).__module__.startswith(("torch.optim.", "normkit."))  # others may wrap one of the user's
+        and all(map(is_plain_function, filter(callable, vars(optimizer).values())))
         and (scheduler is None or is_torch_scheduler(scheduler))
+        and all(map(is_plain_class, map(type, (loader, optimizer, scheduler))))
     )
+
+
+# Muon stands on the third; the last is where deprecated methods are wrapped, as some of Optimizer's are.
+PLAIN = {"torch", "normkit", "utils", "pytorch_optimizer", "typing_extensions", *sys.stdlib_module_names}
+
+
+def is_plain_class(kind):
+    """Whether nobody has replaced a method of a class of PyTorch's or the kit's, by a function or a mock."""
+    attributes = [each for base in kind.__mro__ for each in vars(base).values() if callable(each)]
+    others = "abc", "builtins", "collections.abc", "_collections_abc", "typing"  # classes, slots, annotations
+    functions = [each for each in attributes if type(each) is FunctionType or type(each).__module__ not in others]
+    return all(map(is_plain_function, functions))
 
 
 def is_plain_function(function):
     """Whether a function and those that it wraps, as torch's schedulers wrap step, are PyTorch's or the kit's."""
     while function is not None:
-        if not is_ours(getattr(function, "__globals__", {}).get("__name__", "")):  # wraps() gives away __module__
+        module = getattr(function, "__globals__", {}).get("__name__", "")  # as wraps() gives away __module__
+        if module.partition(".")[0] not in PLAIN:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
-
-
-def is_ours(module):
-    return module.partition(".")[0] in ("torch", "normkit", "pytorch_optimizer")  # the last is what Muon stands on
 
 
 def begin(optimizer):

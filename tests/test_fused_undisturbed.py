@@ -2,13 +2,16 @@
 
 import copy
 import functools
+from unittest.mock import Mock
 
 import pytest
+import pytorch_optimizer
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, THREE, count_backward, stand_in
+from helpers import QUIET, THREE, count_backward, everything, stand_in
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.data import DataLoader, TensorDataset
 
 import model
 import utils
@@ -42,15 +45,22 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("build", OPTIMIZERS)
-def test_optimizers_and_schedules_of_torch_and_the_kit_are_plain(build):
+def test_optimizers_and_schedules_of_torch_and_the_kit_are_plain(build, loader):
     optimizer = OPTIMIZERS[build](model.Net())
-    assert optim.is_plain(optimizer)
+    assert optim.are_plain(loader, optimizer)
     for schedule in (lr_scheduler.StepLR(optimizer, 1), lr_scheduler.CosineAnnealingLR(optimizer, 3)):
-        assert optim.is_plain(optimizer, schedule)
-    assert not optim.is_plain(optimizer, lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch))
+        assert optim.are_plain(loader, optimizer, schedule)
+    assert not optim.are_plain(loader, optimizer, lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch))
 
 
 class OwnLoader(utils.Loader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch
+            self.act()
+
+
+class OwnBatches(list):
     def __iter__(self):
         for batch in super().__iter__():
             yield batch
@@ -65,7 +75,7 @@ class OwnSchedule:
 def with_own(method):
     """Returns what replaces a method of an optimizer by one that calls act, and looks like the one before."""
 
-    def change(loader, net, act):
+    def change(loader, net, act, patch):
         optimizer = sgd(net)
         original = getattr(optimizer, method)
 
@@ -83,7 +93,7 @@ def with_own(method):
 def with_hook(register):
     """Returns what registers act as an optimizer's hook, below a schedule, which wraps the step."""
 
-    def change(loader, net, act):
+    def change(loader, net, act, patch):
         optimizer = sgd(net)
         getattr(optimizer, register)(lambda *_: act())
         return loader, optimizer, lr_scheduler.OneCycleLR(optimizer, 0.01, 6)
@@ -91,7 +101,7 @@ def with_hook(register):
     return change
 
 
-def own_optimizer(loader, net, act):
+def own_optimizer(loader, net, act, patch):
     class OwnOptimizer(torch.optim.SGD):
         def _init_group(self, *lists):  # called by SGD.step
             act()
@@ -100,34 +110,71 @@ def own_optimizer(loader, net, act):
     return loader, OwnOptimizer(net.parameters(), 0.01), None
 
 
-def own_loader(loader, net, act):
+def own_loader(loader, net, act, patch):
     loader.__class__, loader.act = OwnLoader, act
     return loader, sgd(net), None
 
 
-def hook_of_all(register):
-    def change(loader, net, act):
-        act.handle = register(lambda *_: act())
+def own_sampler(loader, net, act, patch):
+    images, labels = everything(loader)
+    batches = OwnBatches(torch.arange(48).view(6, 8).tolist())
+    batches.act = act
+    return DataLoader(TensorDataset(images, labels), batch_sampler=batches), sgd(net), None
+
+
+def hook_of_all(hooks):
+    def change(loader, net, act, patch):
+        patch.setitem(hooks, "own", lambda *_: act())
         return loader, sgd(net), None
 
     return change
 
 
+def around_another(loader, net, act, patch):
+    inner = sgd(net)
+    inner.register_step_post_hook(lambda *_: act())
+    return loader, pytorch_optimizer.Lookahead(inner), None
+
+
+def for_all(kind, method):
+    """Returns what replaces a method of a class by one that calls act first."""
+
+    def change(loader, net, act, patch):
+        optimizer = sgd(net)
+        parts = loader, optimizer, lr_scheduler.StepLR(optimizer, 10)
+        original = getattr(kind, method)
+        patch.setattr(kind, method, lambda *args, **options: act() or original(*args, **options))
+        return parts
+
+    return change
+
+
+def mock_of_all(loader, net, act, patch):
+    optimizer = sgd(net)
+    patch.setattr(torch.optim.SGD, "step", Mock(side_effect=act))
+    return loader, optimizer, None
+
+
 OTHERS = {  # who has a word between two batches
     "a hook before the step": with_hook("register_step_pre_hook"),
     "a hook after the step": with_hook("register_step_post_hook"),
-    "a hook before all steps": hook_of_all(register_optimizer_step_pre_hook),
-    "a hook after all steps": hook_of_all(register_optimizer_step_post_hook),
+    "a hook before all steps": hook_of_all(_global_optimizer_pre_hooks),
+    "a hook after all steps": hook_of_all(_global_optimizer_post_hooks),
     "a step of one's own": with_own("step"),
     "a zero_grad of one's own": with_own("zero_grad"),
     "an optimizer of one's own": own_optimizer,
     "a loader of one's own": own_loader,
-    "a schedule of one's own": lambda loader, net, act: (loader, sgd(net), OwnSchedule(act)),
+    "a sampler of one's own": own_sampler,
+    "a schedule of one's own": lambda loader, net, act, patch: (loader, sgd(net), OwnSchedule(act)),
+    "an optimizer around another": around_another,
+    "a method of all optimizers": for_all(torch.optim.SGD, "_init_group"),
+    "a mock": mock_of_all,
+    "a method of all schedules": for_all(lr_scheduler.StepLR, "get_lr"),
 }
 
 
 @pytest.mark.parametrize("who", OTHERS)
-def test_what_somebody_changes_between_two_batches_counts_from_the_next(who, loader, by_kernel):
+def test_what_somebody_changes_between_two_batches_counts_from_the_next(who, loader, by_kernel, monkeypatch):
     """Every one acts once a batch; with the second the network gets a hook, which the kernel would not call."""
     net, calls, seen = model.Net("group"), [], []
 
@@ -136,12 +183,8 @@ def test_what_somebody_changes_between_two_batches_counts_from_the_next(who, loa
         if len(calls) == 2:
             net.C4.conv.weight.register_hook(seen.append)
 
-    batches, optimizer, schedule = OTHERS[who](loader, net, act)
-    try:
-        utils.train(net, batches, optimizer, schedule, **QUIET)
-    finally:
-        if hasattr(act, "handle"):
-            act.handle.remove()
+    batches, optimizer, schedule = OTHERS[who](loader, net, act, monkeypatch)
+    utils.train(net, batches, optimizer, schedule, **QUIET)
     assert by_kernel == {True: 2, False: 4} and len(seen) == 4
 
 
@@ -167,17 +210,17 @@ SGDS = {  # settings of SGD, a schedule stepped after each batch, and how many o
 
 @pytest.mark.parametrize("name", SGDS)
 def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
-    """To the bit, with groups of two rates, and parameters of neither."""
+    """To the bit, with groups of two rates and one of nothing, and parameters of none."""
     settings, schedule_of, expected = SGDS[name]
-    look_up, calls, results = torch.optim.SGD._init_group, [], []
-    monkeypatch.setattr(torch.optim.SGD, "_init_group", lambda *args: calls.append(None) or look_up(*args))
-    for is_plain in (optim.is_plain, lambda *parts: False):
-        monkeypatch.setattr(optim, "is_plain", is_plain)
+    step_groups, at_once, results = optim.Stepper.step_groups, [], []
+    monkeypatch.setattr(optim.Stepper, "step_groups", lambda self: at_once.append(step_groups(self)) or at_once[-1])
+    for are_plain in (optim.are_plain, lambda *parts: False):
+        monkeypatch.setattr(optim, "are_plain", are_plain)
         torch.manual_seed(0)
         net = model.Net("batch")
         net.C3.requires_grad_(False)
         trained = [each for each in net.parameters() if each.requires_grad]
-        groups = [{"params": trained[:5], "lr": 0.02}, {"params": trained[5:]}]
+        groups = [{"params": trained[:5], "lr": 0.02}, {"params": trained[5:]}, {"params": []}]
         optimizer = torch.optim.SGD(groups, **{"lr": 0.01, "fused": True} | copy.deepcopy(settings))
         loader.set_epoch(0)
         utils.train(net, loader, optimizer, schedule_of and schedule_of(optimizer), **QUIET)
@@ -186,7 +229,29 @@ def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
         rates = [torch.as_tensor(group["lr"]) for group in state["param_groups"]]
         results.append([*net.state_dict().values(), *rates, *(each for each in momenta if each is not None)])
     assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
-    assert len(calls) == 2 * (expected + 6)  # of two groups
+    assert (at_once.count(True), at_once.count(False)) == (6 - expected, expected + 6)
+
+
+def test_a_scale_of_the_gradients_counts(loader):
+    net = model.Net("group")
+    optimizer = torch.optim.SGD(net.parameters(), 1.0, 0.5, fused=True)
+    before = net.C10.bias.detach().clone()
+    optimizer.grad_scale = torch.tensor(torch.inf)  # as of a GradScaler, which divides by it
+    utils.train(net, loader, optimizer, **QUIET)
+    assert torch.equal(net.C10.bias, before)
+
+
+def test_what_a_thread_does_to_an_optimizer_is_seen_after_some_steps():
+    weight = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 1.0, 0.5, fused=True)
+    stepper = optim.Stepper(optimizer, undisturbed=True)
+    weight.grad = torch.ones(2)
+    stepper.step(None, None)
+    optimizer.state.clear()
+    for _ in range(loss.KEPT_FOR + 1):
+        assert not optimizer.state
+        stepper.step(None, None)
+    assert optimizer.state
 
 
 def test_parameters_of_two_dtypes_in_a_group():
@@ -218,8 +283,8 @@ def test_parameters_that_lose_their_gradients_stay_as_they_are():
 def test_what_a_hook_of_the_network_does_to_the_optimizer_is_seen(change, loader, monkeypatch):
     """With a hook a network runs as its modules, between which and the step there is somebody."""
     results = []
-    for is_plain in (optim.is_plain, lambda *parts: False):
-        monkeypatch.setattr(optim, "is_plain", is_plain)
+    for are_plain in (optim.are_plain, lambda *parts: False):
+        monkeypatch.setattr(optim, "are_plain", are_plain)
         torch.manual_seed(0)
         net, calls = model.Net("group"), []
         last = list(net.C10.parameters())
@@ -259,7 +324,7 @@ def test_what_a_thread_changes_is_seen_after_some_batches():
     fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
     step(fast, net)
     net.C4.conv.weight.register_hook(print)
-    losses = [step(fast, net)[0] for _ in range(loss.SOME + 1)]
+    losses = [step(fast, net)[0] for _ in range(loss.KEPT_FOR + 1)]
     assert losses[-1] is None and None not in losses[:-1]
 
 
@@ -270,7 +335,7 @@ def test_gradients_follow_weights_that_a_thread_has_laid_out_anew():
         step(fast, net)
     for each in net.parameters():
         each.data = each.data.contiguous(memory_format=torch.channels_last) if each.dim() == 4 else each.data
-    for _ in range(loss.SOME):
+    for _ in range(loss.KEPT_FOR):
         _, gradients = step(fast, net)
     assert [each.stride() for each in gradients] == [each.stride() for each in net.parameters()]
 

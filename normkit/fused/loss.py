@@ -15,7 +15,7 @@ CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, 
 CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 IS_ORIGINAL = getattr(getattr(F.cross_entropy, "__code__", None), "co_filename", None) == F.__file__
 SETTINGS = vars(nn.CrossEntropyLoss())
-SOME = 63  # batches: what a signal handler or another thread changes is seen after so many
+KEPT_FOR = 63  # batches: what a signal handler or another thread changes is seen after so many
 IN_A_LIST = max(map(sys.getrefcount, [object()]))  # what it says of an object that only a list has
 
 
@@ -33,7 +33,7 @@ class FusedLoss:
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
         self.inspection, self.batches_left = None, 0  # for which it holds
         self.gradients = None  # of forward, for backward
-        self.written = []  # those of the last two batches
+        self.written = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
 
     def forward(self, images, labels):
         """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right."""
@@ -83,7 +83,7 @@ class FusedLoss:
             and are_classes(labels, inspection.classes)
         )
         if possible and self.undisturbed:
-            self.batches_left = SOME
+            self.batches_left = KEPT_FOR
         return inspection if possible else None
 
 
@@ -113,7 +113,10 @@ def is_watched(parameter):
 
 
 def are_held(tensors):
-    """Whether somebody else has one of the tensors in a list: a signal handler or another thread may have."""
+    """Whether somebody else has one of the tensors in a list, or a view of one.
+
+    A signal handler or another thread may have; what shares no more than the memory, as .detach() does, is not seen.
+    """
     return max(map(sys.getrefcount, tensors)) > IN_A_LIST
 
 
