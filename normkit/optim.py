@@ -53,7 +53,7 @@ class Stepper:
     def __init__(self, optimizer, undisturbed=False):
         self.optimizer, self.closure_needed = optimizer, needs_closure(optimizer)
         self.alone = not self.closure_needed and steps_alone(optimizer)
-        scaled = not vars(optimizer).keys().isdisjoint(("grad_scale", "found_inf"))  # by a GradScaler
+        scaled = hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf")  # by a GradScaler
         self.keeps_tensors = undisturbed and self.alone and type(optimizer) is SGD and not scaled
         self.groups, self.steps_left = [], 0  # SGD's, each with its parameters and their momenta; for how long
         begin(optimizer)
@@ -134,7 +134,7 @@ def are_plain(loader, optimizer, scheduler=None):
     )
 
 
-# Muon stands on the third; the last is where deprecated methods are wrapped, as some of Optimizer's are.
+# Muon stands on pytorch_optimizer; typing_extensions wraps what is deprecated, as one of Optimizer's methods is.
 PLAIN = {"torch", "normkit", "utils", "pytorch_optimizer", "typing_extensions", *sys.stdlib_module_names}
 
 

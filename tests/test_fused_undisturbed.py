@@ -188,6 +188,35 @@ def test_what_somebody_changes_between_two_batches_counts_from_the_next(who, loa
     assert by_kernel == {True: 2, False: 4} and len(seen) == 4
 
 
+class Slots:
+    """An optimizer that has no more than a loop asks of it, and no dict."""
+
+    __slots__ = ("param_groups",)
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": list(parameters)}]
+
+    def zero_grad(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter -= 0.01 * parameter.grad
+
+
+def test_an_optimizer_of_few_attributes(loader):
+    nets = []
+    for optimizer_of in (Slots, lambda parameters: torch.optim.SGD(parameters, 0.01)):
+        torch.manual_seed(0)
+        nets.append(model.Net("group", dropout=0))
+        loader.set_epoch(0)
+        utils.train(nets[-1], loader, optimizer_of(nets[-1].parameters()), **QUIET)
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def momentum_cycle(optimizer):
     return lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, 2, base_momentum=0.5, max_momentum=0.9)
 
