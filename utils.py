@@ -153,7 +153,7 @@ def train(
         bar.set_description(f"Train: Loss={meter.loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
 
     def backward(loss):
-        optimizer.zero_grad()
+        stepper.zero_grad()
         if not fast.backward():
             stepper.forget()  # as a module, a hook or a criterion of a user's may have run
             loss.backward()

@@ -62,6 +62,15 @@ class Stepper:
         """Has the next step look everything up."""
         self.groups = []
 
+    def zero_grad(self):
+        """Lets go of all gradients."""
+        if not self.knows_tensors():
+            self.optimizer.zero_grad()
+            return
+        for _, parameters, _ in self.groups:
+            for parameter in parameters:
+                parameter.grad = None
+
     def step(self, loss, closure):
         """Takes a step. closure() computes the batch's loss anew, and the gradients; the first time it is known."""
         if self.closure_needed:
@@ -79,10 +88,14 @@ class Stepper:
             if self.alone:
                 torch.set_num_threads(threads)
 
+    def knows_tensors(self):
+        """Whether SGD's methods need not be called, as a profile is to show them."""
+        return self.groups and self.steps_left and not torch.autograd._profiler_enabled()
+
     @torch.no_grad()
     def step_groups(self):
         """Takes a step of SGD, if its tensors are known, and returns whether it has."""
-        if not self.groups or not self.steps_left or torch.autograd._profiler_enabled():  # which shows calls of step()
+        if not self.knows_tensors():
             return False
         self.steps_left -= 1
         # All are looked at before one is changed.

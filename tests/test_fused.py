@@ -14,7 +14,8 @@ import utils
 from normkit.device import autocast
 from normkit.fused import function, fuse, workspace
 from normkit.fused.build import library
-from normkit.fused.function import FusedFunction, draw_dropout_scales, prepare_call
+from normkit.fused.dropout import DropoutScales
+from normkit.fused.function import FusedFunction, prepare_call
 from normkit.fused.layers import AvgPoolLinear, Conv1x1MaxPool, ConvNormReLU
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
@@ -170,7 +171,7 @@ def test_dropout_draws_the_numbers_of_its_modules(rates):
     torch.manual_seed(0)
     expected = [block.dropout(torch.ones(5, 16, 1, 1)).flatten() for block in blocks]
     torch.manual_seed(0)
-    scales = draw_dropout_scales(blocks, 5)
+    scales = DropoutScales(blocks, 5).draw()
     assert all(scale is None for scale, block in zip(scales, blocks) if not block.dropout.p)
     assert all(torch.equal(torch.ones(80) if scale is None else scale, each) for scale, each in zip(scales, expected))
 

@@ -340,11 +340,12 @@ def test_any_number_of_threads_takes_the_same_step(N, norm, dtype, monkeypatch):
 @pytest.mark.parametrize("N, K", [(1, 10), (7, 10), (3, 1), (5, 33)])
 def test_the_cross_entropy_is_the_definitions(N, K, scale):
     logits, labels = torch.randn(N, K) * scale, torch.randint(K, (N,))
-    loss, gradient = torch.empty(()), torch.empty(N, K)
-    tensors = [each.data_ptr() for each in (logits, labels, gradient, loss)]
+    scores, gradient = torch.empty(2), torch.empty(N, K)
+    tensors = [each.data_ptr() for each in (logits, labels, gradient, scores)]
     library().functions.cross_entropy_float(N, K, *tensors)
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, labels)
     expected.backward()
-    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(scores[0].double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    assert scores[1] == (logits.argmax(1) == labels).sum()  # with scale 0 all are equal: the first counts
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)

@@ -10,6 +10,7 @@ from torch import nn
 
 from normkit.fused import params
 from normkit.fused.build import library
+from normkit.fused.dropout import DropoutScales
 from normkit.fused.workspace import give_back, shared, take_workspace
 
 
@@ -40,38 +41,15 @@ def forward_pass(call, x, parameters):
 
     The activations are a workspace to give back.
     """
-    plan, workspace = call.plan, take_workspace(call.plan.forward_bytes)
-    out, structs, inputs = begin_pass(call, x, parameters)
-    plan.forward(structs.ctypes.data, workspace.data_ptr())
-    return out, structs, workspace, inputs
-
-
-def begin_pass(call, x, parameters):
-    """Returns memory for the last layer's output, structs with addresses, and the inputs, whose memory they name."""
-    plan, structs = call.plan, call.plan.structs.copy()
+    plan, structs, workspace = call.plan, call.plan.structs.copy(), take_workspace(call.plan.forward_bytes)
     out = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu", memory_format=torch.channels_last)
-    inputs = [x, *parameters, *draw_dropout_scales(call.blocks, x.shape[0])]
+    inputs = [x, *parameters, *DropoutScales(call.blocks, x.shape[0]).draw()]
     params.set_addresses(structs, plan.inputs, inputs)
     norms = [layer.norm for layer in call.blocks]
     params.set_addresses(structs, plan.outputs, [out, *(each for norm in norms for each in running_stats(norm))])
     count_batch(norms)
-    return out, structs, inputs
-
-
-def training_step(call, x, parameters, labels, gradients=None):
-    """Returns logits (N, K, 1, 1) of x, (N, 3, H, W) in float32, their mean cross-entropy, and the gradients.
-
-    labels: int64 (N,), each from 0 to K - 1. gradients: tensors like the parameters to write them to, or None.
-    """
-    plan, workspace = call.plan, take_workspace(call.plan.step_bytes)
-    logits, structs, inputs = begin_pass(call, x, parameters)
-    loss, labels = torch.empty((), dtype=torch.float32, device="cpu"), labels.contiguous()
-    if gradients is None:
-        gradients = [torch.empty_like(parameter) for parameter in parameters]
-    params.set_addresses(structs, plan.gradients, [None, None, *gradients])
-    plan.step(structs.ctypes.data, labels.data_ptr(), loss.data_ptr(), workspace.data_ptr())
-    give_back(workspace)
-    return logits, loss, gradients
+    plan.forward(structs.ctypes.data, workspace.data_ptr())
+    return out, structs, workspace, inputs
 
 
 def backward_pass(plan, structs, activations, gradients, dout, dx=None):
@@ -184,8 +162,8 @@ class Plan(NamedTuple):
     def backward(self, structs, activations, workspace):
         return self.function("backward")(structs, len(self.structs), self.threads, activations, workspace)
 
-    def step(self, structs, labels, loss, workspace):
-        return self.function("step")(structs, len(self.structs), self.threads, labels, loss, workspace)
+    def step(self, structs, labels, scores, workspace):
+        return self.function("step")(structs, len(self.structs), self.threads, labels, scores, workspace)
 
     def function(self, name):
         return getattr(library().functions, f"{name}_{self.activation}")
@@ -230,22 +208,3 @@ def count_batch(norms):
             each += 1
     elif counts:
         torch._foreach_add_(counts, 1)
-
-
-def draw_dropout_scales(blocks, N, device="cpu"):
-    """Returns each block's (N * K), 0 or 1 / (1 - p), of the numbers its nn.Dropout2d would draw, or None for all 1."""
-    drop = [block.dropout.p if block.dropout.training else 0 for block in blocks]
-    if not any(drop):
-        return [None] * len(blocks)
-    sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
-    drawn = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-    scales = drawn.split(sizes)
-    for scale, p in zip(scales, drop):
-        if p:
-            scale.bernoulli_(1 - p) if p < 1 else scale.zero_()
-    kept = [1 - p or 1.0 for p in drop]
-    if len({*kept}) == 1:  # in one call, as is usual
-        drawn.div_(kept[0])
-    else:
-        torch._foreach_div_(scales, kept)
-    return [scale if p else None for scale, p in zip(scales, drop)]

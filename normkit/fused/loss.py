@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normkit.fused.function import training_step
 from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
+from normkit.fused.step import TrainingStep
 
 # What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
 CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")
@@ -25,15 +25,15 @@ class FusedLoss:
     Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
     somebody watches it, forward returns None for the loss and has done nothing.
     undisturbed: between two batches runs no code but PyTorch's and the kit's. Then what was found out about one batch
-    holds for the next ones, too, and gradients are written to the tensors that the batch before the last had: a
-    quarter of a step of 2 images, a twentieth of one of 64.
+    holds for the next ones, too, and results are written to the memory of the batch before the last: a third of a step
+    of 2 images, a twentieth of one of 64.
     """
 
     def __init__(self, network, criterion, dtype, undisturbed=False):
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
         self.inspection, self.batches_left = None, 0  # for which it holds
-        self.gradients = None  # of forward, for backward
-        self.written = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
+        self.step = None  # of forward, for backward
+        self.done = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
 
     def forward(self, images, labels):
         """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right."""
@@ -41,29 +41,28 @@ class FusedLoss:
         if inspection is None:
             return None, None
         call = inspection.prepare_call(self.dtype, True, images.shape, True, torch.get_num_threads())
-        spare = self.written.pop(0) if len(self.written) == 2 else None
-        if spare is not None and are_held(spare):
-            spare = None
-        images = images.float().contiguous()
-        logits, loss, self.gradients = training_step(call, images, inspection.parameters, labels, spare)
-        return loss, (logits.flatten(1).argmax(1) == labels).sum()
+        step = self.done.pop(0) if len(self.done) == 2 else None
+        if step is None or not step.is_current(call) or are_held(step.gradients):
+            step = TrainingStep(call, inspection.parameters)
+        self.step = step
+        return step.run(images.float().contiguous(), labels)
 
     @torch.no_grad()
     def backward(self):
         """Adds the gradients of forward's loss to .grad, and returns whether there was one."""
-        if self.gradients is None:
+        if self.step is None:
             return False
-        gradients, self.gradients = self.gradients, None
+        step, self.step = self.step, None
         if self.batches_left:
-            self.written.append(gradients)
-        for parameter, gradient in zip(self.inspection.parameters, gradients):
+            self.done.append(step)
+        for parameter, gradient in zip(self.inspection.parameters, step.gradients):
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-                self.written.clear()  # one of them may be that .grad, which is to last
+                self.done.clear()  # one of theirs may be that .grad, which is to last
         return True
 
     def inspect(self, images, labels):
@@ -73,7 +72,7 @@ class FusedLoss:
         if self.batches_left:
             self.batches_left -= 1
             return self.inspection if are_classes(labels, self.inspection.classes) else None
-        self.written.clear()
+        self.done.clear()
         self.inspection = inspection = self.network.inspect()
         possible = (
             not (inspection.reason or reason_against(images, inspection.frozen))

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from normkit.fused import params
-from normkit.fused.function import count_batch, draw_dropout_scales
+from normkit.fused.dropout import DropoutScales
+from normkit.fused.function import count_batch
 from normkit.fused.layers import parameters_of
 
 WIDTHS = (8, 16, 32)  # channels of a layer
@@ -93,7 +94,7 @@ class Step:
         self.gradients = [[self.shares[:, next(columns) :] for _ in layer.parameters()] for layer in layers]
         blocks = [layer for layer in layers if layer.kind == params.CONV_NORM_RELU]
         count_batch([block.norm for block in blocks])
-        scales = iter(draw_dropout_scales(blocks, N, self.device))
+        scales = iter(DropoutScales(blocks, N, self.device).draw())
         self.scales = [next(scales) if layer.kind == params.CONV_NORM_RELU else None for layer in layers]
         self.inputs, self.outputs, self.kept, self.skipped = [], [], [], {}
 

@@ -108,10 +108,10 @@ struct Run {
     const std::unique_ptr<char[]> gradients(new char[size]);
     backward(layers.data(), count, threads, activations.get(), gradients.get());
     if (mode != TRAIN) return;
-    float loss;
-    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), &loss);
-    const std::unique_ptr<char[]> both(new char[step(layers.data(), count, threads, labels.data(), &loss, nullptr)]);
-    step(layers.data(), count, threads, labels.data(), &loss, both.get());
+    float scores[2];
+    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), scores);
+    const std::unique_ptr<char[]> both(new char[step(layers.data(), count, threads, labels.data(), scores, nullptr)]);
+    step(layers.data(), count, threads, labels.data(), scores, both.get());
   }
   typedef std::pair<const float*, int64_t> Part;  // values, how many
   static void write(std::initializer_list<Part> parts) {

@@ -20,15 +20,16 @@ int64_t FUNCTION(backward)(LayerParams* layers, int64_t count, int64_t threads, 
   return Network<ACTIVATION>{layers, count, threads}.backward<GradientFactor<ACTIVATION>>(activations, workspace);
 }
 
-// Forward pass, the mean cross-entropy of the logits and labels (N), and backward pass, in one call.
-int64_t FUNCTION(step)(LayerParams* layers, int64_t count, int64_t threads, const int64_t* labels, float* loss,
+// Forward pass, cross-entropy of the logits and labels (N), and backward pass, in one call. scores (2): the mean loss,
+// and how many images are right.
+int64_t FUNCTION(step)(LayerParams* layers, int64_t count, int64_t threads, const int64_t* labels, float* scores,
                        char* workspace) {
-  return Network<ACTIVATION>{layers, count, threads}.step<GradientFactor<ACTIVATION>>(labels, loss, workspace);
+  return Network<ACTIVATION>{layers, count, threads}.step<GradientFactor<ACTIVATION>>(labels, scores, workspace);
 }
 
 void FUNCTION(cross_entropy)(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits,
-                             float* loss) {
-  *loss = float(cross_entropy_sum(N, K, logits, labels, dlogits, N) / double(N));
+                             float* scores) {
+  cross_entropy_sum(N, K, logits, labels, dlogits, N).store(N, scores);
 }
 }
 

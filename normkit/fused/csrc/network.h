@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <numeric>
 
 #include "avgpool_linear.h"
 #include "conv1x1_maxpool.h"
@@ -208,15 +207,16 @@ template <typename T> struct Network {
     return arena.used;
   }
 
-  // Forward pass, mean cross-entropy and backward pass of a network that reads nchw and ends in logits. Without batch
-  // statistics a thread takes a few images after others through all three, while they are in cache.
-  template <typename Factor> int64_t step(const int64_t* labels, float* loss, char* workspace) const {
+  // Forward pass, cross-entropy and backward pass of a network that reads nchw and ends in logits; scores (2): the mean
+  // loss, and how many images are right. Without batch statistics a thread takes a few images after others through all
+  // three, while they are in cache.
+  template <typename Factor> int64_t step(const int64_t* labels, float* scores, char* workspace) const {
     Arena arena = {workspace};
     LayerParams& last = layers[count - 1];
     const bool by_chunk = std::none_of(layers, layers + count, has_batch_statistics) &&
                           (chunks.count % threads == 0 || chunks.count >= 2 * threads);  // else threads would idle
     last.dout = arena.take<float>(last.N * last.K);
-    double* const losses = arena.take<double>(chunks.count);
+    Scores* const parts = arena.take<Scores>(chunks.count);
     // Whether a thread goes through the layers several times, for which it packs all weights first.
     const bool several_runs = by_chunk && (chunks.count > threads || chunks.largest() > images_at_once);
     const int64_t own_bytes = std::max(plan_pass<float>(false, arena), plan_pass<Factor>(true, arena));
@@ -232,7 +232,7 @@ template <typename T> struct Network {
     char* const memory = arena.take<char>(threads * each.used);
     if (!workspace) return arena.used;
 
-    std::fill_n(losses, chunks.count, 0);
+    std::fill_n(parts, chunks.count, Scores());
     std::atomic<int64_t> next = {0};
     parallel(threads, [&](const Thread& thread) {
       Arena rest = {memory + thread.index * each.used};
@@ -247,7 +247,7 @@ template <typename T> struct Network {
             Arena images = rest;
             part.plan_images(images);
             part.run_forward(thread, 0, end - begin, scratch);
-            losses[chunk] += compute_loss(begin, end, labels);
+            parts[chunk] += compute_loss(begin, end, labels);
             part.template run_backward<Factor>(thread, 0, 1, scratch, first);
           });
         }
@@ -257,12 +257,16 @@ template <typename T> struct Network {
         thread.barrier();
         for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++)
           for_each_part(chunk,
-                        [&](int64_t begin, int64_t end, bool) { losses[chunk] += compute_loss(begin, end, labels); });
+                        [&](int64_t begin, int64_t end, bool) { parts[chunk] += compute_loss(begin, end, labels); });
         own.template run_backward<Factor>(thread, first_chunk, last_chunk, scratch);
       }
       thread.barrier();
       reduce<Factor>(thread);
-      if (!thread.index) *loss = float(std::accumulate(losses, losses + chunks.count, 0.0) / double(last.N));
+      if (!thread.index) {
+        Scores sum;
+        for (int64_t chunk = 0; chunk < chunks.count; chunk++) sum += parts[chunk];
+        sum.store(last.N, scores);
+      }
     });
     return arena.used;
   }
@@ -284,8 +288,8 @@ template <typename T> struct Network {
     last.dout = (const float*)last.dout + begin * last.K;
     return {to, count, 1, {end - begin, 1}};
   }
-  // Writes the gradient of the logits of images begin ... end-1, and returns the sum of their losses.
-  double compute_loss(int64_t begin, int64_t end, const int64_t* labels) const {
+  // Writes the gradient of the logits of images begin ... end-1, and returns their scores.
+  Scores compute_loss(int64_t begin, int64_t end, const int64_t* labels) const {
     const LayerParams& last = layers[count - 1];
     const int64_t first = begin * last.K;
     return cross_entropy_sum(end - begin, last.K, (const float*)last.out + first, labels + begin,
