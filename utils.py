@@ -155,7 +155,6 @@ def train(
     def backward(loss):
         stepper.zero_grad()
         if not fast.backward():
-            stepper.forget()  # as a module, a hook or a criterion of a user's may have run
             loss.backward()
         return loss
 
@@ -171,6 +170,7 @@ def train(
             images = checks.check_images(images, device, dtype)
             loss, correct = fast.forward(images, labels)
             if loss is None:
+                stepper.forget()  # as a module, a hook or a criterion of a user's may run
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
