@@ -169,11 +169,13 @@ def test_the_whole_network_learns_and_predicts_as_its_modules(norm, n, size, mem
 def test_dropout_draws_the_numbers_of_its_modules(rates):
     blocks = [model.ConvBlock(3, 16, nn.Identity(), rates[i % len(rates)]) for i in range(8)]
     torch.manual_seed(0)
-    expected = [block.dropout(torch.ones(5, 16, 1, 1)).flatten() for block in blocks]
+    expected = [[block.dropout(torch.ones(5, 16, 1, 1)).flatten() for block in blocks] for _ in range(2)]
     torch.manual_seed(0)
-    scales = DropoutScales(blocks, 5).draw()
-    assert all(scale is None for scale, block in zip(scales, blocks) if not block.dropout.p)
-    assert all(torch.equal(torch.ones(80) if scale is None else scale, each) for scale, each in zip(scales, expected))
+    dropout = DropoutScales(blocks, 5)
+    for numbers in expected:
+        scales = dropout.draw()
+        assert all(scale is None for scale, block in zip(scales, blocks) if not block.dropout.p)
+        assert all(torch.equal(torch.ones(80) if each is None else each, own) for each, own in zip(scales, numbers))
 
 
 @pytest.mark.parametrize("norm", NORMS)

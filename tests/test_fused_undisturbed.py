@@ -8,7 +8,7 @@ import pytest
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, THREE, count_backward, everything, stand_in
+from helpers import QUIET, count_backward, everything, stand_in
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import model
 import utils
 from normkit import optim
-from normkit.fused import FusedLoss, fuse, loss
+from normkit.fused import FusedLoss, loss
 from normkit.fused.build import library
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
@@ -340,81 +340,13 @@ def test_a_profile_shows_each_step(loader):
     assert sum(each.count for each in profile.key_averages() if each.key == "Optimizer.step#SGD.step") == 6
 
 
-def step(fast, net, images=IMAGES, labels=LABELS):
-    """Returns the loss of a batch and the gradients, as they are; None for the loss where the kernel stood back."""
-    value, _ = fast.forward(images, labels)
-    net.zero_grad()
-    fast.backward()
-    return value, [each.grad for each in net.parameters()]
-
-
-def test_what_a_thread_changes_is_seen_after_some_batches():
-    net = model.Net("group")
-    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
-    step(fast, net)
-    net.C4.conv.weight.register_hook(print)
-    losses = [step(fast, net)[0] for _ in range(loss.KEPT_FOR + 1)]
-    assert losses[-1] is None and None not in losses[:-1]
-
-
-def test_gradients_follow_weights_that_a_thread_has_laid_out_anew():
-    net = model.Net("group")
-    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
-    for _ in range(3):
-        step(fast, net)
-    for each in net.parameters():
-        each.data = each.data.contiguous(memory_format=torch.channels_last) if each.dim() == 4 else each.data
-    for _ in range(loss.KEPT_FOR):
-        _, gradients = step(fast, net)
-    assert [each.stride() for each in gradients] == [each.stride() for each in net.parameters()]
-
-
-@pytest.mark.parametrize("norm", THREE)
-def test_gradients_are_written_to_two_places_in_turn_and_are_those_of_new_ones(norm):
-    net = model.Net(norm, dropout=0.2)
-    places = set()
-    reusing, new = (FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=each) for each in (True, False))
-    for i in range(5):
-        images = IMAGES * (i + 1)
-        torch.manual_seed(i)
-        expected = [each.clone() for each in step(new, net, images)[1]]
-        torch.manual_seed(i)
-        gradients = step(reusing, net, images)[1]
-        assert all(map(torch.equal, gradients, expected))
-        places.add(gradients[0].data_ptr())
-        del gradients
-    assert len(places) == 2
-
-
-def test_gradients_that_somebody_has_are_not_written_over():
-    """A signal handler, say, which Python calls between any two lines."""
-    net = model.Net("group")
-    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
-    step(fast, net)
-    held = net.C10.bias.grad
-    before = held.clone()
-    for i in range(4):
-        step(fast, net, IMAGES * i)
-    assert torch.equal(held, before)
-
-
-def test_gradients_that_add_up_are_not_written_over(monkeypatch):
-    monkeypatch.setattr(loss, "are_held", lambda tensors: False)  # as older versions of PyTorch say of a .grad
-    net = model.Net("group", dropout=0)
-    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
-    total = torch.zeros(10)
-    for i in range(6):
-        fast.forward(IMAGES * i, LABELS)
-        for name, parameter in net.named_parameters():
-            if name != "C10.bias":
-                parameter.grad = None
-        fast.backward()
-        total += torch.autograd.grad(F.cross_entropy(net(IMAGES * i), LABELS), net.C10.bias)[0]
-    torch.testing.assert_close(net.C10.bias.grad, total)
-
-
-def test_labels_are_looked_at_in_each_batch():
-    net = model.Net("group")
-    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
-    assert step(fast, net)[0] is not None
-    assert step(fast, net, labels=LABELS + 7)[0] is None
+def test_gradients_that_no_optimizer_lets_go_of_add_up(loader, monkeypatch):
+    gradients = []
+    for are_plain in (optim.are_plain, lambda *parts: False):
+        monkeypatch.setattr(optim, "are_plain", are_plain)
+        torch.manual_seed(0)
+        net = model.Net("group")
+        loader.set_epoch(0)
+        utils.train(net, loader, torch.optim.SGD(list(net.parameters())[:-2], 0.01, 0.9, fused=True), **QUIET)
+        gradients.append([each.grad for each in net.parameters()])
+    assert all(map(torch.equal, *gradients))

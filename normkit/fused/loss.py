@@ -25,8 +25,8 @@ class FusedLoss:
     Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
     somebody watches it, forward returns None for the loss and has done nothing.
     undisturbed: between two batches runs no code but PyTorch's and the kit's. Then what was found out about one batch
-    holds for the next ones, too, and results are written to the memory of the batch before the last: a third of a step
-    of 2 images, a twentieth of one of 64.
+    holds for the next ones, too, and results are written to the memory of the batch before the last: two fifths of a
+    step of 2 images, a tenth of one of 64.
     """
 
     def __init__(self, network, criterion, dtype, undisturbed=False):
