@@ -89,8 +89,8 @@ class Stepper:
                 torch.set_num_threads(threads)
 
     def knows_tensors(self):
-        """Whether SGD's methods need not be called, as a profile is to show them."""
-        return self.groups and self.steps_left and not torch.autograd._profiler_enabled()
+        """Whether SGD's own methods need not be called. A profile is to show them."""
+        return bool(self.groups) and self.steps_left > 0 and not torch.autograd._profiler_enabled()
 
     @torch.no_grad()
     def step_groups(self):

@@ -329,7 +329,9 @@ def test_any_number_of_threads_takes_the_same_step(N, norm, dtype, monkeypatch):
         assert all(map(torch.equal, steps[0], step))
     torch.manual_seed(0)
     with autocast(torch.device("cpu"), dtype):
-        loss = F.cross_entropy(fused(images).float(), labels)
+        logits = fused(images).float()
+    assert steps[0][0] == (logits.argmax(1) == labels).sum()
+    loss = F.cross_entropy(logits, labels)
     gradients = torch.autograd.grad(loss, list(net.parameters()))
     largest = max(float(each.abs().max()) for each in gradients)
     for actual, expected in zip(steps[0][1:], [loss, *gradients]):

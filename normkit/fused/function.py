@@ -46,7 +46,7 @@ def forward_pass(call, x, parameters):
     inputs = [x, *parameters, *DropoutScales(call.blocks, x.shape[0]).draw()]
     params.set_addresses(structs, plan.inputs, inputs)
     norms = [layer.norm for layer in call.blocks]
-    params.set_addresses(structs, plan.outputs, [out, *(each for norm in norms for each in running_stats(norm))])
+    params.set_addresses(structs, plan.outputs, [out, *running_stats(norms)])
     count_batch(norms)
     plan.forward(structs.ctypes.data, workspace.data_ptr())
     return out, structs, workspace, inputs
@@ -194,9 +194,9 @@ def make_plan(sizes, activation, needs_grad, threads):
     )
 
 
-def running_stats(norm):
-    """Returns a batch norm's running mean and variance; Nones for group norm."""
-    return norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+def running_stats(norms):
+    """Returns each norm's running mean and variance, one after the other; Nones for group norm."""
+    return [norm._buffers.get(f"running_{name}") for norm in norms for name in ("mean", "var")]
 
 
 def count_batch(norms):

@@ -33,15 +33,18 @@ class FusedLoss:
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
         self.inspection, self.batches_left = None, 0  # for which it holds
         self.step = None  # of forward, for backward
-        self.done = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
+        self.spare = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
 
     def forward(self, images, labels):
-        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right."""
+        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
+
+        In memory that the batch after the next writes to again, if undisturbed.
+        """
         inspection = self.inspect(images, labels)
         if inspection is None:
             return None, None
         call = inspection.prepare_call(self.dtype, True, images.shape, True, torch.get_num_threads())
-        step = self.done.pop(0) if len(self.done) == 2 else None
+        step = self.spare.pop(0) if len(self.spare) == 2 else None
         if step is None or not step.is_current(call) or are_held(step.gradients):
             step = TrainingStep(call, inspection.parameters)
         self.step = step
@@ -54,7 +57,7 @@ class FusedLoss:
             return False
         step, self.step = self.step, None
         if self.batches_left:
-            self.done.append(step)
+            self.spare.append(step)
         for parameter, gradient in zip(self.inspection.parameters, step.gradients):
             if not parameter.requires_grad:
                 continue
@@ -62,7 +65,7 @@ class FusedLoss:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-                self.done.clear()  # one of theirs may be that .grad, which is to last
+                self.spare.clear()  # one of theirs may be that .grad, which is to last
         return True
 
     def inspect(self, images, labels):
@@ -72,7 +75,6 @@ class FusedLoss:
         if self.batches_left:
             self.batches_left -= 1
             return self.inspection if are_classes(labels, self.inspection.classes) else None
-        self.done.clear()
         self.inspection = inspection = self.network.inspect()
         possible = (
             not (inspection.reason or reason_against(images, inspection.frozen))

@@ -1,7 +1,5 @@
 """A training step by the kernel alone: loss and gradients in one call, without autograd."""
 
-from itertools import chain
-
 import torch
 
 from normkit.fused import params
@@ -11,7 +9,7 @@ from normkit.fused.workspace import give_back, take_workspace
 
 
 class TrainingStep:
-    """A Call of the kernel with labels, for one batch or several, which share the memory that results are written to.
+    """A Call of the kernel with labels, for one batch or several, each of which overwrites the results of the last.
 
     gradients: those of the parameters, laid out as these are.
     """
@@ -23,18 +21,18 @@ class TrainingStep:
         self.logits = torch.empty(call.out_shape, dtype=call.out_dtype, device="cpu")
         self.scores = torch.empty(2, dtype=torch.float32, device="cpu")
         self.gradients = [torch.empty_like(parameter) for parameter in parameters]
-        statistics = list(chain.from_iterable(map(running_stats, self.norms)))
+        statistics = running_stats(self.norms)
         params.set_addresses(self.structs, plan.inputs[1:], [*parameters, *self.dropout.scales])
         params.set_addresses(self.structs, plan.outputs, [self.logits, *statistics])
         params.set_addresses(self.structs, plan.gradients, [None, None, *self.gradients])
         self.tensors = [each for each in [*parameters, *statistics] if each is not None]
-        self.addresses = self.find_tensors()
+        self.addresses = self.find_addresses()
 
     def is_current(self, call):
         """Whether it is of that Call, and the network's tensors are where they were."""
-        return call is self.call and self.find_tensors() == self.addresses
+        return call is self.call and self.find_addresses() == self.addresses
 
-    def find_tensors(self):
+    def find_addresses(self):
         return list(map(torch.Tensor.data_ptr, self.tensors))
 
     def run(self, images, labels):
