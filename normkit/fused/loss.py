@@ -56,7 +56,7 @@ class FusedLoss:
         if self.step is None:
             return False
         step, self.step = self.step, None
-        if self.batches_left:
+        if self.undisturbed:
             self.spare.append(step)
         for parameter, gradient in zip(self.inspection.parameters, step.gradients):
             if not parameter.requires_grad:
