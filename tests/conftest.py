@@ -1,14 +1,16 @@
 # ruff: noqa: E402
+import gc
 import os
 
+gc.disable()  # until all tests are collected: what is imported stays
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before torchvision imports Triton, which then needs no GPU
 
-import gc
 import hashlib
 import pickle
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -43,6 +45,7 @@ def pytest_cmdline_main(config):
 def pytest_collection_finish():
     """Spares Python the search through all that was imported, which many small objects set off: 5 % of the time."""
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)
 
 
@@ -80,6 +83,14 @@ def device(request):
 def fresh_seed():
     """What a test draws depends on no test before it, and so not on which process ran those."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def importable(tmp_path_factory):
+    """A folder for modules that a test writes. Processes that a study starts look there from their start on."""
+    folder = tmp_path_factory.mktemp("importable")
+    sys.path.insert(0, str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -1,31 +1,32 @@
 """The notebook's exercises: their answers, wrong ones, and none."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
 from normkit import exercises
 
-CELLS = nbformat.read(Path(__file__).parents[1] / "S8.ipynb", as_version=4).cells
+NOTEBOOK = json.loads((Path(__file__).parents[1] / "S8.ipynb").read_text(encoding="utf-8"))
+CELLS = [(cell["cell_type"], "".join(cell["source"])) for cell in NOTEBOOK["cells"]]
 ANSWERS = {
-    number.group(1): re.search(r"<details>.*?```python\n(.*?)```.*?</details>", cell.source, re.S).group(1)
-    for cell in CELLS
-    if (number := re.search(r"^### (\d)\.", cell.source, re.M)) and "<details>" in cell.source
+    number.group(1): re.search(r"<details>.*?```python\n(.*?)```.*?</details>", source, re.S).group(1)
+    for _, source in CELLS
+    if (number := re.search(r"^### (\d)\.", source, re.M)) and "<details>" in source
 }
 QUESTIONS = {
-    number.group(1): cell.source
-    for cell in CELLS
-    if cell.cell_type == "code" and (number := re.search(r"^exercises\.\w+\(\w+_(\d)\)$", cell.source, re.M))
+    number.group(1): source
+    for kind, source in CELLS
+    if kind == "code" and (number := re.search(r"^exercises\.\w+\(\w+_(\d)\)$", source, re.M))
 }
 
 
 def ask(*blocks):
     """Runs an answer and the check of its cell, as the notebook does."""
-    by_hand = next(cell.source for cell in CELLS if "def normalize" in cell.source)
+    by_hand = next(source for _, source in CELLS if "def normalize" in source)
     namespace = {"torch": torch, "copy": copy, "exercises": exercises}
     for block in (by_hand, *blocks):
         exec(block, namespace)

@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import build_driver
 
 from normkit.fused.build import TARGET
@@ -39,8 +40,13 @@ def run_driver(command, dtype, threads=2):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """By dtype, what the build for this processor computes: test_fused.py compares it with the definition."""
-    command = [build_driver(tmp_path_factory.mktemp("native"), "c++", *TARGET[HERE])]
-    return {dtype: run_driver(command, dtype) for dtype in TOLERANCES}
+    folder = tmp_path_factory.getbasetemp().parent / "native"  # of all processes of tests
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        program = folder / "driver"
+        if not program.exists():
+            build_driver(folder, "c++", *TARGET[HERE])
+    return {dtype: run_driver([program], dtype) for dtype in TOLERANCES}
 
 
 def assert_close(actual, expected, tolerance):

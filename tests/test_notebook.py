@@ -4,11 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
-import papermill
 import pytest
 from helpers import PICTURES, notebook_on_few_images
-from nbconvert import PythonExporter, ScriptExporter
 
 import model
 import utils
@@ -19,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def notebook():
+    import nbformat  # which takes a second, as do papermill and nbconvert: not in each process of tests
+
     return nbformat.read(ROOT / "S8.ipynb", as_version=4)
 
 
@@ -27,6 +26,9 @@ def outputs(notebook, kind):
 
 
 def test_runs_from_start_to_end(tmp_path):
+    import nbformat
+    import papermill
+
     nbformat.write(notebook_on_few_images(tmp_path / "images"), tmp_path / "S8.ipynb")
     done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", cwd=ROOT, progress_bar=False)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
@@ -95,6 +97,8 @@ def test_the_readmes_code(tmp_path, monkeypatch, data, capsys):
 
 
 def test_nbconvert_knows_its_language(notebook):
+    from nbconvert import ScriptExporter
+
     _, resources = ScriptExporter().from_notebook_node(notebook)
     assert resources["output_extension"] == ".py"
 
@@ -102,6 +106,8 @@ def test_nbconvert_knows_its_language(notebook):
 @pytest.mark.slow
 def test_runs_as_a_script(tmp_path):
     """As nbconvert writes it; pictures that are a cell's last line are lost, and nothing else."""
+    from nbconvert import PythonExporter
+
     source, _ = PythonExporter().from_notebook_node(notebook_on_few_images(tmp_path / "images"))
     (tmp_path / "S8.py").write_text(source, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}

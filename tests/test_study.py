@@ -283,15 +283,6 @@ def test_the_data_is_not_sent_with_each_task(tmp_path, monkeypatch, mapped):
     assert (max(sizes) < 50_000) == mapped  # of 1,843,200
 
 
-@pytest.mark.slow
-def test_a_run_that_cannot_be_sent_costs_no_other(small, tmp_path):
-    runs = [ONE | {"seed": seed} for seed in range(3)]
-    runs[1]["on_epoch"] = functools.partial(print, threading.Lock())
-    with pytest.raises(RuntimeError, match="seed=1 .*ickl"):
-        run_many(runs, small, tmp_path / "study.csv", processes=2)
-    assert sorted(pd.read_csv(tmp_path / "study.csv")["seed"]) == [0, 2]
-
-
 def test_runs_take_turns_over_the_gpus(small, tmp_path, monkeypatch):
     devices = []
 
@@ -417,6 +408,7 @@ def die_once(marker, _):
     die()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
     runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(3)]
     runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")

@@ -81,10 +81,11 @@ def test_a_norm_of_a_module_that_was_changed_is_the_changed_one_in_other_process
     del sys.modules["norms_of_mine"]
 
 
-def test_a_norm_that_is_named_through_its_module_is_marked_and_sent_as_it_is_now(small, tmp_path, norms, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_norm_that_is_named_through_its_module_is_marked_and_sent_as_it_is_now(
+    small, tmp_path, norms, importable, monkeypatch
+):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    file, runs, found = tmp_path / "norms_by_module.py", grid(norm="mine", seed=range(2), **ONE), []
+    file, runs, found = importable / "norms_by_module.py", grid(norm="mine", seed=range(2), **ONE), []
     file.write_text("from torch import nn\nEPS = 1e-5\nNorm = nn.BatchNorm2d\n")
     module = importlib.import_module("norms_by_module")
     norms["mine"] = lambda channels, num_groups: module.Norm(channels, module.EPS)
@@ -164,7 +165,8 @@ except RuntimeError as error:  # of a worker that has to read the file now
 """
 
 
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_model_py_counts_as_it_was_loaded(tmp_path, processes):
     """Edited beneath a notebook, it says what the rows are not of; reloaded, it is what older workers do not know."""
     shutil.copy(ROOT / "model.py", tmp_path)

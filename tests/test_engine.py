@@ -1,0 +1,48 @@
+"""Tasks in other processes. These import no PyTorch, so that they start at once."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from normkit.engine import compute
+
+
+def test_a_task_whose_process_dies_is_tried_again_and_one_that_kills_each_costs_no_other(tmp_path):
+    def task(data, number, dies):  # within the test, so that it is sent with its code
+        marker = tmp_path / str(number)
+        if dies == "always" or (dies == "once" and not marker.exists()):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return int(data[number]), os.getpid()
+
+    data = np.arange(8) ** 2
+    dies = ["once", "never", "always", "never", "once", "always"]
+    computed = list(compute(task, {f"task {i}": (i, dies[i]) for i in range(6)}, data, processes=2))
+    assert sorted(key for key, _, _ in computed) == [f"task {i}" for i in range(6)]
+    done = {key: result for key, result, error in computed if error is None}
+    assert {key: value for key, (value, _) in done.items()} == {f"task {i}": i**2 for i in (0, 1, 3, 4)}
+    assert os.getpid() not in {process for _, process in done.values()}
+    for key, _, error in computed:
+        assert (type(error).__name__ == "TerminatedWorkerError") == (key in ("task 2", "task 5"))
+
+
+def test_a_task_that_cannot_be_sent_costs_no_other():
+    def task(data, number, _):
+        return data * number
+
+    tasks = {"first": (1, None), "second": (2, (each for each in ())), "third": (3, None)}
+    computed = {key: result if error is None else error for key, result, error in compute(task, tasks, 10, processes=2)}
+    assert "ickle" in str(computed.pop("second")) and computed == {"first": 10, "third": 30}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_left_over_is_not_lost_where_only_a_part_is_taken(processes):
+    tasks = {number: (number,) for number in range(4)}
+    results = compute(lambda data, number: data + number, tasks, 10, processes)
+    key, result, error = next(results)
+    assert (result, error) == (10 + key, None)
+    results.close()
+    again = {key: result for key, result, _ in compute(lambda data, number: data + number, tasks, 10, processes)}
+    assert again == {0: 10, 1: 11, 2: 12, 3: 13}
