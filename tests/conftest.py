@@ -22,7 +22,8 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     """Imports the fixtures, and PyTorch with them, where tests run: not in the process that waits for two others."""
-    if getattr(config.option, "dist", "no") == "no" or hasattr(config, "workerinput"):
+    option = config.option
+    if getattr(option, "dist", "no") == "no" or option.collectonly or option.showfixtures:  # "no" in the two as well
         config.pluginmanager.import_plugin("shared_fixtures")
 
 

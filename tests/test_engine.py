@@ -5,6 +5,8 @@ import signal
 
 import numpy as np
 import pytest
+from joblib import parallel_config
+from joblib.externals.loky.backend import queues
 
 from normkit.engine import compute
 
@@ -20,12 +22,11 @@ def test_a_task_whose_process_dies_is_tried_again_and_one_that_kills_each_costs_
     data = np.arange(8) ** 2
     dies = ["once", "never", "always", "never", "once", "always"]
     computed = list(compute(task, {f"task {i}": (i, dies[i]) for i in range(6)}, data, processes=2))
-    assert sorted(key for key, _, _ in computed) == [f"task {i}" for i in range(6)]
+    errors = {key: type(error).__name__ for key, _, error in computed if error is not None}
+    assert errors == dict.fromkeys(["task 2", "task 5"], "TerminatedWorkerError"), computed
     done = {key: result for key, result, error in computed if error is None}
     assert {key: value for key, (value, _) in done.items()} == {f"task {i}": i**2 for i in (0, 1, 3, 4)}
     assert os.getpid() not in {process for _, process in done.values()}
-    for key, _, error in computed:
-        assert (type(error).__name__ == "TerminatedWorkerError") == (key in ("task 2", "task 5"))
 
 
 def test_a_task_that_cannot_be_sent_costs_no_other():
@@ -37,8 +38,24 @@ def test_a_task_that_cannot_be_sent_costs_no_other():
     assert "ickle" in str(computed.pop("second")) and computed == {"first": 10, "third": 30}
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_the_data_is_not_sent_with_each_task(monkeypatch, mapped):
+    data, sizes = np.arange(2_000_000, dtype=np.uint8), []
+
+    def measure(*args, **options):
+        sizes.append(len(content := dumps(*args, **options)))
+        return content
+
+    dumps = queues.dumps
+    monkeypatch.setattr(queues, "dumps", measure)
+    with parallel_config("loky", n_jobs=2, **({} if mapped else {"max_nbytes": None})):
+        computed = list(compute(lambda data, number: int(data[-number]), {i: (i,) for i in range(1, 5)}, data))
+    assert sorted(computed) == [(i, int(data[-i]), None) for i in range(1, 5)] and len(sizes) >= 4
+    assert (max(sizes) < 50_000) == mapped
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_is_left_over_is_not_lost_where_only_a_part_is_taken(processes):
+def test_whoever_stops_early_may_ask_again(processes):
     tasks = {number: (number,) for number in range(4)}
     results = compute(lambda data, number: data + number, tasks, 10, processes)
     key, result, error = next(results)

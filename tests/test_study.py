@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from joblib import parallel_config
-from joblib.externals.loky.backend import queues
 from joblib.parallel import ThreadingBackend
 
 import model
@@ -19,7 +18,6 @@ import utils
 from normkit import study
 from normkit.data import train_val_split
 from normkit.study import grid, run_many
-from normkit.synthetic import make_synthetic
 from normkit.tables import trials_table
 
 FEW = {"epochs": 2, "batch_size": 50}
@@ -265,22 +263,6 @@ def test_the_folder_of_checkpoints_stays_until_the_last_run_is_done(small, tmp_p
     monkeypatch.setattr(study, "run", looking)
     run_many([FEW | {"norm": "layer", "seed": seed} for seed in range(3)], small, file)
     assert found == [False, True, True] and not folder.exists()
-
-
-@pytest.mark.parametrize("mapped", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_data_is_not_sent_with_each_task(tmp_path, monkeypatch, mapped):
-    data, sizes = make_synthetic(train_size=600, test_size=20), []
-
-    def measure(*args, **options):
-        sizes.append(len(content := dumps(*args, **options)))
-        return content
-
-    dumps = queues.dumps
-    monkeypatch.setattr(queues, "dumps", measure)
-    with parallel_config("loky", n_jobs=2, **({} if mapped else {"max_nbytes": None})):
-        run_many([ONE | {"seed": seed} for seed in range(4)], data, tmp_path / "study.csv")
-    assert len(sizes) >= 4
-    assert (max(sizes) < 50_000) == mapped  # of 1,843,200
 
 
 def test_runs_take_turns_over_the_gpus(small, tmp_path, monkeypatch):
