@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 
@@ -94,10 +93,24 @@ def same(a, b):
     return a == b
 
 
+def texts_of(figure):
+    """The texts of a figure that was drawn, but for those of axes that are off."""
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.texts)]
+    for ax in figure.axes:
+        texts += [ax.title, *ax.texts, *(ax.get_legend().texts if ax.get_legend() else ())]
+        if ax.axison:
+            texts += [ax.xaxis.label, ax.yaxis.label]
+            for axis in (ax.xaxis, ax.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                ticks = zip(axis.get_ticklocs(), axis.get_ticklabels())
+                texts += [label for place, label in ticks if low <= place <= high]
+    return texts
+
+
 def drawn(figure):
     """All text of a figure."""
     figure.canvas.draw()
-    return " ".join(text.get_text() for text in figure.findobj(plt.Text))
+    return " ".join(text.get_text() for text in texts_of(figure))
 
 
 def study(**columns):

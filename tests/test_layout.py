@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import study
+from helpers import study, texts_of
 from matplotlib.colors import to_hex
 
 import utils
@@ -21,17 +21,7 @@ STAND_INS = [f"synthetic stand-in, first {n} training images" for n in (50, 80, 
 def boxes_of(figure):
     """Yields (text, box in pixels) of all text that shows."""
     figure.draw_without_rendering()
-    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.texts)]
-    for ax in figure.axes:
-        texts += [ax.title, *ax.texts, *(ax.get_legend().texts if ax.get_legend() else ())]
-        if ax.axison:
-            texts += [ax.xaxis.label, ax.yaxis.label]
-            for axis in (ax.xaxis, ax.yaxis):
-                low, high = sorted(axis.get_view_interval())
-                texts += [
-                    label for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels()) if low <= place <= high
-                ]
-    for text in texts:
+    for text in texts_of(figure):
         if text.get_visible() and text.get_text().strip():
             yield text.get_text(), text.get_window_extent()
 
