@@ -23,7 +23,7 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     """Imports the fixtures, and PyTorch with them, where tests run: not in the process that waits for two others."""
     option = config.option
-    if getattr(option, "dist", "no") == "no" or option.collectonly or option.showfixtures:  # "no" in the two as well
+    if getattr(option, "dist", "no") == "no" or option.collectonly or option.showfixtures:  # of the two it is "no"
         config.pluginmanager.import_plugin("shared_fixtures")
 
 

@@ -40,7 +40,10 @@ def run_driver(command, dtype, threads=2):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """By dtype, what the build for this processor computes: test_fused.py compares it with the definition."""
-    folder = tmp_path_factory.getbasetemp().parent / "native"  # of all processes of tests
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all processes of tests: it is built once
+    folder = folder / "native"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         program = folder / "driver"
