@@ -188,7 +188,8 @@ def describe_error(error):
     """Returns an error in one line, with the next step where something cannot be sent to a process."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, pickle.PicklingError):
-        text += f" {error.__cause__ or ''} Ask for processes=1, where nothing is sent"
+        cause = str(error.__cause__ or "").strip('\n"').splitlines()[-1:]  # the last line of a traceback
+        text = ". ".join(part.rstrip(".") for part in [text, *cause, "Ask for processes=1, where nothing is sent"])
     return text
 
 

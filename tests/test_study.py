@@ -267,7 +267,7 @@ def test_the_folder_of_checkpoints_stays_until_the_last_run_is_done(small, tmp_p
 
 def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
     run = ONE | {"seed": 1, "on_epoch": functools.partial(print, threading.Lock())}
-    with pytest.raises(RuntimeError, match="seed=1 .*ickl.* Ask for processes=1"):
+    with pytest.raises(RuntimeError, match="seed=1 .*ickl.*thread.lock' object. Ask for processes=1"):
         run_many(run, small, tmp_path / "study.csv", processes=2)
 
 
