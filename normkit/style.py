@@ -25,7 +25,6 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "font.size": 11,
     "axes.titlesize": 12,
-    "axes.titley": 1.0,  # above nothing else; to look for what might be there takes a sixth of a picture's time
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
