@@ -169,11 +169,12 @@ KILLED = """
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_never_killed(data, tmp_path):
     script = textwrap.dedent(KILLED).format(root=str(ROOT))
-    moments = ["batch", "write", "batch", "rename", "write", "none"]
+    moments = ["batch", "write", "batch", "rename", "write"]
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "killed", *moments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ends, reached = zip(*re.findall(r"ended (\S+) (\d+)", done.stdout))
-    assert ends == (*[str(-signal.SIGKILL)] * 5, "0") and reached == tuple("112224"), done.stderr
+    assert set(ends) == {str(-signal.SIGKILL)} and reached == tuple("11222"), done.stderr
+    run(data, tmp_path / "killed", norm="batch")  # in this process, which hashes names in another way
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.previous"]
     run(data, tmp_path / "whole", norm="batch")
     assert same(read_state(tmp_path / "killed"), read_state(tmp_path / "whole"))

@@ -164,7 +164,7 @@ def test_flags_of_the_users_change_no_result(tmp_path):
     program = """
 import numpy, torch, model
 from normkit.fused import build, fuse
-build.COMPILE.append("-O0")  # in haste
+build.COMPILE.append("-O1")  # half the time; -ffast-math would take NaN for impossible there, too
 fused, images = fuse(model.Net("group").eval()), torch.ones(2, 3, 8, 8)
 images[0, 0, 0, 0] = float("nan")
 print(fused.reason, fused(images).isnan().any(1).tolist(), numpy.float32(1e-40) * numpy.float32(1) > 0)

@@ -6,6 +6,7 @@ import signal
 import threading
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +18,9 @@ import model
 import utils
 from normkit import study
 from normkit.data import train_val_split
+from normkit.engine import compute
 from normkit.study import grid, run_many
+from normkit.synthetic import make_synthetic
 from normkit.tables import trials_table
 
 FEW = {"epochs": 2, "batch_size": 50}
@@ -263,6 +266,19 @@ def test_the_folder_of_checkpoints_stays_until_the_last_run_is_done(small, tmp_p
     monkeypatch.setattr(study, "run", looking)
     run_many([FEW | {"norm": "layer", "seed": seed} for seed in range(3)], small, file)
     assert found == [False, True, True] and not folder.exists()
+
+
+def test_the_data_is_no_part_of_a_task(tmp_path, monkeypatch):
+    """So that what an engine sends with each is small: test_engine.py has the rest."""
+    data, sizes = make_synthetic(train_size=600, test_size=20), []
+
+    def measuring(function, tasks, *others):
+        sizes.extend(len(cloudpickle.dumps(arguments)) for arguments in tasks.values())
+        return compute(function, tasks, *others)
+
+    monkeypatch.setattr(study, "compute", measuring)
+    run_many([ONE | {"seed": seed} for seed in range(2)], data, tmp_path / "study.csv")
+    assert len(sizes) == 2 and max(sizes) < 50_000 < data.train_images.nbytes
 
 
 def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
