@@ -32,3 +32,8 @@ def pytest_collection_finish():
     gc.freeze()
     gc.enable()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_unconfigure():
+    """Spares it the search for what the end of the process gives back anyway."""
+    gc.freeze()

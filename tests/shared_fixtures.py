@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pytest
 from helpers import stand_in
+from joblib.externals.loky import get_reusable_executor
 from torchvision import datasets
 
 import model
@@ -68,7 +69,8 @@ def importable(tmp_path_factory):
     """A folder for modules that a test writes. Processes that a study starts look there from their start on."""
     folder = tmp_path_factory.mktemp("importable")
     sys.path.insert(0, str(folder))
-    return folder
+    yield folder
+    get_reusable_executor().shutdown(kill_workers=True)  # to end by themselves takes them two seconds
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ def test_runs_from_start_to_end(tmp_path):
     import papermill
 
     nbformat.write(notebook_on_few_images(tmp_path / "images"), tmp_path / "S8.ipynb")
-    done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", cwd=ROOT, progress_bar=False)
+    options = {"cwd": ROOT, "progress_bar": False, "shutdown_kernel": "immediate"}
+    done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", **options)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
     assert len(outputs(done, "image/png")) == PICTURES + norms and len(outputs(done, "text/html")) == 6
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)

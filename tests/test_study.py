@@ -2,9 +2,7 @@ import dataclasses
 import functools
 import os
 import re
-import signal
 import threading
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -281,12 +279,6 @@ def test_the_data_is_no_part_of_a_task(tmp_path, monkeypatch):
     assert len(sizes) == 2 and max(sizes) < 50_000 < data.train_images.nbytes
 
 
-def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
-    run = ONE | {"seed": 1, "on_epoch": functools.partial(print, threading.Lock())}
-    with pytest.raises(RuntimeError, match="seed=1 .*ickl.*thread.lock' object. Ask for processes=1"):
-        run_many(run, small, tmp_path / "study.csv", processes=2)
-
-
 def test_runs_take_turns_over_the_gpus(small, tmp_path, monkeypatch):
     devices = []
 
@@ -379,48 +371,3 @@ def test_a_diverged_run_is_whole(small, tmp_path, capsys):
     again = run_many(run, small, tmp_path / "study.csv", keep_diverged=True)
     assert len(first) == 1 and "lack" not in capsys.readouterr().out
     pd.testing.assert_frame_equal(first, again)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_stops_the_study_and_what_is_finished_is_kept(small, tmp_path, processes):
-    file = tmp_path / "study.csv"
-    runs = [ONE | {"seed": seed} for seed in range(3)]
-    run_many(runs[:1], small, file)
-    content = file.read_text()
-    (tmp_path / "study.csv.writing").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="study.csv cannot be written: .*No space.*holds the runs finished before"):
-        run_many(runs, small, file, processes)
-    assert file.read_text() == content
-    rows = run_many(runs, small, file)
-    assert rows["seed"].tolist() == [0, 1, 2] and names(tmp_path) == ["study.csv"]
-
-
-# ------------------------------------------------- workers that die, last as others are started after each
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_once(marker, _):
-    """Kills the process that comes first."""
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return
-    die()
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_costs_no_run_and_a_run_that_kills_each_worker_is_told(small, tmp_path, capsys):
-    runs = [FEW | {"norm": "layer", "seed": seed} for seed in range(3)]
-    runs[0]["on_epoch"] = functools.partial(die_once, tmp_path / "died")
-    runs[2]["on_epoch"] = die
-    with pytest.raises(RuntimeError) as told:
-        run_many(runs, small, tmp_path / "study.csv", processes=2)
-    first, line = str(told.value).splitlines()
-    assert " seed=2 " in line and "TerminatedWorkerError" in line and (tmp_path / "died").exists()
-    rows = pd.read_csv(tmp_path / "study.csv")
-    assert sorted(zip(rows["seed"], rows["epoch"])) == [(seed, epoch) for seed in (0, 1) for epoch in (1, 2)]
-    assert "3/3" in capsys.readouterr().out

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from joblib import parallel_config
-from test_study import ONE, die, die_once
+from test_study import ONE
+from test_study_stops import die, die_once
 
 import model
 from normkit.data import Data
