@@ -29,6 +29,7 @@ rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
 style        colours and style of all pictures, and text that fits into them
+figure       Picture, the figure that pictures are drawn in
 predictions  the logits that pictures are given, checked
 copies       copies of networks to look at, out of their wrappers
 plots        curves, samples, mistakes, confusions, pictures of studies

@@ -100,7 +100,9 @@ def new_figure(figsize):
     """plt.figure, released from pyplot: the figure is its caller's, and a notebook shows it once."""
     import matplotlib.pyplot as plt  # takes a while to import, and training draws nothing
 
-    figure = plt.figure(figsize=figsize)
+    from normkit.figure import Picture
+
+    figure = plt.figure(figsize=figsize, FigureClass=Picture)
     plt.close(figure)
     return figure
 

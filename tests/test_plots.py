@@ -2,20 +2,18 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import THREE, drawn, linear, study
 from matplotlib import pyplot as plt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 import utils
 from normkit import anatomy, plots, robustness, tables
 from normkit.data import Data
-from normkit.style import COLORS, colors_of, new_figure, styled
+from normkit.style import COLORS, colors_of
 
 
 def test_curves_show_the_histories(results):
@@ -372,30 +370,6 @@ def test_epochs_may_be_out_of_order_and_not_twice(results):
     assert "batch, 0: " in text and "batch, 1: " in text
 
 
-SETTINGS = [
-    {"figure.autolayout": True},
-    {"figure.constrained_layout.use": True},
-    {"axes.grid": False, "axes.facecolor": "black", "text.color": "white", "lines.linewidth": 9},
-    {"savefig.bbox": "tight", "figure.dpi": 40, "axes.prop_cycle": plt.cycler(color=["red"])},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_users_own_settings_change_no_picture(results, settings):
-    pictures = []
-    for own in ({}, settings):
-        with plt.rc_context(own):
-            figure = plots.plot_curves(results)
-            figure.draw_without_rendering()
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            legend = figure.legends[0].get_window_extent()
-            assert all(ax.xaxis.label.get_window_extent().y0 >= legend.y1 for ax in figure.axes)
-            pictures.append(np.asarray(canvas.buffer_rgba()))
-            assert all(plt.rcParams[name] == value for name, value in own.items())  # and the user's stay
-    assert np.array_equal(*pictures)
-
-
 SIZES = [(8, 8), (12, 20), (64, 64)]
 
 
@@ -427,21 +401,3 @@ def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
     figures += [plots.plot_mistakes(own, logits[norm]) for norm in ("batch", "group")]
     text = " ".join(map(drawn, figures))
     assert classes[0] in text and (len(classes) == 10 or "class 9" in text)
-
-
-def test_interactive_mode_stays_as_a_backend_sets_it():
-    """A notebook's turns it on with the first figure; otherwise the reader's own plots would not show."""
-
-    @styled
-    def plot():
-        matplotlib.interactive(True)
-        return new_figure((2, 1))
-
-    was = matplotlib.is_interactive()
-    try:
-        for before in (False, True):
-            matplotlib.interactive(before)
-            plot()
-            assert matplotlib.is_interactive()
-    finally:
-        matplotlib.interactive(was)
