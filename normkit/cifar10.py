@@ -261,7 +261,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             mode, rgb = image.mode, image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as the format is read
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     if mode[0] in "IF":
         raise ValueError(f"{path} has more than 8 bits a pixel (mode {mode}): save it in 8 bits, as CIFAR-10's are")

@@ -272,6 +272,19 @@ def test_wrong_size_and_unreadable_image(tmp_path):
         utils.load_data("auto", tmp_path)
 
 
+def test_whatever_is_wrong_with_an_image_its_file_is_named(tmp_path):
+    Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    start = whole.index(b"IDAT")
+    short = (int.from_bytes(whole[start - 4 : start], "big") - 8).to_bytes(4, "big")  # bytes that the chunk says it has
+    (tmp_path / "chunk.png").write_bytes(whole[: start - 4] + short + whole[start:])
+    (tmp_path / "header.ppm").write_bytes(b"P6 3X 32 255\n" + bytes(3072))
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    for name in ("chunk.png", "header.ppm", "huge.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image: "):
+            cifar10.read_image(tmp_path / name)
+
+
 # ----------------------------------------------------------------------------------- the cache
 
 

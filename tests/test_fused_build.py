@@ -123,7 +123,7 @@ def test_a_library_that_others_could_write_is_not_loaded(cache, compilations, mo
 
 
 @COMPILER
-@pytest.mark.parametrize("case", ["others can write", "read-only", "a file in its place", "no home", "full"])
+@pytest.mark.parametrize("case", ["others can write", "read-only", "a file in its place", "no home", "no user", "full"])
 def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, compilations, monkeypatch, case):
     cache.parent.mkdir()
     if case == "others can write":
@@ -142,13 +142,28 @@ def test_where_no_cache_can_be_kept_this_process_has_a_kernel_of_its_own(cache, 
         monkeypatch.setattr(build, "compile_into", refuse)
     elif case == "read-only":
         monkeypatch.setattr(build.Path, "mkdir", lambda *args, **how: (_ for _ in ()).throw(OSError(30, "Read-only")))
-    else:
+    elif case == "no home":
         monkeypatch.setattr(build.platformdirs, "user_cache_dir", lambda *args, **how: "~/.cache/normkit")
+    else:
+
+        def refuse(*args, **how):
+            raise RuntimeError("could not determine the home directory")
+
+        monkeypatch.setattr(build.platformdirs, "user_cache_dir", refuse)
     found = build.library()
     assert found.reason is None and found.path.startswith("a temporary folder (")
     fused = fuse(model.Net())
     fused(IMAGES)
     assert fused.reason is None
+
+
+@pytest.mark.parametrize("place", ["nowhere", "kit.zip/normkit/fused/csrc"])
+def test_where_the_sources_cannot_be_read_the_modules_run(cache, monkeypatch, tmp_path, place):
+    (tmp_path / "kit.zip").write_bytes(b"")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / place)
+    fused = fuse(model.Net())
+    fused(IMAGES)
+    assert "the kernel's sources cannot be read: " in fused.reason and place in fused.reason
 
 
 @COMPILER

@@ -75,6 +75,8 @@ def library():
         return build_into_cache(command, folder, key)
     except BuildError as error:
         return Library(None, str(error))
+    except OSError as error:  # where the kit is in a zip file, or came without them
+        return Library(None, f"the kernel's sources cannot be read: {error}")
 
 
 def load_from_cache(file):
@@ -178,7 +180,10 @@ def run_compiler(command):
 
 def cache_folder():
     """Returns the folder of compiled kernels, made if need be, or None and the reason why it is not to be used."""
-    folder = Path(platformdirs.user_cache_dir("normkit", appauthor=False))
+    try:
+        folder = Path(platformdirs.user_cache_dir("normkit", appauthor=False))
+    except RuntimeError as error:  # of newer platformdirs; older ones give a relative path
+        return None, str(error)
     if not folder.is_absolute():
         return None, "there is no home folder"
     try:
