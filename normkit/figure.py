@@ -5,8 +5,19 @@ from matplotlib.figure import Figure
 
 
 class Picture(Figure):
-    """A figure that is also saved on its own background, where the user's style has a dark one for saved figures."""
+    """A figure that has its style also when it is drawn and saved, which is after the function that makes it.
+
+    style: a context manager's function. Ticks are spaced by the size that the style of that moment has for their text.
+    """
+
+    def __init__(self, *args, style, **options):
+        super().__init__(*args, **options)
+        self.style = style
+
+    def draw(self, renderer):
+        with self.style():
+            super().draw(renderer)
 
     def savefig(self, *args, **options):
-        with matplotlib.rc_context({"savefig.facecolor": "auto"}):
+        with matplotlib.rc_context({"savefig.facecolor": "auto"}):  # its own
             super().savefig(*args, **options)

@@ -4,6 +4,7 @@ Each returns its figure, which a notebook shows. To keep it, figure.savefig("nam
 """
 
 import io
+import itertools
 import math
 
 import numpy as np
@@ -28,6 +29,7 @@ from normkit.style import (
     legend_beside,
     line_count,
     new_figure,
+    point_labels,
     shortened,
     styled,
     subplots,
@@ -47,6 +49,7 @@ def plot_curves(histories, title=None, until=None):
     """
     until = 1 if until is None else whole_number("until", until)
     runs, data = histories_of(histories)
+    first = min(history[0]["epoch"] for history in runs.values())
     last = max(history[-1]["epoch"] for history in runs.values())
     title, colors = title or data, colors_of(runs)
     figure, axes = subplots(1, 2, figsize=(11, height_for(runs, 4.4)))
@@ -60,8 +63,8 @@ def plot_curves(histories, title=None, until=None):
             ax.plot(epochs, test, "-o", color=colors[label], markersize=3.5)
             ends[label] = test
         if until >= last:
-            ax.set_xlim(0.5, until + 0.5)
-        mark_learning_rates(ax, next(iter(runs.values())), high=metric == "loss")
+            ax.set_xlim(min(1, first) - 0.5, until + 0.5)
+        mark_learning_rates(ax, runs.values(), high=metric == "loss")
         label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
         ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -72,15 +75,23 @@ def plot_curves(histories, title=None, until=None):
     return figure
 
 
-def mark_learning_rates(ax, history, high):
-    """A line at each epoch that starts with another learning rate, where these are few; its name high or low."""
-    changes = [row for before, row in zip(history, history[1:]) if row["lr"] != before["lr"]]
-    if len(changes) <= 4:
-        for row in changes:
-            ax.axvline(row["epoch"] - 0.5, color="#999999", linewidth=1, linestyle=":")
+def mark_learning_rates(ax, histories, high):
+    """A line at each epoch that starts with another learning rate, where these are few, and those of all runs.
+
+    high: whether the rates stand at the top.
+    """
+    longest = max(histories, key=lambda history: history[-1]["epoch"])
+    changes = rate_changes(longest)
+    alike = all(
+        rate_changes(history) == {epoch: lr for epoch, lr in changes.items() if epoch <= history[-1]["epoch"]}
+        for history in histories
+    )
+    if alike and len(changes) <= 4:
+        for epoch, lr in changes.items():
+            ax.axvline(epoch - 0.5, color="#999999", linewidth=1, linestyle=":")
             ax.annotate(
-                f"lr {row['lr']:.3g}",
-                (row["epoch"] - 0.5, 1 if high else 0),
+                f"lr {lr:.3g}",
+                (epoch - 0.5, 1 if high else 0),
                 xycoords=("data", "axes fraction"),
                 xytext=(3, -2 if high else 2),
                 textcoords="offset points",
@@ -88,6 +99,12 @@ def mark_learning_rates(ax, history, high):
                 fontsize=9,
                 color="#666666",
             )
+
+
+def rate_changes(history):
+    """Returns a dict from each epoch that starts with another learning rate than the one before to that rate."""
+    pairs = itertools.pairwise(history)
+    return {row["epoch"]: row["lr"] for before, row in pairs if abs(row["lr"] - before["lr"]) > 0}
 
 
 def draw_means(ax, runs, setting, color):
@@ -131,7 +148,7 @@ class LiveCurves:
 
     def seconds_left(self):
         """Of every label: what an epoch took it, or before its first epoch took the others, for those to come."""
-        known = {label: np.mean([row["seconds"] for row in rows]) for label, rows in self.histories.items()}
+        known = {label: np.mean([row.get("seconds", 0) for row in rows]) for label, rows in self.histories.items()}
         usual = np.mean(list(known.values()))
         return sum(
             known.get(label, usual) * (self.epochs - len(self.histories.get(label, []))) for label in self.labels
@@ -151,7 +168,7 @@ class LiveCurves:
             figure = plot_curves(self.histories, self.title + progress, self.epochs)
         figure.set_size_inches(11, height_for([*dict.fromkeys([*self.labels, *self.histories])], 4.4))
         png = io.BytesIO()
-        figure.savefig(png, dpi=100, bbox_inches=None)
+        figure.savefig(png, format="png", dpi=100, bbox_inches=figure.bbox_inches, transparent=False)
         return Image(png.getvalue(), width=1000)
 
 
@@ -160,7 +177,7 @@ def plot_samples(data, each=10):
     """A row of training images for each class."""
     each = whole_number("each", each)
     classes = len(data.classes)
-    names = [broken(name) for name in data.classes]
+    names = [broken(name) for name in class_names(data)]
     longest = max((len(line) for name in names for line in name.splitlines()), default=0)
     height, width = data.train_images.shape[2:]
     gap, widest, text = 0.09, max(0.63, 11 / each), LINE * max(line_count([name]) for name in names)  # inches
@@ -306,6 +323,8 @@ def plot_seeds(rows, ax=None):
     pitch, width = len(norms) + 0.8, max(0.9, 0.1 * min(12, max(map(len, norms))))  # inches, that a norm has
     height = 4 + 0.19 * max(caption.count("\n") for caption in captions)
     ax = axes_or_new(ax, (max(7.5, width * pitch * len(groups)), height))
+    if point_labels(ax):
+        raise ValueError("plot_seeds has drawn in these axes before: give it others, or call ax.clear() first")
     for i, (_, runs) in enumerate(groups):
         for norm, each in runs.groupby("norm", sort=False, observed=True):
             place, values, color = i * pitch + norms.index(norm), each["test_acc"].fillna(CHANCE), colors[norm]

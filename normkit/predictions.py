@@ -14,6 +14,7 @@ def logits_of(data, given, name="logits"):
 
     given: what utils.predict returns, or its logits alone, or probabilities, as a tensor or an array.
     """
+    given = plain(given)
     logits, labels = given, None
     if isinstance(given, tuple | list) and len(given) == 2 and getattr(given[1], "ndim", 0) == 1:
         logits, labels = given
@@ -36,10 +37,19 @@ def logits_of(data, given, name="logits"):
     return logits
 
 
+def plain(given):
+    """Returns what is given; a DataFrame as an array."""
+    return given.to_numpy() if hasattr(given, "columns") else given
+
+
 def as_logits(given):
-    """Returns logits (N, classes), float32 on the CPU; of probabilities, which sum to 1, their logarithms."""
-    values = torch.as_tensor(given, device="cpu").detach().float()
-    are_probabilities = (values >= 0).all() and ((values.sum(1) - 1).abs() < 0.02).all()
+    """Returns logits (N, classes), float32 on the CPU; of probabilities, which sum to 1, their logarithms.
+
+    Those may have been rounded to two decimals.
+    """
+    values = torch.as_tensor(plain(given), device="cpu").detach().float()
+    rounding = min(0.5, max(0.02, 0.005 * values.shape[1]))  # of the sum
+    are_probabilities = ((values >= 0) & (values <= 1.001)).all() and ((values.sum(1) - 1).abs() <= rounding).all()
     return values.log() if are_probabilities else values
 
 
@@ -48,6 +58,7 @@ def logits_by_name(data, given):
 
     given: a dict from a name to what logits_of takes, or for a single network that alone.
     """
+    given = plain(given)
     if isinstance(given, Tensor) or not hasattr(given, "items"):
         return {"one network": logits_of(data, given)}
     if not given:
@@ -56,6 +67,10 @@ def logits_by_name(data, given):
 
 
 def class_names(data, *logits):
-    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer."""
-    columns = max(each.shape[1] for each in logits)
-    return [*map(str, data.classes), *(f"class {label}" for label in range(len(data.classes), columns))]
+    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer.
+
+    A dollar is one, and begins no formula.
+    """
+    columns = max([each.shape[1] for each in logits], default=0)
+    names = [str(name).replace("$", r"\$") for name in data.classes]
+    return names + [f"class {label}" for label in range(len(names), columns)]

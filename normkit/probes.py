@@ -1,5 +1,7 @@
 """What normalisation changes in training, measured: gradients, similarity of activations, range of the loss."""
 
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -124,10 +126,11 @@ def plot_by_layer(rows, quantity):
     colors = colors_of(rows["norm"])
     steps = sorted({rows["step"].min(), rows["step"].max()})
     figure, axes = subplots(1, len(steps), figsize=(5.5 * len(steps), 3.4), sharey=True, squeeze=False)
-    layers = list(dict.fromkeys(rows["layer"]))
+    orders = [each["layer"].unique() for _, each in rows.groupby("norm", sort=False)]
+    layers = list(dict.fromkeys(itertools.chain(*sorted(orders, key=len, reverse=True))))  # some may lack some
     for ax, step in zip(axes[0], steps):
         for norm, each in rows[rows["step"] == step].groupby("norm", sort=False):
-            means = each.groupby("layer")["value"].mean()[layers]
+            means = each.groupby("layer")["value"].mean().reindex(layers)  # a gap where a network has no such layer
             ax.plot(layers, means, "-o", color=colors[norm], markersize=5)
         ax.set_title(f"after {step} steps" if step else "at the start")
     if quantity == "gradient norm":

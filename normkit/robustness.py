@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from normkit.checks import classes_of
+from normkit.checks import classes_of, whole_number
 from normkit.predictions import as_logits, logits_by_name
 from normkit.style import colors_of, legend_below, styled, subplots
 
@@ -17,7 +17,7 @@ def calibration(logits, labels, bins=10):
     Bins are of equal width in confidence; the error is the mean gap between a bin's confidence and its accuracy,
     weighted by its share (Naeini et al. 2015). Empty bins are left out. All are from 0 to 1.
     """
-    labels = classes_of(torch.as_tensor(labels, device="cpu"))
+    bins, labels = whole_number("bins", bins), classes_of(torch.as_tensor(labels, device="cpu"))
     confidence, predicted = as_logits(logits).softmax(1).max(1)
     if labels.shape != predicted.shape:
         raise ValueError(f"labels {tuple(labels.shape)} of {len(predicted)} logits: expected one label an image")

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import textwrap
+import threading
 import weakref
 
 import matplotlib.style
@@ -33,8 +34,16 @@ STYLE = {
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.8,
     "lines.linewidth": 2,
-    "savefig.bbox": "tight",
+    "axes.formatter.useoffset": False,  # of a network that learns nothing, 10.002 rather than 0.002 and, aside, 1e1
 }
+LOCK = threading.RLock()  # rcParams are the whole process's
+
+
+@contextlib.contextmanager
+def in_style():
+    """The style of pictures, whatever the user's says; the user's is given back."""
+    with LOCK, matplotlib.style.context(["default", STYLE]):
+        yield
 
 
 def styled(plot):
@@ -45,7 +54,7 @@ def styled(plot):
 
     @functools.wraps(plot)
     def wrapper(*args, **options):
-        with matplotlib.style.context(["default", STYLE]):
+        with in_style():
             drawn = plot(*args, **options)
             fit_text(drawn)  # ticks are made here, in the style of the moment
             interactive = matplotlib.is_interactive()
@@ -102,7 +111,7 @@ def new_figure(figsize):
 
     from normkit.figure import Picture
 
-    figure = plt.figure(figsize=figsize, FigureClass=Picture)
+    figure = plt.figure(figsize=figsize, FigureClass=Picture, style=in_style)
     plt.close(figure)
     return figure
 
@@ -172,6 +181,10 @@ def label_point(ax, point, label, color):
     """Writes a label below a point; fit_labels makes it fit."""
     text = {"ha": "center", "va": "top", "color": color, "fontweight": "bold", "fontsize": 10, "label": POINT}
     ax.annotate(label, point, (0, -8), textcoords="offset points", **text)
+
+
+def point_labels(ax):
+    return [text for text in ax.texts if text.get_label() == POINT]
 
 
 def legend_beside(ax, names):
@@ -278,7 +291,7 @@ def fit_labels(ax):
 
     Axes that are too low for the labels reach further down. Returns whether anything has changed.
     """
-    labels = [text for text in ax.texts if text.get_label() == POINT]
+    labels = point_labels(ax)
     if not labels:
         return False
     points, (low, high) = ax.transData.transform([label.xy for label in labels]), ax.get_ylim()
@@ -306,7 +319,7 @@ def fit_ticks(ax):
         return False
     pitch, edge = min(middle(right) - middle(left) for left, right in neighbours), -math.inf
     for label in shown:
-        if " " in label.get_text():
+        if " " in label.get_text() and not label.get_rotation():  # upright text becomes wider with each line
             break_to(label, pitch - PAD)
         box = label.get_window_extent()
         if box.x0 < edge:

@@ -12,6 +12,7 @@ from normkit.style import by_name
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
 WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
+NUMBERS = (*METRICS, *WHOLE, "lr", "base_lr")
 BY_RUN = "{name: rows for name, rows in table.groupby(['norm', 'seed'])}"  # a table of histories taken apart
 UNNAMED = "not named"  # the recipe of rows that lack its name, beside others that have it
 
@@ -39,12 +40,17 @@ def settings_of_results(results):
     return pd.DataFrame(rows, columns=None if rows else ["norm"], dtype=object)  # numbers and names as they are
 
 
+def differing_settings(results):
+    """Returns the names of the settings in which the recipes of results differ."""
+    settings = settings_of_results(results).drop(columns=["norm", "data", "seed"])
+    return settings.columns[settings.astype(str).nunique() > 1]
+
+
 def results_table(results):
     """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost, settings that differ."""
     rows = []
     results = results_of(results)
-    settings = settings_of_results(results).drop(columns=["norm", "data", "seed"])
-    differing = settings.columns[settings.astype(str).nunique() > 1]
+    differing = differing_settings(results)
     for result in results:
         if not result.history:
             raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
@@ -67,10 +73,12 @@ def results_table(results):
 
 
 def histories_table(results):
-    """Returns a DataFrame of every epoch of every result, one row each."""
-    rows = []
-    for result in results_of(results):
+    """Returns a DataFrame of every epoch of every result, one row each, with the settings that differ."""
+    rows, results = [], results_of(results)
+    differing = differing_settings(results)
+    for result in results:
         about = {"norm": result.norm, "seed": result.seed, "data": result.data}
+        about |= {"base_lr" if name == "lr" else name: getattr(result.recipe, name) for name in differing}
         for row in result.history:
             check_notes(row, about)
             rows.append(about | row)
@@ -129,7 +137,10 @@ def check_history(label, history):
     epochs = [row["epoch"] for row in rows]
     if len(set(epochs)) < len(epochs):
         twice = max(epochs, key=epochs.count)
-        raise ValueError(f"{label} has epoch {twice:g} more than once: give each run by itself, of a table {BY_RUN}")
+        raise ValueError(
+            f"{label} has epoch {twice:g} more than once: give each run by itself, of a table {BY_RUN}, "
+            "with all columns between these two in which runs differ"
+        )
     return sorted(rows, key=lambda row: row["epoch"])
 
 
@@ -149,10 +160,13 @@ def check_rows(rows, *columns):
     """Returns rows of study.run_many, if they are some and have these columns, with plain numbers.
 
     A spreadsheet leaves empty lines in a CSV file, which make each 25 a 25.0, and convert_dtypes() makes a NaN a pd.NA.
+    A file may have been read as text.
     """
     if not hasattr(rows, "columns"):
         raise TypeError(f"rows is a {describe(rows)}: give the DataFrame that study.run_many returns")
-    rows = rows.dropna(how="all")
+    text = [name for name in rows if pd.api.types.is_string_dtype(rows[name].dtype)]  # of objects, too
+    rows = rows.assign(**{name: rows[name].where(rows[name] != "") for name in text}).dropna(how="all")
+    rows = rows.assign(**{name: as_numbers(rows[name]) for name in text if name in NUMBERS})
     if rows.empty:
         raise ValueError("there are no rows: the study has no finished run, or none that was selected")
     if "diverged" in rows:  # such a run has no metrics, so there is no column of them where all did
@@ -261,7 +275,7 @@ def select(rows, **settings):
 def as_numbers(column):
     """Returns a column of text as numbers where all of it is one."""
     numbers = pd.to_numeric(column, errors="coerce")
-    return column if numbers.isna().any() else numbers
+    return column if (numbers.isna() & column.notna()).any() else numbers
 
 
 def telling_apart(table, by):

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 
 import utils
 from normkit import plots, probes, robustness
+from normkit.data import Data
 
 LONG = "CIFAR-10, JPEG copy, 5000 training images held out class by class"
 STAND_INS = [f"synthetic stand-in, first {n} training images" for n in (50, 80, 100)]
@@ -210,6 +211,17 @@ def test_axes_of_a_plain_figure_make_room_for_their_text(shape, size):
     figure.tight_layout()
     check_layout(figure)
     plt.close(figure)
+
+
+def test_upright_names_stay_in_one_line():
+    breeds = [f"long {name} retriever" for name in "abcdefghijklmnopqrst"]
+    labels = torch.arange(60) % 20
+    split = torch.zeros(60, 3, 8, 8, dtype=torch.uint8), labels
+    data = Data("dogs", breeds, *split, *split)
+    figure = plots.plot_confusions(data, {norm: torch.randn(60, 20) for norm in ("batch", "group", "layer")})
+    check_layout(figure)
+    names = [label.get_text() for ax in figure.axes for label in ax.get_xticklabels() if label.get_text()]
+    assert len(names) >= 40 and not any("\n" in name for name in names)
 
 
 def test_other_axes_of_a_figure_stay_as_they_are():

@@ -95,8 +95,18 @@ def test_probabilities_are_as_good_as_logits(data):
         assert calibration(given, data.test_labels)[0] == pytest.approx(expected, abs=1e-3)
         for draw, picture in pictures.items():
             assert drawn(draw(data, given)) == picture
+    rounded = logits.softmax(1).round(decimals=2)
+    assert calibration(rounded, data.test_labels)[0] == pytest.approx(expected, abs=1e-2)
     sure = torch.nn.functional.one_hot(data.test_labels.roll(1), 10)  # classes alone
     assert " 100 %" in drawn(plots.plot_mistakes(data, sure))
+
+
+def test_a_table_of_logits_is_as_good_as_an_array(data):
+    logits = torch.randn(len(data.test_labels), 10)
+    table = pd.DataFrame(logits.numpy())
+    assert calibration(table, data.test_labels) == calibration(logits, data.test_labels)
+    for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes):
+        assert drawn(draw(data, table)) == drawn(draw(data, logits))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

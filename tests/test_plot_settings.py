@@ -1,20 +1,25 @@
 """Pictures under settings of the user's: they are the same, and the settings stay."""
 
+import io
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from normkit import plots
+from normkit import plots, probes
 from normkit.style import new_figure, styled
 
 SETTINGS = [
     {"figure.autolayout": True},
     {"figure.constrained_layout.use": True},
     {"axes.grid": False, "axes.facecolor": "black", "text.color": "white", "lines.linewidth": 9},
+    {"font.size": 6},
     {"savefig.bbox": "tight", "figure.dpi": 40, "axes.prop_cycle": plt.cycler(color=["red"])},
 ]
 
@@ -43,6 +48,49 @@ def test_a_saved_picture_is_on_its_own_background(results, tmp_path):
         figure.savefig(tmp_path / "clear.png", transparent=True)
     corners = [plt.imread(tmp_path / f"{name}.png")[0, 0].tolist() for name in ("curves", "asked", "clear")]
     assert corners == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 0]]
+
+
+def test_ticks_have_room_for_numbers_in_the_pictures_size_not_in_the_users():
+    pictures = []
+    rows = pd.DataFrame({"norm": "batch", "seed": 0, "quantity": "loss", "step": range(0, 1000, 50), "value": 1.0})
+    for own in ({}, {"font.size": 4}):
+        with plt.rc_context(own):
+            canvas = FigureCanvasAgg(probes.plot_loss_ranges(pd.concat([rows.assign(norm=i) for i in range(4)])))
+            canvas.draw()
+            pictures.append(np.asarray(canvas.buffer_rgba()))
+    assert np.array_equal(*pictures)
+
+
+def test_pictures_of_two_threads_give_the_users_settings_back():
+    entered, left = [threading.Event() for _ in range(2)], threading.Event()
+
+    @styled
+    def plot(mine, until):
+        entered[mine].set()
+        until.wait(0.3)
+        return new_figure((2, 1))
+
+    def first():
+        plot(0, entered[1])
+        left.set()
+
+    with plt.rc_context({"font.size": 7}), ThreadPoolExecutor(2) as threads:
+        threads.submit(first)
+        entered[0].wait()
+        threads.submit(plot, 1, left).result()
+        assert plt.rcParams["font.size"] == 7
+
+
+def test_a_live_picture_is_a_png_of_one_size_whatever_is_said_of_files(results):
+    live, sizes = plots.LiveCurves(["batch", "group"], 2), set()
+    own = {"savefig.format": "svg", "savefig.bbox": "tight", "savefig.transparent": True, "savefig.dpi": 30}
+    with plt.rc_context(own):
+        for history in ([], results[0].history[:1], results[0].history):
+            live.follow("batch")(history) if history else None
+            picture = plt.imread(io.BytesIO(live.picture().data))
+            sizes.add(picture.shape)
+            assert picture[0, 0].tolist() == [1, 1, 1, 1]
+    assert len(sizes) == 1
 
 
 def test_interactive_mode_stays_as_a_backend_sets_it():

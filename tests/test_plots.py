@@ -360,6 +360,40 @@ def test_learning_rates_are_not_rounded_to_one_digit(results):
     assert {"lr 0.0025", "lr 0.00025"} < {text.get_text() for text in plots.plot_curves(rows).axes[0].texts}
 
 
+def test_learning_rates_are_marked_where_all_runs_have_them(results):
+    def rates(*given):
+        row = results[0].history[0]
+        histories = [[row | {"epoch": i, "lr": lr} for i, lr in enumerate(lrs, 1)] for lrs in given]
+        texts = plots.plot_curves({str(i): history for i, history in enumerate(histories)}).axes[0].texts
+        return sorted(text.get_text() for text in texts if text.get_text().startswith("lr"))
+
+    assert rates([0.1, 0.1, 0.01], [0.1, 0.1, 0.01]) == rates([0.1, 0.1, 0.01], [0.1, 0.1]) == ["lr 0.01"]
+    assert rates([0.1, 0.01], [0.01, 0.001]) == rates([0.1, 0.1], [0.1, 0.01]) == rates([0.1, None]) == []
+
+
+def test_a_first_epoch_may_have_the_number_zero(results):
+    for ax in plots.plot_curves([results[0].history[0] | {"epoch": 0}]).axes:
+        assert ax.get_xlim()[0] < 0 < ax.get_xlim()[1]
+
+
+def test_a_network_that_learns_nothing_has_its_numbers_on_the_axis(results):
+    rows = [
+        row | {f"{split}_acc": 10 + 1e-3 * row["epoch"] for split in ("train", "test")} for row in results[0].history
+    ]
+    figure = plots.plot_curves(rows)
+    drawn(figure)
+    assert [ax.yaxis.get_offset_text().get_text() for ax in figure.axes] == ["", ""]
+
+
+def test_plot_seeds_says_that_axes_are_taken():
+    ax = plots.plot_seeds(study(norm=["batch"], seed=range(2))).axes[0]
+    with pytest.raises(ValueError, match=r"has drawn in these axes before: give it others, or call ax.clear\(\)"):
+        plots.plot_seeds(study(norm=["group"], seed=range(2)), ax)
+    ax.clear()
+    plots.plot_seeds(study(norm=["group"], seed=range(2)), ax)
+    assert [text.get_text().split()[0] for text in ax.texts] == ["group"]
+
+
 def test_epochs_may_be_out_of_order_and_not_twice(results):
     history = results[0].history
     assert plots.plot_curves(history[::-1]).axes[0].lines[0].get_xdata().tolist() == [1, 2]
@@ -401,3 +435,13 @@ def test_images_of_other_sizes_and_classes_of_ones_own(size, classes):
     figures += [plots.plot_mistakes(own, logits[norm]) for norm in ("batch", "group")]
     text = " ".join(map(drawn, figures))
     assert classes[0] in text and (len(classes) == 10 or "class 9" in text)
+
+
+def test_dollars_in_names_of_classes_begin_no_formula():
+    own = data_of((8, 8), ("$0-$50", "$50-$100", "x^{$ $"))
+    logits = torch.randn(60, 3)
+    figures = plots.plot_samples(own, 3), plots.plot_confusions(own, logits), plots.plot_mistakes(own, logits)
+    for figure in figures:
+        drawn(figure)  # matplotlib would not read the third
+        names = [text for text in figure.findobj(plt.Text) if r"\$0" in text.get_text()]
+        assert names and all(text._preprocess_math(text.get_text())[1] is False for text in names)

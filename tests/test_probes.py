@@ -192,5 +192,8 @@ def test_pictures(batch):
         probes.plot_by_layer(rows, "loss")
     shuffled = probes.plot_by_layer(rows.sample(frac=1, random_state=0), "gradient norm")
     assert [label.get_text() for label in shuffled.axes[0].get_xticklabels()] == CONVOLUTIONS
+    without = rows[(rows["norm"] != "batch") | (rows["layer"] != "C1")]  # one that was frozen, say
+    names = [label.get_text() for label in probes.plot_by_layer(without, "gradient norm").axes[0].get_xticklabels()]
+    assert names == CONVOLUTIONS
     figure = probes.plot_by_layer(rows.replace({"norm": {"batch": "mine", "layer": "yours"}}), "similarity")
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2

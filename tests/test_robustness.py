@@ -32,6 +32,8 @@ def test_a_network_that_is_always_sure_is_as_wrong_as_its_error():
 def test_a_dot_at_the_edge_is_whole(data, right, edge):
     """Where all are right, or none, it reaches as far beyond the axes as its size says."""
     logits = 1e4 * torch.nn.functional.one_hot((data.test_labels + (not right)) % 10, 10)
+    with pytest.raises(ValueError, match="bins=0: expected a whole number of at least 1"):
+        robustness.calibration(logits, data.test_labels, bins=0)
     figure = robustness.plot_calibration(data, {"batch": logits})
     canvas, (ax,) = FigureCanvasAgg(figure), figure.axes
     canvas.draw()

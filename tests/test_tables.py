@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import NORMS, QUIET, THREE, drawn, stand_in
+from helpers import NORMS, QUIET, THREE, drawn, stand_in, study
 
 import model
 import utils
@@ -40,6 +40,23 @@ def test_the_histories_of_the_stand_in_are_marked(results):
     assert len(table) == 2 * len(NORMS) and table["data"].str.contains("synthetic").all()
     assert table["norm"].tolist() == [norm for norm in NORMS for _ in range(2)] and (table["seed"] == 0).all()
     assert table[list(rows[0])].to_dict("records") == rows
+
+
+def test_histories_of_a_sweep_have_the_settings_that_differ(results):
+    rates = [dataclasses.replace(results[0], recipe=results[0].recipe.replace(lr=lr)) for lr in (0.1, 0.01)]
+    table = tables.histories_table(rates)
+    assert table["base_lr"].tolist() == [0.1, 0.1, 0.01, 0.01] and "momentum" not in table
+    assert len(plots.plot_curves({name: rows for name, rows in table.groupby(["norm", "base_lr"])}).axes) == 2
+
+
+def test_rows_that_were_read_as_text_are_numbers(tmp_path):
+    rows = study(norm=["batch", "group"], seed=range(2), base_lr=[0.1, 0.2], recipe=["classic"])
+    rows = pd.concat([rows.assign(epoch=rows["epoch"] + 8, train_acc=50.0, diverged=None)])  # of 9 and 10
+    rows.to_csv(tmp_path / "s.csv", index=False)
+    text = pd.read_csv(tmp_path / "s.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(tables.seeds_table(text), tables.seeds_table(rows))
+    expected, found = (plots.plot_learning_rates(each).axes[0].lines[0].get_data() for each in (rows, text))
+    assert all(np.array_equal(*pair) for pair in zip(expected, found))
 
 
 def test_a_note_that_would_hide_a_column_is_told(results):
