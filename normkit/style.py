@@ -221,6 +221,7 @@ def fit_text(drawn):
         headings = []
         if figure.get_layout_engine() is None:
             axes, room = [drawn], room_of(drawn)
+            fit_headings(figure, [drawn.title])  # before the axes make room for a long line
             make_room(drawn, room)
         else:
             GIVEN.add(drawn)

@@ -213,6 +213,17 @@ def test_axes_of_a_plain_figure_make_room_for_their_text(shape, size):
     plt.close(figure)
 
 
+def test_a_long_heading_takes_a_second_line_before_it_takes_room_from_its_axes():
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    whole = axes[0].get_window_extent().width
+    plots.plot_seeds(rows_of(["CIFAR-10, JPEG copy"]), axes[0])
+    check_layout(figure)
+    assert axes[0].get_title().count("\n") == 1 and axes[0].get_window_extent().width > 0.8 * whole
+    plt.close(figure)
+
+
 def test_upright_names_stay_in_one_line():
     breeds = [f"long {name} retriever" for name in "abcdefghijklmnopqrst"]
     labels = torch.arange(60) % 20
