@@ -46,8 +46,8 @@ def plot_calibration(data, logits):
         ax.plot(confidence, accuracy, color=colors[name], linewidth=1.5)
         dots = {"s": 20 + 400 * share, "alpha": 0.75, "linewidths": 0, "clip_on": False}  # at 0 and 1, too, whole
         ax.scatter(confidence, accuracy, color=colors[name], **dots)
-        ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02))
-        ax.set_aspect("equal")
+        ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", aspect="equal")
+        ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     axes[0, 0].set_ylabel("accuracy")
     figure.suptitle(f"{data.name}, test images; a dot's area is its share of them")
     return figure
