@@ -49,31 +49,35 @@ def find_done(file, epochs):
 
 def is_whole(rows, epochs):
     """Returns whether a run's rows are one an epoch, with metrics, or the one of the epoch in which it diverged."""
-    if isinstance(rows[0].get("diverged"), str):
+    if rows[0].get("diverged"):
         return True
-    measured = all(row.get(name) is not None and not math.isnan(row[name]) for row in rows for name in METRICS)
-    return measured and sorted(row["epoch"] for row in rows) == list(range(1, epochs + 1))
+    measured = not any(math.isnan(number(row.get(name))) for row in rows for name in METRICS)
+    return measured and sorted(number(row["epoch"]) for row in rows) == list(range(1, epochs + 1))
+
+
+def number(cell):
+    """Returns the number in a cell, NaN where it is empty or missing."""
+    return float(cell or "nan")
 
 
 def read_rows(file):
-    """Returns the rows of a study's file; only an empty cell is missing, as a norm may be called None.
+    """Returns the rows of a study's file, each cell the text that it is: what was written stays so, come what may.
 
-    The lines of commas alone that a spreadsheet leaves are passed over: they would make each 25 a 25.0.
+    The lines of commas alone that a spreadsheet leaves are passed over.
     """
     if not file.exists():
         return []
     try:
         text = file.read_text(encoding="utf-8")
         check_lines(text)
-        text = re.sub(r"^,+\n", "", text, flags=re.MULTILINE)
-        table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
     if not {"settings", "epoch"} <= set(table):
         raise ValueError(
             f"{file} is no study's file: it has the columns {', '.join(map(str, table))}. Name another file"
         )
-    return table.to_dict("records")
+    return table[(table != "").any(axis=1)].to_dict("records")
 
 
 def check_lines(text):
@@ -100,7 +104,32 @@ def add_rows(file, rows):
     with lock_of(file):
         kept = [row for row in read_rows(file) if row["settings"] != rows[0]["settings"]]
         try:
-            write_whole(file, pd.DataFrame(kept + rows).to_csv(index=False, lineterminator="\n").encode())
+            write_whole(file, text_of(kept + rows).encode())
         except OSError as error:
             message = f"{file} cannot be written: {error}. It holds the runs finished before; the same call goes on"
             raise OSError(error.errno, message) from error
+
+
+def text_of(rows, columns=()):
+    """Returns rows of text as a CSV file has them, with a column for each name in any, and for these."""
+    columns = dict.fromkeys([*(name for row in rows for name in row), *columns])
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    return "".join(",".join(map(quoted, cells)) + "\n" for cells in lines)
+
+
+def quoted(cell):
+    """Returns a cell in quotes where it needs them."""
+    return '"' + cell.replace('"', '""') + '"' if re.search(r'[",\r\n]', cell) else cell
+
+
+def table_of(rows):
+    """Returns rows of text as a DataFrame, with the types that pandas finds in their columns.
+
+    Only an empty cell is missing, as a norm may be called None. Whole numbers stay whole beside empty cells.
+    """
+    options = {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(TEXTS, str)}
+    text = text_of(rows, NUMBERS)  # also where all diverged
+    table = pd.read_csv(io.StringIO(text), **options)
+    nullable = pd.read_csv(io.StringIO(text), dtype_backend="numpy_nullable", **options)
+    whole = {name: each for name, each in nullable.items() if each.dtype == "Int64" and 0 < each.count() < len(each)}
+    return table.assign(**whole)  # where pandas by itself makes decimals, and loses digits

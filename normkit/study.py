@@ -26,7 +26,7 @@ from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
 from normkit.placement import choose_device
 from normkit.randomness import check_seed, generators_preserved
-from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, read_rows
+from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, number, read_rows, table_of
 from utils import Recipe, get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
@@ -125,6 +125,8 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     that cannot write into the file's folder keeps no checkpoints.
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
     happened, with the message in the column "diverged" and no metrics.
+    Notes that on_epoch adds to a row are columns, too: the file has them as they were noted, and this table, as pandas
+    reads it, has a number for a text such as "3.10".
     """
     if not (hasattr(runs, "__iter__") and hasattr(data, "train_images") and isinstance(file, str | os.PathLike)):
         raise TypeError(
@@ -174,8 +176,7 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
         raise RuntimeError("of the runs, these failed; the others are in the file:\n" + "\n".join(failures))
     order = {key: place for place, key in enumerate(planned)}
     chosen = [row for row in read_rows(file) if row["settings"] in order]
-    table = pd.DataFrame(sorted(chosen, key=lambda row: (order[row["settings"]], row["epoch"])))
-    return table.reindex(columns=[*table, *(name for name in NUMBERS if name not in table)])  # where all diverged
+    return table_of(sorted(chosen, key=lambda row: (order[row["settings"]], number(row["epoch"]))))
 
 
 def forget(checkpoint):
@@ -209,7 +210,7 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
         finished[:] = history
         if keywords.get("on_epoch") is not None:
             keywords["on_epoch"](history)
-            check_notes(history[-1], {*asked, *TEXTS} - {*NUMBERS})
+            check_notes(cells_of(history[-1]), {*asked, *TEXTS} - {*NUMBERS})
 
     device = keywords.get("device")
     if device is None and torch.cuda.device_count() > 1:
@@ -222,14 +223,14 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
             result = run_or_begin_anew(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
             if result.history.unfinished:
                 raise KeyboardInterrupt
-            measured = [{name: written(name, value) for name, value in row.items()} for row in result.history]
+            measured = [cells_of(row) for row in result.history]
         except FloatingPointError as error:
             if not keep_diverged:
                 return None, f"{describe_error(error)} run_many(..., keep_diverged=True) would note it in the file"
-            measured = [{"epoch": len(finished) + 1, "diverged": str(error)}]
+            measured = [cells_of({"epoch": len(finished) + 1, "diverged": error})]
         except (Exception, SystemExit) as error:
             return None, describe_error(error)
-        about = asked | describe_machine(planned, device)
+        about = cells_of(asked | describe_machine(planned, device))
     return [about | row | {"settings": key} for row in measured], None
 
 
@@ -257,10 +258,17 @@ def run_or_begin_anew(checkpoint, **options):
         return run(checkpoint=checkpoint, **options)
 
 
+def cells_of(row):
+    """Returns a row as the file has it: all text, also the names, which of a user's notes may be numbers."""
+    return {str(name): written(name, value) for name, value in row.items()}
+
+
 def written(name, value):
-    """Returns what the file has of a value: of a metric six digits, of a user's note all, and no tensor."""
+    """Returns the text that the file has of a value: of a metric six digits, of a note all, of what is missing none."""
     value = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-    return float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    return str(float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value)
 
 
 def can_write(folder):

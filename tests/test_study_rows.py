@@ -1,5 +1,6 @@
 """Which run the rows of a study are of, where they are kept, and what no study can be made of."""
 
+import csv
 import dataclasses
 import importlib
 import inspect
@@ -300,6 +301,36 @@ def test_a_run_whose_checkpoint_is_of_no_use_is_begun_anew(small, tmp_path, monk
 
 
 # ------------------------------------------------------------------------------------- the file
+
+
+def cells(file):
+    """The rows of a study's file as text."""
+    with open(file, encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_what_a_studys_file_holds_stays_to_the_letter_whatever_is_added(small, tmp_path):
+    notes = {"python": "3.10", "commit": "0123456", "digest": "12e4567", "lines": 'a\n,,,\n"b"', "flag": "TRUE"}
+    notes |= {"stamp": 1764352252123456789, "count": 7, "rate": 1e-05, "missing": float("nan"), "none": None}
+    file, run = tmp_path / "s.csv", ONE | {"norm": "layer", "seed": 2**60 + 1}
+    run_many(run | {"on_epoch": lambda history: history[-1].update(notes)}, small, file)
+    first = cells(file)
+    assert [first[0][name] for name in notes] == [
+        "" if value in (None, notes["missing"]) else str(value) for value in notes.values()
+    ]
+    with open(file, "a", newline="") as opened:
+        opened.write("of a spreadsheet" + "," * (len(first[0]) - 1) + "\n")
+    rows = run_many([run, ONE | {"norm": "batch"}], small, file)
+    assert cells(file)[:1] == first and len(cells(file)) == 3
+    assert rows["seed"].tolist() == [2**60 + 1, 0] and rows["stamp"].dropna().tolist() == [notes["stamp"]]
+    assert rows["count"].isna().tolist() == [False, True] and str(rows["count"][0]) == "7"
+
+
+def test_notes_may_be_named_by_numbers(small, tmp_path):
+    runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update({0: 0.5, 1: 1.5}), **ONE)
+    for count in (1, 2):
+        rows = run_many(runs[:count], small, tmp_path / "s.csv")
+    assert rows[["0", "1"]].values.tolist() == [[0.5, 1.5]] * 2 and not {"0.1", "1.1"} & {*rows}
 
 
 def test_a_link_to_a_studys_file_stays_one(small, tmp_path):
