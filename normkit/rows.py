@@ -68,9 +68,10 @@ def read_rows(file):
     if not file.exists():
         return []
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, encoding="utf-8-sig", newline="") as opened:  # ends of lines that are in cells stay, too
+            text = opened.read()
         check_lines(text)
-        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.StringIO(text, newline=""), dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
     if not {"settings", "epoch"} <= set(table):
@@ -82,7 +83,7 @@ def read_rows(file):
 
 def check_lines(text):
     """Raises ValueError at the first damaged line: pandas would fill it up, or take a column of numbers for text."""
-    lines = csv.reader(io.StringIO(text), strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns = next(lines, [])
     if len(columns) == 1 and (other := next((sign for sign in ";\t" if sign in columns[0]), None)):
         raise ValueError(f"its columns are separated by {other!r}: save it with commas")
@@ -93,7 +94,7 @@ def check_lines(text):
             for name, cell in zip(columns, cells):
                 if name in NUMBERS and cell:
                     float(cell)
-        if text and not text.endswith("\n"):
+        if text and not text.endswith(("\n", "\r")):
             raise ValueError("cut off, or without an end of line")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"line {lines.line_num}: {error}; delete the line, and its run is done anew") from error
@@ -118,7 +119,7 @@ def text_of(rows, columns=()):
 
 
 def quoted(cell):
-    """Returns a cell in quotes where it needs them."""
+    """Returns a cell in quotes where it needs them; the csv module, and so pandas, may leave a lone \\r without."""
     return '"' + cell.replace('"', '""') + '"' if re.search(r'[",\r\n]', cell) else cell
 
 
@@ -129,7 +130,7 @@ def table_of(rows):
     """
     options = {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(TEXTS, str)}
     text = text_of(rows, NUMBERS)  # also where all diverged
-    table = pd.read_csv(io.StringIO(text), **options)
-    nullable = pd.read_csv(io.StringIO(text), dtype_backend="numpy_nullable", **options)
+    table = pd.read_csv(io.StringIO(text, newline=""), **options)
+    nullable = pd.read_csv(io.StringIO(text, newline=""), dtype_backend="numpy_nullable", **options)
     whole = {name: each for name, each in nullable.items() if each.dtype == "Int64" and 0 < each.count() < len(each)}
     return table.assign(**whole)  # where pandas by itself makes decimals, and loses digits

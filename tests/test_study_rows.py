@@ -326,6 +326,25 @@ def test_what_a_studys_file_holds_stays_to_the_letter_whatever_is_added(small, t
     assert rows["count"].isna().tolist() == [False, True] and str(rows["count"][0]) == "7"
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_ends_of_lines_may_stand_in_notes_and_names(small, tmp_path, end):
+    file, data = tmp_path / "s.csv", dataclasses.replace(small, name=f"mine{end}too")
+    runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update(log=f"1{end}2"), **ONE)
+    rows = run_many(runs, data, file)
+    assert {*rows["log"]} == {f"1{end}2"} and {*rows["data"]} == {data.name}
+    again = run_many(grid(norm="layer", seed=range(2), **ONE), data, file)
+    pd.testing.assert_frame_equal(again, rows)  # seconds too: nothing was done again
+
+
+@pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r")])
+def test_a_file_may_have_the_mark_and_the_ends_of_lines_that_a_spreadsheet_gives_it(small, tmp_path, change):
+    file, run = tmp_path / "s.csv", ONE | {"norm": "layer"}
+    rows = run_many(run, small, file)
+    columns = ["settings", *(name for name in rows if name != "settings")]
+    file.write_text(change(rows[columns].to_csv(index=False)), encoding="utf-8", newline="")
+    pd.testing.assert_frame_equal(run_many(run, small, file)[rows.columns], rows)
+
+
 def test_notes_may_be_named_by_numbers(small, tmp_path):
     runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update({0: 0.5, 1: 1.5}), **ONE)
     for count in (1, 2):
