@@ -1,5 +1,6 @@
 """The file of a study: rows read and checked, and added so that none is lost."""
 
+import contextlib
 import csv
 import io
 import math
@@ -70,7 +71,8 @@ def read_rows(file):
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:  # ends of lines that are in cells stay, too
             text = opened.read()
-        check_lines(text)
+        with cells_up_to(len(text)):
+            check_lines(text)
         table = pd.read_csv(io.StringIO(text, newline=""), dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
@@ -79,6 +81,16 @@ def read_rows(file):
             f"{file} is no study's file: it has the columns {', '.join(map(str, table))}. Name another file"
         )
     return table[(table != "").any(axis=1)].to_dict("records")
+
+
+@contextlib.contextmanager
+def cells_up_to(length):
+    """Lets the csv module read cells as long as a note may be: its own limit, which is the whole process's, is less."""
+    limit = csv.field_size_limit(length)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def check_lines(text):

@@ -345,6 +345,13 @@ def test_a_file_may_have_the_mark_and_the_ends_of_lines_that_a_spreadsheet_gives
     pd.testing.assert_frame_equal(run_many(run, small, file)[rows.columns], rows)
 
 
+def test_a_note_may_be_longer_than_the_csv_module_reads(small, tmp_path):
+    limit = csv.field_size_limit()
+    runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update(log="x" * (limit + 1)), **ONE)
+    rows = run_many(runs, small, tmp_path / "s.csv")
+    assert rows["log"].str.len().tolist() == [limit + 1] * 2 and csv.field_size_limit() == limit
+
+
 def test_notes_may_be_named_by_numbers(small, tmp_path):
     runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update({0: 0.5, 1: 1.5}), **ONE)
     for count in (1, 2):
