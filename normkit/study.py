@@ -7,6 +7,7 @@ import inspect
 import itertools
 import os
 import pickle
+import re
 import sys
 import tempfile
 import zlib
@@ -259,8 +260,15 @@ def run_or_begin_anew(checkpoint, **options):
 
 
 def cells_of(row):
-    """Returns a row as the file has it: all text, also the names, which of a user's notes may be numbers."""
-    return {str(name): written(name, value) for name, value in row.items()}
+    """Returns a row as the file has it: all text, also the names, which of a user's notes may be numbers.
+
+    Raises ValueError where UTF-8 has no code for it, as of a file's name that was in another.
+    """
+    cells = {str(name): written(name, value) for name, value in row.items()}
+    for name, text in cells.items():
+        if re.search("[\ud800-\udfff]", name + text):
+            raise ValueError(f"on_epoch notes {name!a}: {text!a:.60}, which no file of text can hold: note its repr")
+    return cells
 
 
 def written(name, value):

@@ -352,6 +352,16 @@ def test_a_note_may_be_longer_than_the_csv_module_reads(small, tmp_path):
     assert rows["log"].str.len().tolist() == [limit + 1] * 2 and csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize("note", [{"path": "caf\udce9"}, {"caf\udce9": 1}])
+def test_a_note_that_no_file_can_hold_costs_no_other_run_and_is_told_in_the_first_epoch(small, tmp_path, note):
+    epochs, runs = [], grid(norm="layer", seed=range(2), epochs=2, batch_size=50)
+    runs[0]["on_epoch"] = lambda history: (epochs.append(len(history)), history[-1].update(note))
+    with pytest.raises(RuntimeError, match=r"seed=0 .* on_epoch notes .*caf\\udce9.*: note its repr") as told:
+        run_many(runs, small, tmp_path / "s.csv")
+    assert len(str(told.value).splitlines()) == 2 and epochs == [1]
+    assert [row["seed"] for row in cells(tmp_path / "s.csv")] == ["1", "1"]
+
+
 def test_notes_may_be_named_by_numbers(small, tmp_path):
     runs = grid(norm="layer", seed=range(2), on_epoch=lambda history: history[-1].update({0: 0.5, 1: 1.5}), **ONE)
     for count in (1, 2):
