@@ -74,12 +74,8 @@ def read_rows(file):
         with cells_up_to(len(text)):
             check_lines(text)
         table = pd.read_csv(io.StringIO(text, newline=""), dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+    except (ValueError, OSError, csv.Error) as error:  # pandas' own errors are ValueErrors
         raise ValueError(f"{file} cannot be read as a study's file: {error}. Name another, or mend it") from error
-    if not {"settings", "epoch"} <= set(table):
-        raise ValueError(
-            f"{file} is no study's file: it has the columns {', '.join(map(str, table))}. Name another file"
-        )
     return table[(table != "").any(axis=1)].to_dict("records")
 
 
@@ -99,6 +95,9 @@ def check_lines(text):
     columns = next(lines, [])
     if len(columns) == 1 and (other := next((sign for sign in ";\t" if sign in columns[0]), None)):
         raise ValueError(f"its columns are separated by {other!r}: save it with commas")
+    if not {"settings", "epoch"} <= {*columns}:
+        first = f"{','.join(columns)!r:.90}"
+        raise ValueError(f"its first line is {first}, where a study names its columns, settings and epoch among them")
     try:
         for cells in lines:
             if cells and len(cells) != len(columns):
@@ -106,7 +105,7 @@ def check_lines(text):
             for name, cell in zip(columns, cells):
                 if name in NUMBERS and cell:
                     float(cell)
-        if text and not text.endswith(("\n", "\r")):
+        if not text.endswith(("\n", "\r")):
             raise ValueError("cut off, or without an end of line")
     except (ValueError, csv.Error) as error:
         raise ValueError(f"line {lines.line_num}: {error}; delete the line, and its run is done anew") from error

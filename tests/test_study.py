@@ -216,11 +216,11 @@ def test_rows_hold_what_was_asked_and_large_seeds_exactly(small, tmp_path):
     assert list(table.index) == ["layer", "layer"] and list(table["lr"]) == ["0.01", "0.02"]
 
 
-@pytest.mark.parametrize("content", ["", "a;b\n1;2\n", 'a,b\n"1', "norm,seed\nbatch,0\n"])
+@pytest.mark.parametrize("content", ["", "a;b\n1;2\n", 'a,b\n"1', '"a,b\n1,2', "norm,seed\nbatch,0\n"])
 def test_a_file_that_is_no_studys_is_named_and_kept(small, tmp_path, content):
     file = tmp_path / "study.csv"
     file.write_text(content)
-    with pytest.raises(ValueError, match="study.csv (is no study's file|cannot be read)"):
+    with pytest.raises(ValueError, match="study.csv cannot be read as a study's file: .*Name another, or mend it"):
         run_many([{"norm": "layer", "epochs": 1, "batch_size": 50}], small, file)
     assert file.read_text() == content
 
@@ -349,6 +349,17 @@ def test_a_damaged_row_is_named_and_kept_and_once_it_is_deleted_its_run_is_done_
     mended = run_many(runs, small, file)
     pd.testing.assert_frame_equal(mended.drop(columns="seconds"), whole.drop(columns="seconds"), rtol=1e-4)
     assert len(file.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("above", ["", "my study", "my study,,"])
+def test_what_stands_above_the_names_of_the_columns_is_named_and_no_row_said_to_be_damaged(
+    small, tmp_path, two_runs, above
+):
+    file, (runs, _, lines) = tmp_path / "study.csv", two_runs
+    file.write_text("".join([f"{above}\n", *lines]))
+    with pytest.raises(ValueError, match=f"its first line is '{above}', where a study names its columns") as told:
+        run_many(runs, small, file)
+    assert "delete" not in str(told.value)
 
 
 def test_a_run_with_gaps_or_twice_in_the_file_is_told_and_done_anew(small, tmp_path, capsys):
