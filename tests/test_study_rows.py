@@ -260,16 +260,16 @@ def test_a_note_that_would_hide_a_column_is_told_in_the_first_epoch(small, tmp_p
 
 
 def test_rows_come_by_epoch_however_the_file_is_sorted(small, tmp_path):
-    run = ONE | {"norm": "layer", "epochs": 3}
+    run = ONE | {"norm": "layer", "epochs": 10}
     run_many(run, small, tmp_path / "s.csv")
     pd.read_csv(tmp_path / "s.csv").sort_values("epoch", ascending=False).to_csv(tmp_path / "s.csv", index=False)
-    assert run_many(run, small, tmp_path / "s.csv")["epoch"].tolist() == [1, 2, 3]
+    assert run_many(run, small, tmp_path / "s.csv")["epoch"].tolist() == list(range(1, 11))
 
 
 def test_a_study_in_which_all_diverged_has_its_columns(small, tmp_path):
     runs = grid(norm=["layer", "batch"], lr=[1e30, 1e31], momentum=0.99, **ONE)
     rows = run_many(runs, small, tmp_path / "s.csv", keep_diverged=True)
-    assert rows["test_acc"].isna().all() and len(rows) == 4
+    assert rows["test_acc"].isna().all() and rows["test_acc"].dtype == float and len(rows) == 4
     plots.plot_learning_rates(rows)
 
 
