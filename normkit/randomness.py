@@ -186,8 +186,9 @@ def is_within(where, names):
 def states_in(known, **roots):
     """Returns the objects with a state of their own among roots, and in what these hold or name, by name.
 
-    So a callback's schedulers and averaged weights are found, too. known: objects by name that are left out. So are
-    modules that share all their tensors with one found before, such as a wrapper around the model.
+    So a callback's schedulers and averaged weights are found, too, and tensors that an optimizer changes and no module
+    has. known: objects by name that are left out. So are modules that share all their tensors with one found before,
+    such as a wrapper around the model.
     """
     tensors, found, passed_over = set(), {}, set(map(id, known.values()))
     for where, owner in objects_of(lambda each: is_stateful(each) or id(each) in passed_over, **roots):
@@ -196,7 +197,25 @@ def states_in(known, **roots):
         if is_new and is_stateful(owner) and (where in roots or gives_state(owner)):
             found[where] = owner
             tensors |= own
-    return found
+    optimizers = [roots["optimizer"], *(each for each in found.values() if isinstance(each, torch.optim.Optimizer))]
+    trained = [tensor for each in optimizers for group in each.param_groups for tensor in group["params"]]
+    loose = {id(tensor): tensor for tensor in trained if id(tensor) not in tensors}
+    return found | ({"tensors": LooseTensors([*loose.values()])} if loose else {})
+
+
+class LooseTensors:
+    """Tensors that belong to no module, such as a temperature that is trained along, with a state_dict as modules."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return {f"tensor {i}": tensor.detach() for i, tensor in enumerate(self.tensors)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for i, tensor in enumerate(self.tensors):
+            tensor.copy_(state[f"tensor {i}"])
 
 
 def tensors_of(owner):
