@@ -7,6 +7,8 @@ import itertools
 import tempfile
 from pathlib import Path
 
+from torch.optim import Optimizer
+
 from normkit.files import is_whole, read_state, to_bytes, write_state, write_whole
 
 VERSION = 6  # of the file
@@ -138,8 +140,9 @@ class Checkpoint:
         """Brings every part to a state; where one does not fit, leaves all as they were and refuses."""
         try:
             with undone_on(Exception, self.parts):  # each kind of part has errors of its own
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
+                with groups_kept(self.parts):
+                    for name, part in self.parts.items():
+                        part.load_state_dict(state[name])
         except Exception as error:
             raise CheckpointRefused(
                 f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
@@ -174,9 +177,39 @@ def undone_on(errors, parts):
     try:
         yield
     except errors:
-        for name, state in before.items():
-            parts[name].load_state_dict(state)
+        with groups_kept(parts):
+            for name, state in before.items():
+                parts[name].load_state_dict(state)
         raise
+
+
+@contextlib.contextmanager
+def groups_kept(parts):
+    """Has optimizers among parts load a state into the groups that they have, which others may hold, too.
+
+    torch's load_state_dict replaces them: a rate that is set for an optimizer would no longer reach one that it wraps.
+    """
+    with contextlib.ExitStack() as hooks:
+        for part in parts.values():
+            if isinstance(part, Optimizer) and hasattr(part, "_optimizer_load_state_dict_post_hooks"):  # as torch's do
+                hooks.enter_context(part.register_load_state_dict_post_hook(keep_groups(part), prepend=True))
+        yield
+
+
+def keep_groups(optimizer):
+    """Returns a hook that gives an optimizer its groups and its state of now back, with the values that it has then."""
+    own = vars(optimizer)
+    groups, state, each = own["param_groups"], own["state"], list(own["param_groups"])
+
+    def keep(optimizer):
+        for held, loaded in zip([state, *each], [own["state"], *own["param_groups"]]):
+            if held is not loaded:
+                held.clear()
+                held.update(loaded)
+        groups[:] = each
+        own.update(param_groups=groups, state=state)
+
+    return keep
 
 
 def files_of(path):

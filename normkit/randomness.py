@@ -59,7 +59,7 @@ class RandomState:
         self.saved = saved
         self.owners = dict(objects_of(**parts))
         own = {where: owner for where, owner in self.owners.items() if is_foreign(owner) or is_setting(owner)}
-        unsaved = {where: owner for where, owner in own.items() if isinstance(owner, SPARING) or not is_stateful(owner)}
+        unsaved = {where: owner for where, owner in own.items() if not saves_all(owner)}
         self.attributes = MovingAttributes(unsaved, self.owners)
 
     @property
@@ -101,7 +101,7 @@ class RandomState:
         self.attributes.load_state_dict(state["attributes"])
 
 
-SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes
+SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold
 SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, torch.utils.data.DataLoader)
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
@@ -191,10 +191,11 @@ def states_in(known, **roots):
     such as a wrapper around the model.
     """
     tensors, found, passed_over = set(), {}, set(map(id, known.values()))
-    for where, owner in objects_of(lambda each: is_stateful(each) or id(each) in passed_over, **roots):
+    for where, owner in objects_of(lambda each: saves_all(each) or id(each) in passed_over, **roots):
         own = {id(tensor) for tensor in tensors_of(owner)}
-        is_new = id(owner) not in passed_over and (not own or own - tensors)
-        if is_new and is_stateful(owner) and (where in roots or gives_state(owner)):
+        # Of a module without tensors, as most of those in others are, there is nothing to keep.
+        is_new = own - tensors if own else where in roots or not isinstance(owner, torch.nn.Module)
+        if is_new and is_stateful(owner) and id(owner) not in passed_over and (where in roots or gives_state(owner)):
             found[where] = owner
             tensors |= own
     optimizers = [roots["optimizer"], *(each for each in found.values() if isinstance(each, torch.optim.Optimizer))]
@@ -242,6 +243,11 @@ def is_stateful(owner):
     """Whether an object has both methods; a mock, or a wrapper that hands on whatever is asked, has not."""
     methods = [inspect.getattr_static(owner, name, None) for name in ("state_dict", "load_state_dict")]
     return None not in methods and not isinstance(owner, type)
+
+
+def saves_all(owner):
+    """Whether an object has a state_dict, in which is what its attributes hold, too."""
+    return is_stateful(owner) and not isinstance(owner, SPARING)
 
 
 def gives_state(owner):

@@ -1,10 +1,15 @@
 """What is trained along in places that no part's state_dict shows goes on, and back, with the weights."""
 
+import copy
+
 import pytest
+import pytorch_optimizer
 import torch
 from helpers import fit, linear, same
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import StepLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -51,16 +56,122 @@ def scale_with_an_optimizer_of_its_own(net):
     return optimizer, criterion, lambda: scale.detach()
 
 
-KINDS = [scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own]
+class Sharp(torch.optim.Optimizer):
+    """SAM as many projects copy it: the momentum is in an optimizer that shares the groups."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, 0.1, 0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure):
+        parameters = [each for group in self.param_groups for each in group["params"]]
+        before = [each.detach().clone() for each in parameters]
+        with torch.no_grad():
+            torch._foreach_add_(parameters, [each.grad for each in parameters], alpha=0.05)
+        self.zero_grad()
+        closure()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, before)
+        self.base_optimizer.step()
+
+    first_step = second_step = None
+
+
+class SharpAgain(Sharp):
+    """SAM that ties the groups again after they were replaced."""
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.base_optimizer.param_groups = self.param_groups
+
+
+class Two(torch.optim.Optimizer):
+    """Two optimizers as one."""
+
+    def __init__(self, parameters):
+        weight, bias = parameters
+        self.optimizers = torch.optim.SGD([weight], 0.1, 0.9), torch.optim.Adam([bias], 0.01)
+        super().__init__([group for each in self.optimizers for group in each.param_groups], {})
+
+    def step(self, closure=None):
+        for each in self.optimizers:
+            each.step()
+
+
+class Averaging(torch.optim.SGD):
+    """SGD that keeps an average of the weights."""
+
+    def __init__(self, net):
+        super().__init__(net.parameters(), 0.1, 0.9)
+        self.net, self.average = net, AveragedModel(net)
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.average.update_parameters(self.net)
+
+
+def sharp(net):
+    optimizer = Sharp(net.parameters())
+    return optimizer, cross_entropy, lambda: momenta(optimizer.base_optimizer)
+
+
+def sharp_again(net):
+    optimizer = SharpAgain(net.parameters())
+    return optimizer, cross_entropy, lambda: momenta(optimizer.base_optimizer)
+
+
+def sharp_of_a_library(net):
+    optimizer = pytorch_optimizer.SAM(net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    return optimizer, cross_entropy, lambda: momenta(optimizer.base_optimizer)
+
+
+def lookahead_of_a_library(net):
+    optimizer = pytorch_optimizer.Lookahead(torch.optim.SGD(net.parameters(), 0.1, 0.9))
+    return optimizer, cross_entropy, lambda: momenta(optimizer.optimizer)
+
+
+def two(net):
+    optimizer = Two(net.parameters())
+    return optimizer, cross_entropy, lambda: [momenta(each) for each in optimizer.optimizers]
+
+
+def averaging(net):
+    optimizer = Averaging(net)
+    return optimizer, cross_entropy, lambda: optimizer.average.state_dict()
+
+
+def momenta(optimizer):
+    return list(copy.deepcopy(optimizer.state).values())
+
+
+def teacher_in_a_list(net):
+    layer = net[1]
+    layer.teachers = [copy.deepcopy(layer).requires_grad_(False)]  # so that the state_dict is without it
+
+    def follow(layer, args, logits):
+        (teacher,) = layer.teachers
+        if layer.training:
+            for old, new in zip(teacher.parameters(), layer.parameters()):
+                old.lerp_(new.detach(), 0.1)
+        return logits + teacher(*args)
+
+    layer.register_forward_hook(follow)
+    return torch.optim.SGD(net.parameters(), 0.1, 0.9), cross_entropy, lambda: layer.teachers[0].state_dict()
+
+
+KINDS = [
+    scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own, sharp, sharp_again, sharp_of_a_library,
+    lookahead_of_a_library, two, averaging, teacher_in_a_list,
+]  # fmt: skip
 
 
 def trained(build, pairs, epochs, loader=DataLoader, **options):
-    """Trains with what a function builds for a network; returns all that has moved."""
+    """Trains with what a function builds for a network, at falling rates; returns all that has moved."""
     net = linear()
     optimizer, criterion, hidden = build(net)
-    history = fit(
-        net, (loader(pairs, 32), DataLoader(pairs, 64)), optimizer, epochs=epochs, criterion=criterion, **options
-    )
+    loaders, scheduler = (loader(pairs, 32), DataLoader(pairs, 64)), StepLR(optimizer, 1, 0.5)
+    history = fit(net, loaders, optimizer, scheduler, epochs, criterion=criterion, **options)
     return list(history), net.state_dict(), optimizer.state_dict(), hidden()
 
 
