@@ -265,7 +265,7 @@ def fit(
     log = print if progress else lambda *args, **kwargs: None
     loaders = {"loader": train_loader, "test_loader": test_loader}
     roots = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
-    roots |= {"on_epoch": on_epoch, "hooks": optim.step_hooks(optimizer)}
+    roots |= {"on_epoch": on_epoch, "hooks": optim.hooks_of(optimizer)}
     parts = states_in(loaders, **roots)
     with_epochs = epoch_takers(train_loader)
     history, source = History(), None

@@ -210,6 +210,13 @@ def step_hooks(optimizer):
     return [hook for each in hooks for hook in each.values()]
 
 
+def hooks_of(optimizer):
+    """Returns the functions that an optimizer calls at each step, and its parameters when they get their gradients."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    hooks = [each._backward_hooks for each in parameters] + [each._post_accumulate_grad_hooks for each in parameters]
+    return [*step_hooks(optimizer), *(hook for each in hooks for hook in (each or {}).values())]
+
+
 def check_part(name, part, attribute, example):
     """Raises TypeError unless a part is an object with that attribute, and not a class, a list or a number."""
     if isinstance(part, type) or not hasattr(part, attribute):

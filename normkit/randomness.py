@@ -149,7 +149,9 @@ def held_by(owner):
     elif isinstance(owner, list | tuple):
         yield from ((f"[{i}]", each) for i, each in enumerate(owner[:100]))
     elif isinstance(owner, dict):
-        yield from ((f"[{key!r}]", owner[key]) for key in itertools.islice(owner, 100) if isinstance(key, str | int))
+        # A hook's number, and what a tensor as a key is called, are others in each run.
+        items = enumerate(itertools.islice(owner.items(), 100))
+        yield from ((f"[{key!r}]" if isinstance(key, str) else f"[{i}]", each) for i, (key, each) in items)
     elif isinstance(owner, types.FunctionType):
         yield from named_in(owner)
         yield from ((f" {name}", each) for name, each in closed_over(owner).items())

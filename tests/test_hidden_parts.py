@@ -160,9 +160,29 @@ def teacher_in_a_list(net):
     return torch.optim.SGD(net.parameters(), 0.1, 0.9), cross_entropy, lambda: layer.teachers[0].state_dict()
 
 
+class Resting(torch.optim.SGD):
+    """Leaves all to others, and the gradients to who takes them."""
+
+    def step(self, closure=None):
+        pass
+
+
+def an_optimizer_for_each_parameter(net):
+    own = {each: torch.optim.SGD([each], 0.1, 0.9) for each in net.parameters()}
+
+    def step(parameter):
+        own[parameter].step()
+        own[parameter].zero_grad()
+
+    for each in net.parameters():
+        each.register_post_accumulate_grad_hook(step)
+    return Resting(net.parameters(), 0.1), cross_entropy, lambda: [momenta(each) for each in own.values()]
+
+
 KINDS = [
     scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own, sharp, sharp_again, sharp_of_a_library,
     lookahead_of_a_library, two, averaging, teacher_in_a_list,
+    an_optimizer_for_each_parameter,
 ]  # fmt: skip
 
 
@@ -184,3 +204,30 @@ def test_what_is_hidden_goes_on_as_if_never_stopped(pairs, tmp_path, build):
 @pytest.mark.parametrize("build", KINDS)
 def test_what_is_hidden_is_set_back_with_the_weights(pairs, build):
     assert same(trained(build, pairs, 3, Stopping), trained(build, pairs, 2))
+
+
+def counting_hook(net, register):
+    """Registers a hook that damps what it gets by the number of its calls, which it keeps in a closure."""
+    calls = []
+
+    def damp(*args):
+        calls.append(None)
+        return args[-1] / len(calls)
+
+    register(net[1], damp)
+    return torch.optim.SGD(net.parameters(), 0.1), cross_entropy, lambda: len(calls)
+
+
+HOOKS = {
+    "of a module": lambda layer, damp: layer.register_forward_hook(damp),
+    "of a parameter": lambda layer, damp: layer.weight.register_hook(damp),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_a_hook_keeps_goes_on(pairs, tmp_path, hook):
+    def build(net):
+        return counting_hook(net, HOOKS[hook])
+
+    trained(build, pairs, 2, checkpoint=tmp_path / "c")
+    assert same(trained(build, pairs, 4, checkpoint=tmp_path / "c"), trained(build, pairs, 4))
