@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from normkit.randomness import states_in
+
 
 @pytest.fixture(scope="module")
 def pairs(loaders):
@@ -206,18 +208,6 @@ def test_what_is_hidden_is_set_back_with_the_weights(pairs, build):
     assert same(trained(build, pairs, 3, Stopping), trained(build, pairs, 2))
 
 
-def counting_hook(net, register):
-    """Registers a hook that damps what it gets by the number of its calls, which it keeps in a closure."""
-    calls = []
-
-    def damp(*args):
-        calls.append(None)
-        return args[-1] / len(calls)
-
-    register(net[1], damp)
-    return torch.optim.SGD(net.parameters(), 0.1), cross_entropy, lambda: len(calls)
-
-
 HOOKS = {
     "of a module": lambda layer, damp: layer.register_forward_hook(damp),
     "of a parameter": lambda layer, damp: layer.weight.register_hook(damp),
@@ -227,7 +217,30 @@ HOOKS = {
 @pytest.mark.parametrize("hook", HOOKS)
 def test_what_a_hook_keeps_goes_on(pairs, tmp_path, hook):
     def build(net):
-        return counting_hook(net, HOOKS[hook])
+        calls = []
+
+        def damp(*args):
+            calls.append(None)
+            return args[-1] / len(calls)
+
+        HOOKS[hook](net[1], damp)
+        return torch.optim.SGD(net.parameters(), 0.1), cross_entropy, lambda: len(calls)
 
     trained(build, pairs, 2, checkpoint=tmp_path / "c")
     assert same(trained(build, pairs, 4, checkpoint=tmp_path / "c"), trained(build, pairs, 4))
+
+
+@pytest.mark.parametrize("kind", [Sharp, SharpAgain])
+def test_groups_that_optimizers_share_stay_shared(pairs, kind):
+    net = linear()
+    optimizer = kind(net.parameters())
+    groups, (group,) = optimizer.param_groups, optimizer.param_groups
+    assert fit(net, (Stopping(pairs, 32), DataLoader(pairs, 64)), optimizer, epochs=3).unfinished == 3
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups is groups and groups[0] is group
+
+
+def test_what_a_state_dict_has_is_kept_once():
+    net = nn.Sequential(linear(), nn.ReLU(), nn.Dropout())
+    net.others = [net[0], nn.Identity(), nn.DataParallel(net)]
+    kept = states_in({}, model=net, optimizer=Sharp(net.parameters()))
+    assert list(kept) == ["model", "optimizer", "optimizer.base_optimizer"]
