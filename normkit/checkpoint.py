@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from normkit.files import is_whole, read_state, to_bytes, write_state, write_whole
 
-VERSION = 6  # of the file
+VERSION = 7  # of the file
 
 
 class CheckpointRefused(ValueError):

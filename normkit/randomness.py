@@ -218,7 +218,7 @@ class LooseTensors:
     @torch.no_grad()
     def load_state_dict(self, state):
         for i, tensor in enumerate(self.tensors):
-            tensor.copy_(state[f"tensor {i}"])
+            tensor.copy_(state[f"tensor {i}"].reshape(tensor.shape))  # rather than stretched
 
 
 def tensors_of(owner):
