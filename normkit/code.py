@@ -17,6 +17,7 @@ from normkit.checksum import ADDRESS, crc32_of
 from normkit.objects import closed_over, globals_in, is_library
 
 STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "functools", "types"}
+PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 
 
@@ -78,6 +79,8 @@ def text_of(value, seen):
         yield from text_of(list(named_in(value).values()), seen)
     elif isinstance(value, types.MethodType):
         yield from text_of([value.__func__, value.__self__], seen)
+    elif isinstance(value, staticmethod | classmethod | property):
+        yield from text_of([type(value), parts_of(value)], seen)
     elif isinstance(value, type):
         seen.add(id(value))
         own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
@@ -130,11 +133,15 @@ def code_of(functions):
 
 def functions_of(kind):
     """Returns the functions that a class and its bases consist of, but for a library's."""
-    parts = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
     owners = [each for each in kind.__mro__ if not is_from_library(each)]
     values = [value for owner in owners for _, value in sorted(vars(owner).items()) if hasattr(type(value), "__get__")]
-    found = [each for value in values for each in (value, *(getattr(value, part, None) for part in parts))]
+    found = [each for value in values for each in (value, *parts_of(value))]
     return [each for each in found if isinstance(each, types.FunctionType) and not is_from_library(each)]
+
+
+def parts_of(member):
+    """Returns the functions that a class's method, property or cache is made of, and None for those that it lacks."""
+    return [getattr(member, part, None) for part in PARTS]
 
 
 def used_by(functions):

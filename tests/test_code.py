@@ -1,8 +1,11 @@
 """Marks of code, and of objects by what they are made of."""
 
+import functools
 import logging
 import types
 
+import pytest
+import torch
 from torch import nn
 
 from normkit.code import mark_of
@@ -60,6 +63,26 @@ def test_what_was_changed_behind_a_builder_changes_its_mark(monkeypatch):
         return recursive(channels, num_groups - 1) if num_groups else nn.Identity()
 
     assert mark_of(recursive) == mark_of(recursive)
+
+
+def scaled_by(factor):
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * factor
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * factor
+
+    return lambda channels, num_groups: Scale.apply
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod, property, functools.cached_property])
+def test_every_kind_of_method_counts(kind):
+    marks = [mark_of(type("Norm", (nn.Module,), {"eps": kind(lambda _, eps=eps: eps)})) for eps in (0, 1, 1)]
+    assert marks[0] != marks[1] == marks[2]
+    assert mark_of(scaled_by(1.0)) != mark_of(scaled_by(3.0)) == mark_of(scaled_by(3.0))
 
 
 def test_names_are_told_from_attributes(monkeypatch):
