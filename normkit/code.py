@@ -97,10 +97,13 @@ def named_in(function):
     """Returns the globals that a function names, and what it names of modules that are the user's, by name."""
     names, around = names_in(function.__code__), function.__globals__
     found = {name: around[name] for name in names if name in around and name in globals_in(function.__code__)}
-    values = [*found.values(), *closed_over(function).values()]
-    for module in [each for each in values if isinstance(each, types.ModuleType)]:
-        if not is_library(module.__name__):
-            found |= {f"{module.__name__}.{name}": vars(module)[name] for name in names if name in vars(module)}
+    waiting, seen = [*found.values(), *closed_over(function).values()], set()
+    for module in waiting:  # and those that are named of one
+        if isinstance(module, types.ModuleType) and not is_library(module.__name__) and module.__name__ not in seen:
+            seen.add(module.__name__)
+            named = {f"{module.__name__}.{name}": vars(module)[name] for name in names if name in vars(module)}
+            found |= named
+            waiting += named.values()
     return found
 
 

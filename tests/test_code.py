@@ -120,6 +120,18 @@ def test_what_is_named_of_a_module_counts():
     assert mark_of(build) != before
 
 
+def test_what_is_named_of_a_module_in_a_module_counts():
+    package, module = types.ModuleType("package_of_mine"), types.ModuleType("package_of_mine.norms")
+    package.norms, module.package, module.EPS = module, package, 1e-5
+
+    def build(channels, num_groups):
+        return nn.BatchNorm2d(channels, package.norms.package.norms.EPS)
+
+    before = mark_of(build)
+    module.EPS = 1e-3
+    assert mark_of(build) != before
+
+
 def test_a_librarys_lambdas_are_told_apart():
     builders = [eval(f"lambda channels, num_groups: {text}", {"__name__": "torch.nn"}) for text in ("None", "channels")]
     assert builders[0].__module__ == "torch.nn" and mark_of(builders[0]) != mark_of(builders[1])
