@@ -21,9 +21,13 @@ PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of method
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 
 
-def mark_of(value):
-    """Returns a mark of what a function, a class or an object is made of, the same in every process."""
-    return f"{zlib.crc32(' '.join(text_of(value, set())).encode()):08x}"
+def mark_of(value, known=None):
+    """Returns a mark of what a function, a class or an object is made of, the same in every process.
+
+    known: values by name, which this tells where the value refers to them.
+    """
+    told = {id(each): name for name, each in (known or {}).items()}
+    return f"{zlib.crc32(' '.join(text_of(value, told)).encode()):08x}"
 
 
 @functools.cache
@@ -52,43 +56,46 @@ def words_of(code):
             last = token.type
 
 
-def text_of(value, seen):
-    """Yields what a value is made of, and not where it was written: code, the values it refers to, attributes."""
-    if isinstance(value, functools.partial):
-        yield from text_of([value.func, value.args, value.keywords], seen)
+def text_of(value, told):
+    """Yields what a value is made of, and not where it was written: code, the values it refers to, attributes.
+
+    told: what stands for those that need not be told, or not again, by id.
+    """
+    if id(value) in told:
+        yield told[id(value)]
+    elif isinstance(value, functools.partial):
+        yield from text_of([value.func, value.args, value.keywords], told)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from text_of(each, seen)
+            yield from text_of(each, told)
     elif isinstance(value, dict):
-        yield from text_of(list(value.items()), seen)
+        yield from text_of(list(value.items()), told)
     elif isinstance(value, set | frozenset):
         yield from sorted(map(repr, value))
     elif isinstance(value, torch.Tensor | np.ndarray):
         yield f"{crc32_of(value):08x}"
     elif isinstance(value, types.CodeType):
         yield from (value.co_code.hex(), repr(value.co_names))
-        yield from text_of(value.co_consts, seen)
+        yield from text_of(value.co_consts, told)
     elif isinstance(value, types.ModuleType) or is_from_library(value) and value.__name__ != "<lambda>":
         yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value.__name__
-    elif id(value) in seen:
-        yield "again"
     elif isinstance(value, types.FunctionType):
-        seen.add(id(value))
-        yield from text_of([value.__code__, value.__defaults__, [*closed_over(value).values()]], seen)
-        yield from text_of(value.__kwdefaults__ or (), seen)
-        yield from text_of(list(named_in(value).values()), seen)
+        told[id(value)] = "again"
+        yield from text_of([value.__code__, value.__defaults__, [*closed_over(value).values()]], told)
+        yield from text_of(value.__kwdefaults__ or (), told)
+        yield from text_of(list(named_in(value).values()), told)
     elif isinstance(value, types.MethodType):
-        yield from text_of([value.__func__, value.__self__], seen)
+        yield from text_of([value.__func__, value.__self__], told)
     elif isinstance(value, staticmethod | classmethod | property):
-        yield from text_of([type(value), parts_of(value)], seen)
+        yield from text_of([type(value), parts_of(value)], told)
     elif isinstance(value, type):
-        seen.add(id(value))
+        told[id(value)] = "again"
         own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
-        yield from text_of([value.__qualname__, value.__bases__, own], seen)
+        yield from text_of([value.__qualname__, value.__bases__, own], told)
     elif hasattr(value, "__dict__"):
-        seen.add(id(value))
+        told[id(value)] = "again"
         closed = type(value).__module__.partition(".")[0] in STANDARD  # a logger holds all loggers of the process
-        yield from text_of([type(value), {} if closed else vars(value)], seen)
+        yield from text_of([type(value), {} if closed else vars(value)], told)
     else:
         yield ADDRESS.sub("", repr(value))
 
@@ -130,7 +137,7 @@ def code_of(functions):
             texts.append(str(mark_of_source(inspect.getsource(sys.modules["model"]), "NORMS", ())))
         except OSError:  # there is no source
             consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
-            texts += text_of(function.__code__.replace(co_consts=tuple(consts)), set())
+            texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
     return f"{zlib.crc32(' '.join(texts).encode()):08x}"
 
 

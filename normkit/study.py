@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 import tempfile
+import types
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def run_key(planned, data_line):
 
 def marks_of(norm):
     """Returns marks of a norm and of the network, each "" where it is the kit's."""
-    return mark_of_norm(norm), mark_of_network(model.Net)
+    return mark_of_norm(norm), mark_of_network()
 
 
 def mark_of_norm(norm):
@@ -97,22 +98,44 @@ def mark_of_norm(norm):
     return f"#{mark_of(builder)}" if is_own else ""
 
 
-@functools.cache
-def mark_of_network(network):
-    """Returns a mark of a network that is not model.py's as it came.
+def mark_of_network():
+    """Returns a mark of a network that is not model.py's as it came: one of an edited file, one of replaced parts."""
+    made, loaded, mark, _ = as_loaded(id(model.__spec__))
+    replaced = {name: each for name, each in parts_of_model(made).items() if loaded.get(name) is not each}
+    marks = [f"{mark:08x}"] if mark != MARK else []
+    if replaced:
+        known = {name: each for name, each in loaded.items() if isinstance(each, type | types.FunctionType)}
+        marks.append(mark_of(replaced, known | {"NORMS": model.NORMS}))  # each norm has a mark of its own
+    return "".join(f" model#{each}" for each in marks)
 
-    The file may be edited, and then say what this process has not loaded: it is read once for each network.
+
+@functools.cache
+def as_loaded(number):
+    """Returns what model.py made when it was loaded, the parts of that, a mark of the file, and its specification.
+
+    The file may be edited, and then say what this process has not loaded: it is read once for each loading. number:
+    the id of the specification, which is another for each; held here, it leaves its id to no other.
     """
-    if network.__module__ != "model":
-        return f" model#{mark_of(network)}"
+    made = {name: each for name, each in vars(model).items() if name[:2] != "__" and name != "NORMS"}
     try:
         mark = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
     except OSError:  # there is no source
-        return ""
-    return f" model#{mark:08x}" if mark != MARK else ""
+        mark = MARK
+    return made, parts_of_model(made), mark, model.__spec__
 
 
-mark_of_network(model.Net)  # now, for later
+def parts_of_model(made):
+    """Returns what model now has under the names that model.py made, and what the classes among them have, by name."""
+    parts = {name: vars(model).get(name) for name in made}
+    for kind in made.values():
+        if getattr(kind, "__module__", None) == "model" and isinstance(kind, type):
+            # Without the notes that Python leaves in a class, such as its annotations, when somebody asks for them.
+            own = {name: each for name, each in vars(kind).items() if name[:2] != "__" or callable(each)}
+            parts |= {f"{kind.__name__}.{name}": each for name, each in own.items()}
+    return parts
+
+
+mark_of_network()  # now, for later
 
 
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):
@@ -199,11 +222,11 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     """Returns the rows of a run and None, or None and the error that ended it as text."""
     norm, epochs, seed, recipe, keywords, marks = planned
     load_code(norm, builder, marks)
-    if mark_of_network(model.Net) != marks[1]:
+    if mark_of_network() != marks[1]:
         return (
             None,
-            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited, or "
-            "ask for processes=1",
+            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited; "
+            "if a part of it was replaced, ask for processes=1",
         )
     asked, finished = describe_request(planned, data), []
 

@@ -3,12 +3,8 @@
 import csv
 import dataclasses
 import importlib
-import inspect
 import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,7 +21,6 @@ from normkit.rows import read_rows
 from normkit.study import grid, run_many
 
 ONE = {"epochs": 1, "batch_size": 50}
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -114,81 +109,6 @@ def test_norms_may_be_another_dictionary(small, tmp_path, monkeypatch):
         monkeypatch.setattr(model, "NORMS", model.NORMS | {"mine": lambda channels, _, build=builder: build(channels)})
         found.append(losses(run_many(grid(norm="mine", **ONE), small, tmp_path / "s.csv")))
     assert found[0] != found[1]
-
-
-def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, monkeypatch):
-    """The norms are then model's own, and come with the same names."""
-    source = inspect.getsource(model)
-    assert study.mark_of_norm("batch") == study.mark_of_norm("no such norm") == ""
-    mine = eval("lambda channels, num_groups: nn.Identity()", vars(model))
-    monkeypatch.setitem(model.NORMS, "mine", mine)
-    assert mine.__module__ == "model" and study.mark_of_norm("mine").startswith("#")
-    edited = {
-        "a further norm": source.replace("NORMS = {", 'NORMS = {"mine": lambda channels, num_groups: nn.Identity(),'),
-        "a docstring": source.replace("Classifies RGB", "Sorts RGB"),
-        "a comment": source.replace("    def forward(self, x", "    # mine\n    def forward(self, x"),
-        "a norm": source.replace("nn.BatchNorm2d(channels)", "nn.BatchNorm2d(channels, momentum=0.2)"),
-        "a width": source.replace("block(8, 32)", "block(8, 40)"),
-    }
-    for name, text in edited.items():
-        assert text != source
-        monkeypatch.setattr(inspect, "getsource", lambda module, text=text: text)
-        mark = study.mark_of_network.__wrapped__(model.Net)
-        assert (mark == "") == (name in ("a further norm", "a docstring", "a comment")), name
-
-
-EDITED = """
-import importlib, pathlib, sys
-import model
-from helpers import stand_in
-from normkit.study import grid, run_many
-
-def study(**choices):
-    rows = run_many(grid(epochs=1, batch_size=50, **choices), data, "study.csv", int(sys.argv[1]))
-    return rows["settings"].str.extract("norm=layer(.*) epochs=")[0].tolist(), rows["train_loss"].tolist()
-
-def edit(old, new):
-    file.write_text(file.read_text().replace(old, new))
-
-data, file = stand_in(101, 40), pathlib.Path(model.__file__)
-first = study(norm="layer", seed=range(2))
-edit("x + skip", "x - skip")
-assert study(norm="layer", seed=range(2)) == first  # nothing else was loaded
-importlib.reload(model)
-marks, losses = study(norm="layer", seed=range(2))
-assert first[0] == ["", ""] and marks[0] == marks[1] != ""
-assert all(abs(a - b) > 1e-3 for a, b in zip(losses, first[1]))
-edit("x - skip", "2 * x - skip")
-try:
-    assert study(norm="layer", seed=2)[0] == marks[:1]
-except RuntimeError as error:  # of a worker that has to read the file now
-    assert "model.Net is another one where this was asked for" in str(error) and sys.argv[1] == "2"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_model_py_counts_as_it_was_loaded(tmp_path, processes):
-    """Edited beneath a notebook, it says what the rows are not of; reloaded, it is what older workers do not know."""
-    shutil.copy(ROOT / "model.py", tmp_path)
-    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", EDITED, processes]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_a_network_in_place_of_models_is_another_run(small, tmp_path, monkeypatch):
-    class Wide(model.Net):
-        def forward(self, images):
-            return 2 * super().forward(images)
-
-    run = ONE | {"norm": "layer"}
-    first = run_many(run, small, tmp_path / "s.csv")
-    monkeypatch.setattr(model, "Net", Wide)
-    again = run_many(run, small, tmp_path / "s.csv")
-    assert "norm=layer model#" in again["settings"][0] and losses(again) != losses(first)
-    assert losses(again) == pytest.approx([utils.run("layer", small, **ONE, progress=False).history[0]["train_loss"]])
 
 
 def test_a_recipe_is_the_same_however_its_numbers_are_written(small, tmp_path):
