@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from normkit.checksum import ADDRESS, crc32_of
-from normkit.objects import closed_over, globals_in, is_library
+from normkit.objects import attributes_of, closed_over, globals_in, is_library
 
-STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "functools", "types"}
+STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "configparser", "functools", "types"}
 PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 
@@ -92,10 +92,10 @@ def text_of(value, told):
         told[id(value)] = "again"
         own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
         yield from text_of([value.__qualname__, value.__bases__, own], told)
-    elif hasattr(value, "__dict__"):
+    elif hasattr(value, "__dict__") or not is_from_library(type(value)):
         told[id(value)] = "again"
         closed = type(value).__module__.partition(".")[0] in STANDARD  # a logger holds all loggers of the process
-        yield from text_of([type(value), {} if closed else vars(value)], told)
+        yield from text_of([type(value), {} if closed else attributes_of(value)], told)
     else:
         yield ADDRESS.sub("", repr(value))
 

@@ -1,5 +1,7 @@
 """Marks of code, and of objects by what they are made of."""
 
+import collections
+import configparser
 import functools
 import logging
 import types
@@ -136,6 +138,28 @@ def test_a_librarys_lambdas_are_told_apart():
     builders = [eval(f"lambda channels, num_groups: {text}", {"__name__": "torch.nn"}) for text in ("None", "channels")]
     assert builders[0].__module__ == "torch.nn" and mark_of(builders[0]) != mark_of(builders[1])
     assert len({mark_of(each) for each in MORE_NORMS.values()}) == len(MORE_NORMS)
+
+
+class Slotted:
+    __slots__ = ("settings",)
+
+    def __init__(self, settings):
+        self.settings = settings
+
+
+def parser_of(settings):
+    parser = configparser.ConfigParser()
+    parser.read_dict({"norm": settings})
+    return parser
+
+
+@pytest.mark.parametrize("holder", [Slotted, collections.UserDict, parser_of], ids=["slots", "a dict", "a parser"])
+def test_settings_count_whatever_holds_them(holder):
+    def builder(eps):
+        held = holder({"eps": eps})
+        return lambda channels, num_groups: held
+
+    assert mark_of(builder(1e-3)) == mark_of(builder(1e-3)) != mark_of(builder(1e-5))
 
 
 LOG = logging.getLogger("norms")

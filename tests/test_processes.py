@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_code import reads_a_global, scaled_by, twice
+from test_code import Slotted, parser_of, reads_a_global, scaled_by, twice
 from test_structure import LATE
 from torch import nn
 
@@ -27,6 +27,7 @@ def marks():
     nested = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: nn.Identity())
     norms = [reads_a_global, twice(0)[1], twice(1)[1], scaled_by(1.0), with_eps, nested, Builder()]
     others = [lambda x: x in {"a", "b", "c", "d", "e", "f", "g", "h"}, nn.CrossEntropyLoss(torch.arange(3.0))]
+    others += [parser_of({"eps": 1e-5}), Slotted({"eps": 1e-5})]
     parts = {
         "loader": [Builder(), {"a", "b", "c"}, dict.fromkeys(norms), lambda x: x in {"a", "b", "c"}],
         "model": norms,
