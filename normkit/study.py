@@ -261,12 +261,15 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
 def load_code(norm, builder, marks):
     """Registers a norm. A worker in which it or the network has other marks than were meant imports its modules anew.
 
-    It may be older than what the notebook has loaded since.
+    It may be older than what the notebook has loaded since. model.py is left alone where it is as was meant: the kernel
+    computes the network of its first loading.
     """
     if builder is not None:
         model.NORMS[norm] = builder.value
     if builder is not None and builder.content is not None and marks_of(norm) != marks:
-        for module in reversed([each for each in sys.modules.values() if is_user_module(each)]):  # importers come last
+        kept = {model} if mark_of_network() == marks[1] else set()
+        stale = [each for each in sys.modules.values() if is_user_module(each) and each not in kept]
+        for module in reversed(stale):  # importers come last
             with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
                 importlib.reload(module)
         model.NORMS[norm] = builder.value
