@@ -93,9 +93,8 @@ def test_a_norm_that_is_named_through_its_module_is_marked_and_sent_as_it_is_now
         assert losses(alone) == pytest.approx(found[-1], rel=1e-3)
     there = run_many(grid(norm="layer", seed=range(2), **ONE), small, tmp_path / "s.csv", processes=2)
     here = run_many(grid(norm="layer", seed=range(2), **ONE), small, tmp_path / "here.csv")
-    assert (
-        there["backend"].tolist() == here["backend"].tolist()
-    )  # the workers, which know model.py, use the kernel, too
+    # The kernel knows the network of model.py's first loading, and the workers have not loaded it again.
+    assert there["backend"].tolist() == here["backend"].tolist()
     assert found[0] != pytest.approx(found[1], rel=1e-2)
     del sys.modules["norms_by_module"]
 
