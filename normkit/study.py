@@ -231,10 +231,10 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     asked, finished = describe_request(planned, data), []
 
     def follow(history):
-        finished[:] = history
         if keywords.get("on_epoch") is not None:
             keywords["on_epoch"](history)
             check_notes(cells_of(history[-1]), {*asked, *TEXTS} - {*NUMBERS})
+        finished[:] = history
 
     device = keywords.get("device")
     if device is None and torch.cuda.device_count() > 1:
@@ -245,7 +245,7 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     with generators_preserved():  # an engine may have several threads a process
         try:
             result = run_or_begin_anew(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
-            if result.history.unfinished:
+            if result.history.unfinished or len(finished) < len(result.history):  # in the last epoch's on_epoch
                 raise KeyboardInterrupt
             measured = [cells_of(row) for row in result.history]
         except FloatingPointError as error:

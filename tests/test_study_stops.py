@@ -22,6 +22,22 @@ def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
         run_many(run, small, tmp_path / "study.csv", processes=2)
 
 
+def test_the_stop_button_in_the_last_epochs_callback_stops_the_study_and_the_note_is_made_later(small, tmp_path):
+    calls = []
+
+    def note(history):
+        calls.append(len(history))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        history[-1]["note"] = len(history)
+
+    runs = [FEW | {"norm": "layer", "seed": seed, "on_epoch": note} for seed in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        run_many(runs, small, tmp_path / "study.csv")
+    rows = run_many(runs, small, tmp_path / "study.csv")
+    assert calls == [1, 2, 2, 1, 2] and rows["note"].tolist() == [1, 2, 1, 2]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_stops_the_study_and_what_is_finished_is_kept(small, tmp_path, processes):
