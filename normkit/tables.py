@@ -12,7 +12,6 @@ from normkit.style import by_name
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
 WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
-NUMBERS = (*METRICS, *WHOLE, "lr", "base_lr")
 BY_RUN = "{name: rows for name, rows in table.groupby(['norm', 'seed'])}"  # a table of histories taken apart
 UNNAMED = "not named"  # the recipe of rows that lack its name, beside others that have it
 
@@ -166,7 +165,8 @@ def check_rows(rows, *columns):
         raise TypeError(f"rows is a {describe(rows)}: give the DataFrame that study.run_many returns")
     text = [name for name in rows if pd.api.types.is_string_dtype(rows[name].dtype)]  # of objects, too
     rows = rows.assign(**{name: rows[name].where(rows[name] != "") for name in text}).dropna(how="all")
-    rows = rows.assign(**{name: as_numbers(rows[name]) for name in text if name in NUMBERS})
+    numbers = {*METRICS, *WHOLE, "lr", "base_lr"}.intersection(text)
+    rows = rows.assign(**{name: as_numbers(rows[name]) for name in numbers})
     if rows.empty:
         raise ValueError("there are no rows: the study has no finished run, or none that was selected")
     if "diverged" in rows:  # such a run has no metrics, so there is no column of them where all did
