@@ -14,7 +14,6 @@ def logits_of(data, given, name="logits"):
 
     given: what utils.predict returns, or its logits alone, or probabilities, as a tensor or an array.
     """
-    given = plain(given)
     logits, labels = given, None
     if isinstance(given, tuple | list) and len(given) == 2 and getattr(given[1], "ndim", 0) == 1:
         logits, labels = given
@@ -37,17 +36,13 @@ def logits_of(data, given, name="logits"):
     return logits
 
 
-def plain(given):
-    """Returns what is given; a DataFrame as an array."""
-    return given.to_numpy() if hasattr(given, "columns") else given
-
-
 def as_logits(given):
     """Returns logits (N, classes), float32 on the CPU; of probabilities, which sum to 1, their logarithms.
 
-    Those may have been rounded to two decimals.
+    Those may have been rounded to two decimals. given: a tensor, an array or a DataFrame.
     """
-    values = torch.as_tensor(plain(given), device="cpu").detach().float()
+    given = given.to_numpy() if hasattr(given, "columns") else given
+    values = torch.as_tensor(given, device="cpu").detach().float()
     rounding = min(0.5, max(0.02, 0.005 * values.shape[1]))  # of the sum
     are_probabilities = ((values >= 0) & (values <= 1.001)).all() and ((values.sum(1) - 1).abs() <= rounding).all()
     return values.log() if are_probabilities else values
@@ -58,8 +53,7 @@ def logits_by_name(data, given):
 
     given: a dict from a name to what logits_of takes, or for a single network that alone.
     """
-    given = plain(given)
-    if isinstance(given, Tensor) or not hasattr(given, "items"):
+    if isinstance(given, Tensor) or hasattr(given, "columns") or not hasattr(given, "items"):
         return {"one network": logits_of(data, given)}
     if not given:
         raise ValueError(f"there are no logits to draw: the dict is empty; {NEXT_STEP}, by name")

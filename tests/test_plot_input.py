@@ -106,7 +106,7 @@ def test_a_table_of_logits_is_as_good_as_an_array(data):
     table = pd.DataFrame(logits.numpy())
     assert calibration(table, data.test_labels) == calibration(logits, data.test_labels)
     for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes):
-        assert drawn(draw(data, table)) == drawn(draw(data, logits))
+        assert drawn(draw(data, table)) == drawn(draw(data, (table, data.test_labels))) == drawn(draw(data, logits))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
