@@ -60,8 +60,8 @@ template <typename T> struct Conv1x1MaxPool {
           for (int64_t i = 0; i < 4; i++) {
             const vec_f32 value = load(scratch.conv + (first + window[i]) * K_columns + k);
             const vec_i32 larger = i ? (value > largest) | (value != value) : ~vec_i32{};  // NaN counts as largest
-            largest = select(larger, value) + select(~larger, largest);
-            argmax = select(larger, vec_f32{} + float(i)) + select(~larger, argmax);
+            largest = larger ? value : largest;
+            argmax = larger ? vec_f32{} + float(i) : argmax;
           }
           store((T*)p.out + index, largest + load(bias + k), count);
           if (p.argmax) store((T*)p.argmax + index, argmax, count);
