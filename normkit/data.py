@@ -1,12 +1,12 @@
 """A data set in memory."""
 
-import zlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from normkit.checks import check_split, whole_number
+from normkit.checksum import crc32_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Data:
         """Returns a checksum of all images and labels, in hexadecimal."""
         checksum = 0
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+            checksum = crc32_of(tensor, checksum)
         return f"{checksum:#010x}"
 
     def first(self, train_size, test_size=None):
