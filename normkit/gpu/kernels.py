@@ -322,21 +322,9 @@ def conv1x1_maxpool(
 
 @triton.jit(do_not_specialize=["N"])
 def conv1x1_maxpool_backward(
-    x,
-    weight,
-    argmax,
-    dout,
-    dx,
-    dweight,
-    dbias,
-    N,
-    rows,
-    H: constexpr,
-    W: constexpr,
-    C: constexpr,
-    K: constexpr,
-    BLOCK: constexpr,
-):
+    x, weight, argmax, dout, dx, dweight, dbias, N, rows,
+    H: constexpr, W: constexpr, C: constexpr, K: constexpr, BLOCK: constexpr,
+):  # fmt: skip
     """dx (M, C), and each program's share of the gradients of weight and bias."""
     M = N * H * W // 4
     first, blocks = share_of_blocks(M, BLOCK)
