@@ -218,7 +218,7 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
 
 
 @styled
-def plot_disagreements(data, logits, columns=5, rows=2):
+def plot_disagreements(data, logits, rows=2, columns=5):
     """Test images of which the variants think differently, one of them rightly, the surest first.
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
