@@ -304,8 +304,7 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
         raise ValueError("the model keeps no running statistics: give one with batch norm, such as model.Net('batch')")
     check_choice("block", block, list(kept))
     norm = kept[block]
-    if whole_number("channel", channel, 0) >= len(norm.running_mean):
-        raise ValueError(f"channel={channel!r}: {block} has the channels 0 to {len(norm.running_mean) - 1}")
+    channel = whole_number("channel", channel, 0, len(norm.running_mean) - 1)
     loaders = loaders if isinstance(loaders, list | tuple) and not is_batch(loaders[0]) else [loaders]
     figure, axes = subplots(1, len(loaders), figsize=(11, 3.2), sharey=True, squeeze=False)
     color = COLORS["batch"]

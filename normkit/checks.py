@@ -18,14 +18,15 @@ def check_choice(name, value, choices):
         raise ValueError(f"unknown {name} {value!r}: choose {either}")
 
 
-def whole_number(name, value, least=1):
-    """Returns value as an int; NumPy's and torch's whole numbers count, True and 1.0 do not."""
+def whole_number(name, value, least=1, most=math.inf):
+    """Returns value as an int, from least to most; NumPy's and torch's whole numbers count, True and 1.0 do not."""
     try:
         number = operator.index(value) if not isinstance(value, bool) else None
     except TypeError:
         number = None
-    if number is None or number < least:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}")
+    if number is None or not least <= number <= most:
+        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name}={value!r}: expected a whole number {bounds}")
     return number
 
 

@@ -54,8 +54,9 @@ class Data:
 
     def first(self, train_size, test_size=None):
         """Returns the first training images alone, and as many test images as are asked for, or all."""
-        train_size = self._size("train", train_size)
-        test_size = self._size("test", len(self.test_labels) if test_size is None else test_size)
+        train_images, test_images = len(self.train_labels), len(self.test_labels)
+        train_size = whole_number("train_size", train_size, most=train_images)
+        test_size = whole_number("test_size", test_images if test_size is None else test_size, most=test_images)
         return replace(
             self,
             name=f"{self.name}, first {train_size} training images",
@@ -65,22 +66,14 @@ class Data:
             test_labels=self.test_labels[:test_size],
         )
 
-    def _size(self, split, size):
-        """Returns a number of images, if the split has as many."""
-        size, most = whole_number(f"{split}_size", size), len(getattr(self, f"{split}_labels"))
-        if size > most:
-            raise ValueError(f"{split}_size={size}: expected 1 to {most}, as there are {most} {split} images")
-        return size
-
 
 def train_val_split(data, size=5000):
     """Returns the training images alone, some of them in place of the test images: to choose settings by.
 
     They are the last ones of each class, as many as its share of all, whatever order the data lies in.
     """
-    size, labels = whole_number("size", size), data.train_labels
-    if size >= len(labels):
-        raise ValueError(f"size={size}: expected 1 to {len(labels) - 1}, some of the {len(labels)} training images")
+    labels = data.train_labels
+    size = whole_number("size", size, most=len(labels) - 1)
     shares = labels.bincount(minlength=len(data.classes)).double() * size / len(labels)
     quotas = shares.floor().long()
     largest_remainders = (quotas - shares).argsort(stable=True)

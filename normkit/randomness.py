@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import operator
 import random
 import secrets
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from normkit.attributes import MovingAttributes
+from normkit.checks import whole_number
 from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
 from normkit.packing import CONTAINERS, GENERATORS, read, write
 
@@ -24,13 +24,7 @@ def check_seed(seed):
     """Returns the seed as an int; None draws one."""
     if seed is None:
         return secrets.randbits(32)
-    try:
-        number = operator.index(seed) if not isinstance(seed, bool) else None
-    except TypeError:
-        number = None
-    if number is None or not -(2**63) <= number < 2**64:  # what torch takes
-        raise ValueError(f"seed={seed!r}: expected a whole number from -2**63 to 2**64 - 1, or None for any")
-    return number
+    return whole_number("seed", seed, -(2**63), 2**64 - 1)  # what torch takes
 
 
 def seed_everything(seed):

@@ -281,7 +281,7 @@ def test_running_statistics_are_those_of_batch_norm(loaders):
     wrong = [
         ("group", {}, "the model keeps no running statistics: give one with batch norm"),
         ("batch", {"block": "C10"}, "unknown block 'C10': choose C1, .* or C9"),
-        ("batch", {"channel": 32}, "channel=32: C9 has the channels 0 to 31"),
+        ("batch", {"channel": 32}, "channel=32: expected a whole number from 0 to 31"),
         ("batch", {"channel": -1}, "channel=-1: expected a whole number"),
     ]
     for norm, options, message in wrong:

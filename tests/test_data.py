@@ -50,11 +50,9 @@ def test_images_are_held_out_class_by_class(labels, draw, in_order):
     assert f"{size} training images held out class by class" in held.name
 
 
-@pytest.mark.parametrize(
-    ("size", "message"), [(0, "at least 1"), (-1, "at least 1"), (1.5, "at least 1"), (101, "expected 1 to 100")]
-)
-def test_what_is_held_out_is_some_of_the_training_images_and_not_all(small, size, message):
-    with pytest.raises(ValueError, match=f"size={size}: .*{message}"):
+@pytest.mark.parametrize("size", [0, -1, 1.5, 101])
+def test_what_is_held_out_is_some_of_the_training_images_and_not_all(small, size):
+    with pytest.raises(ValueError, match=f"size={size}: expected a whole number from 1 to 100"):
         train_val_split(small, size)
 
 
@@ -70,11 +68,11 @@ def test_the_first_images_are_those_of_the_whole(small):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0,), "train_size=0: expected a whole number of at least 1"),
+        ((0,), "train_size=0: expected a whole number from 1 to 101"),
         ((-5,), "train_size=-5: expected a whole number"),
         ((1e3,), "train_size=1000.0: expected a whole number"),
-        ((10**9,), "train_size=1000000000: expected 1 to 101"),
-        ((30, 41), "test_size=41: expected 1 to 40"),
+        ((10**9,), "train_size=1000000000: expected a whole number from 1 to 101"),
+        ((30, 41), "test_size=41: expected a whole number from 1 to 40"),
         ((30, 0), "test_size=0: expected a whole number"),
     ],
 )
