@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
-from normkit.checks import check_choice, check_model, device_of
+from normkit.checks import check_choice, check_model, device_of, in_words
 from normkit.fused import Fused, FusedLoss, fuse
 from normkit.graph import Graphed, GraphedLoss
 
@@ -120,6 +120,6 @@ class Compiled(nn.Module):
             return self.compiled[0](images)
         except Exception as error:  # Dynamo, Inductor, Triton, the C++ compiler and CUDA each have errors of their own
             output = self.model(images)  # an error of the images or the model comes again here
-            self.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.reason = in_words(error, 200)
             print(f"Not compiled, goes on with PyTorch's modules. {self.reason}", flush=True)
             return output

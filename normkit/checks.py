@@ -58,6 +58,11 @@ def describe(value):
     return type(value).__name__ + (f" {tuple(shape)}" if shape is not None else "")
 
 
+def in_words(error, most=None):
+    """Returns an error's kind and message in one line, of the message at most so many characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 def length_of(loader):
     """Returns a loader's number of batches."""
     # A user-defined class may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.

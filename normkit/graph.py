@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from normkit.checks import in_words
 from normkit.device import autocast
 from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
@@ -68,7 +69,7 @@ class Graphed(nn.Module):
                 try:
                     return StepGraph(self, *batch, by_kernels=True)
                 except Exception as error:  # Triton has errors of its own, as where it finds no C compiler
-                    reason = in_words(error)
+                    reason = in_words(error, 200)
                     if not isinstance(error, torch.OutOfMemoryError):  # a smaller batch may fit
                         self.kernels_reason = reason
             if reason not in self.told:
@@ -77,7 +78,7 @@ class Graphed(nn.Module):
         try:
             return StepGraph(self, *batch, by_kernels=False)
         except Exception as error:  # CUDA, cuDNN and what compiled the model each have errors of their own
-            return self.give_up(in_words(error))
+            return self.give_up(in_words(error, 200))
 
     def inspect(self):
         """Returns an Inspection of the network as it is now; graphs of what it was before are given up."""
@@ -300,11 +301,6 @@ def replace_generator(device, state):
     torch.cuda.default_generators[device.index].graphsafe_set_state(generator.graphsafe_get_state())
     for network in RECORDED:
         network.graphs.clear()
-
-
-def in_words(error):
-    """Returns an error's kind and message in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def addresses_of(tensors):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from normkit.checks import in_words
 from normkit.device import get_device
 from normkit.files import write_whole
 from normkit.fused import fuse
@@ -29,7 +30,7 @@ def choose_device(device, model, backend="auto"):
             chosen = torch.device(min(times, key=times.get))
             remarks = ["a step takes " + ", ".join(f"{time:.1f} ms on {name}" for name, time in times.items())]
         except Exception as error:  # each operation that MPS lacks has one of its own
-            chosen, remarks = torch.device("cpu"), [f"mps fails: {' '.join(str(error).split())[:100]}"]
+            chosen, remarks = torch.device("cpu"), [f"mps fails: {in_words(error, 100)}"]
     if chosen.type == "cpu":
         remarks.insert(0, f"{torch.get_num_threads()} threads")
     return chosen, f"{chosen} ({'; '.join(remarks)})" if remarks else str(chosen)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import model
 from normkit.backend import choose_backend
 from normkit.checkpoint import CheckpointRefused, files_of
-from normkit.checks import check_epochs, check_notes, describe, whole_number
+from normkit.checks import check_epochs, check_notes, describe, in_words, whole_number
 from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
@@ -211,7 +211,7 @@ def forget(checkpoint):
 
 def describe_error(error):
     """Returns an error in one line, with the next step where something cannot be sent to a process."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = in_words(error)
     if isinstance(error, pickle.PicklingError):
         cause = str(error.__cause__ or "").strip('\n"').splitlines()[-1:]  # the last line of a traceback
         text = ". ".join(part.rstrip(".") for part in [text, *cause, "Ask for processes=1, where nothing is sent"])
