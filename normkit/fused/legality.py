@@ -28,7 +28,6 @@ CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), BLOCK)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
 CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
 PARTS = ("conv", "norm", "dropout")  # of a ConvBlock
-NUMBERS = int, float
 
 # What the kernel stands in for, as it was when this was imported: somebody may replace it later.
 KINDS = {*CHILDREN.values(), NET, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
@@ -176,7 +175,7 @@ def of_network(net, device_type="cpu"):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type != device_type:
                 yield f"{name_of(module, net)} is on {tensor.device}: {PLACES[device_type]}"
-    if not isinstance(net.skip, NUMBERS):
+    if not is_number(net.skip):
         yield f"the network has skip={net.skip!r}"
     width, widths = 3, []
     for layer in layers_of(net):
@@ -260,7 +259,7 @@ def of_tensors(module, *tensors):
             yield module, f"holds a {type(tensor).__name__}"
         elif tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             yield module, f"is {tensor.dtype}, {tensor.layout}: the kernel takes float32, strided"
-        elif not (tensor.is_contiguous() or tensor.dim() == 4 and is_channels_last(tensor)):
+        elif not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)):
             yield module, f"has a tensor of strides {tensor.stride()}"
         elif tensor.is_neg():
             yield module, "holds a negative view"
@@ -273,8 +272,4 @@ def are(settings, expected):
 
 def is_number(value):
     """Whether a setting is Python's number, which the modules take as it is: a tensor, say, may change in place."""
-    return isinstance(value, NUMBERS)
-
-
-def is_channels_last(tensor):
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+    return isinstance(value, int | float)
