@@ -372,13 +372,12 @@ class Recipe:
         checks.check_choice("schedule", self.schedule, ["step", "onecycle"])
         for name in ("batch_size", "step_size"):
             checks.whole_number(name, getattr(self, name))
-        for name in ("lr", "adamw_lr", "gamma"):
+        for name in ("lr", "adamw_lr", "gamma", "head_gain"):
             checks.number_between(name, getattr(self, name), above=0)
-        checks.number_between("momentum", self.momentum, least=0, below=1)
+        for name in ("momentum", "warmup"):
+            checks.number_between(name, getattr(self, name), least=0, below=1)
         checks.number_between("weight_decay", self.weight_decay, least=0)
-        checks.number_between("warmup", self.warmup, least=0, below=1)
         checks.number_between("dropout", self.dropout, least=0, most=1)
-        checks.number_between("head_gain", self.head_gain, above=0)
         for name in ("nesterov", "skip", "augment"):
             checks.check_choice(name, getattr(self, name), [False, True])
 
