@@ -4,12 +4,11 @@ import contextlib
 import copy
 import io
 import itertools
-import tempfile
 from pathlib import Path
 
 from torch.optim import Optimizer
 
-from normkit.files import is_whole, read_state, to_bytes, write_state, write_whole
+from normkit.files import is_whole, make_folder, read_state, to_bytes, write_state, write_whole
 
 VERSION = 7  # of the file
 
@@ -42,8 +41,7 @@ class Checkpoint:
     def check_place(self):
         """Raises OSError where no file can be written: now, rather than after the first epoch."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path.parent).close()
+            make_folder(self.path.parent)
         except OSError as error:
             raise OSError(f"no checkpoints can be written into {self.path.parent}: {error}") from None
         if self.path.is_dir():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from normkit.checks import check_choice
 from normkit.data import Data
-from normkit.files import read_state, write_state
+from normkit.files import make_folder, read_state, write_state
 from normkit.synthetic import make_synthetic
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -157,8 +157,7 @@ def fetch_archive(root):
         "or CIFAR10_URL to a mirror that you can reach."
     )
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
+        make_folder(root)
     except OSError as error:
         raise DataUnavailable(f"CIFAR-10 is not in {root}, and cannot be put there: {error}.\n{by_hand}") from None
     mirrors = ([os.environ["CIFAR10_URL"]] if os.environ.get("CIFAR10_URL") else []) + list(MIRRORS)

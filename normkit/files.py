@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 import zipfile
 
 import numpy as np
@@ -72,6 +73,12 @@ def to_bytes(state):
     buffer = io.BytesIO()
     torch.save(encoded(plain(state)), buffer)
     return buffer.getbuffer()
+
+
+def make_folder(folder):
+    """Makes a folder where there is none; raises OSError where no file can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_state(path, state):

@@ -6,12 +6,11 @@ import io
 import math
 import os
 import re
-import tempfile
 
 import pandas as pd
 from filelock import FileLock
 
-from normkit.files import write_whole
+from normkit.files import make_folder, write_whole
 from normkit.tables import METRICS
 
 TEXTS = ["data", "norm", "recipe", "settings", "where", "backend", "diverged"]  # a norm may be called 007
@@ -21,8 +20,7 @@ NUMBERS = ["epoch", "lr", *METRICS, "seconds"]
 def check_place(file):
     """Raises OSError where a study's file could not be written: now, rather than after the first run."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()
+        make_folder(file.parent)
         if file.exists() and not os.access(file, os.W_OK):
             raise PermissionError(f"{file.name} is read-only")
         with lock_of(file):
