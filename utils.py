@@ -27,7 +27,8 @@ from normkit.identity import seed_in, settings_of
 from normkit.meter import Meter, count_correct
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
-from normkit.randomness import RandomState, check_seed, epoch_takers, generators_preserved, seed_everything, states_in
+from normkit.randomness import check_seed, generators_preserved, seed_everything
+from normkit.stateful import RandomState, epoch_takers, states_in
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders

@@ -10,7 +10,8 @@ checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
 identity     what makes a run that one, as text
 code         marks of code, and of objects by what they are made of
-randomness   seeds, and the state of every generator that training draws from
+randomness   seeds, and the global generators
+stateful     what has a state in loaders and callbacks, found and kept
 objects      user-defined objects and functions, and their attributes
 packing      values as what a file can keep, and back, kind and all
 attributes   what moves, while training goes on, in user-defined objects

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import utils
 from normkit.attributes import LARGEST, MovingAttributes
-from normkit.randomness import RandomState, objects_of
+from normkit.stateful import RandomState, objects_of
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_generators_are_found_among_many_objects(pairs, monkeypatch):
     generator = np.random.default_rng(0)
     loader = Turning([], rows, None, more={str(i): list(rows) for i in range(30)}, last=[[[generator]]])
     assert generator in dict(objects_of(loader=loader)).values() and not RandomState(loader=loader).note
-    monkeypatch.setattr("normkit.randomness.MOST", 50)
+    monkeypatch.setattr("normkit.stateful.MOST", 50)
     assert "more than 50 objects" in RandomState(loader=loader).note
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from normkit.randomness import states_in
+from normkit.stateful import states_in
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 import model
 import utils
 from normkit import checks, optim
-from normkit.randomness import GENERATORS, objects_of
+from normkit.packing import GENERATORS
+from normkit.stateful import objects_of
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 

@@ -1,0 +1,235 @@
+"""What has a state in a user's training, found in loaders and callbacks and in all that these hold or name."""
+
+import argparse
+import collections
+import functools
+import inspect
+import itertools
+import types
+
+import numpy as np
+import torch
+
+from normkit.attributes import MovingAttributes
+from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
+from normkit.packing import CONTAINERS, GENERATORS, read, write
+from normkit.randomness import GlobalGenerators
+
+
+class RandomState(GlobalGenerators):
+    """What is random about training, as state_dict and load_state_dict.
+
+    That is the state of the global generators, of a device's, and what moves in parts that are given by name: loaders
+    and whatever else a user has written, with generators, samplers and counters in them. saved: the names of parts
+    whose state_dict is kept beside this.
+    """
+
+    def __init__(self, device=None, saved=(), **parts):
+        super().__init__(device)
+        self.saved = saved
+        self.owners = dict(objects_of(**parts))
+        own = {where: owner for where, owner in self.owners.items() if is_foreign(owner) or is_setting(owner)}
+        unsaved = {where: owner for where, owner in own.items() if not saves_all(owner)}
+        self.attributes = MovingAttributes(unsaved, self.owners)
+
+    @property
+    def note(self):
+        """What a resumed run may have lost, in words, or ""."""
+        lost = "; ".join([*lost_in(self.owners), *(f"{each} cannot be kept" for each in self.attributes.lost)])
+        return f". It may differ from an uninterrupted run: {lost}" if lost else ""
+
+    def stateful(self):
+        """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
+        kept = list(self.saved)  # with all that lies within
+        for where, owner in self.owners.items():
+            if isinstance(owner, GENERATORS):
+                yield where, functools.partial(read, owner), functools.partial(write, owner)
+            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
+                kept.append(where)
+                # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
+                librarys_loader = isinstance(owner, torch.utils.data.DataLoader) and not is_user_code(owner)
+                if not librarys_loader and gives_state(owner):
+                    yield where, owner.state_dict, owner.load_state_dict
+
+    def state_dict(self):
+        state = super().state_dict() | {"attributes": self.attributes.state_dict()}
+        return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        for where, _, write_state in self.stateful():
+            if f"state of {where}" in state:
+                write_state(state[f"state of {where}"])
+        self.attributes.load_state_dict(state["attributes"])
+
+
+SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold
+SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, torch.utils.data.DataLoader)
+PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
+HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
+CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
+CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
+MOST = 10_000  # objects looked at, in a fifth of a second
+
+
+def objects_of(is_closed=lambda owner: False, **roots):
+    """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders.
+
+    is_closed: tells of an object whether what it holds is passed over.
+    """
+    waiting, seen = collections.deque(roots.items()), set()
+    while waiting and len(seen) < MOST:
+        where, owner = waiting.popleft()
+        empty = isinstance(owner, list | tuple | dict) and not owner
+        librarys = isinstance(owner, type) and not is_foreign(owner)
+        figure_or_file = is_within(where, CALLBACKS) and is_third_party(owner) and not is_stateful(owner)
+        if id(owner) in seen or empty or librarys or figure_or_file or isinstance(owner, PASSED_OVER):
+            continue
+        seen.add(id(owner))
+        yield where, owner
+        if not isinstance(owner, GENERATORS) and not is_closed(owner):
+            waiting.extend((where + step, part) for step, part in held_by(owner))
+
+
+def is_setting(owner):
+    """Whether an object of torch's or the kit's has attributes that a callback may set, such as a dropout's p."""
+    return isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
+
+
+def is_third_party(owner):
+    """Whether an object is of an installed library's class, but not torch's or the kit's, nor made to hold others."""
+    return is_foreign(owner) and not is_user_code(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
+
+
+def held_by(owner):
+    """Yields (step, object) for what an object holds, and for what its code names."""
+    if isinstance(owner, types.MethodType):
+        yield ".__self__", owner.__self__
+    elif isinstance(owner, functools.partial):
+        yield from ((f".{name}", getattr(owner, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(owner, list | tuple):
+        yield from ((f"[{i}]", each) for i, each in enumerate(owner[:100]))
+    elif isinstance(owner, dict):
+        # A hook's number, and what a tensor as a key is called, are others in each run.
+        items = enumerate(itertools.islice(owner.items(), 100))
+        yield from ((f"[{key!r}]" if isinstance(key, str) else f"[{i}]", each) for i, (key, each) in items)
+    elif isinstance(owner, types.FunctionType):
+        yield from named_in(owner)
+        yield from ((f" {name}", each) for name, each in closed_over(owner).items())
+        yield from ((f".{name}", getattr(owner, name)) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
+    else:
+        yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
+        kinds = {f"__mro__[{i}]": kind for i, kind in enumerate(type(owner).__mro__)}
+        code = vars(owner) if isinstance(owner, type) else kinds
+        yield from ((f".{name}", function_of(each)) for name, each in code.items() if isinstance(each, CODE))
+
+
+def function_of(member):
+    """Returns the function of a class's property or method; a function or class as it is."""
+    if isinstance(member, types.FunctionType | type):
+        return member
+    return next(getattr(member, name) for name in ("__func__", "fget", "func") if hasattr(member, name))
+
+
+def named_in(function):
+    """Yields (step, object) for generators that a function names; for user code, also what is that or has a state."""
+    names, own = function.__globals__, is_foreign(function)
+    for name in globals_in(function.__code__):
+        value = names.get(name)
+        looked_at = own and not isinstance(value, PASSED_OVER) and (is_user_code(value) or is_stateful(value))
+        if looked_at or isinstance(value, GENERATORS):
+            yield f" {name}", value
+
+
+def is_within(where, names):
+    """Whether an object was found under one of these names."""
+    return any(where == name or where.startswith((f"{name}.", f"{name}[", f"{name} ")) for name in names)
+
+
+def states_in(known, **roots):
+    """Returns the objects with a state of their own among roots, and in what these hold or name, by name.
+
+    So a callback's schedulers and averaged weights are found, too, and tensors that an optimizer changes and no module
+    has. known: objects by name that are left out. So are modules that share all their tensors with one found before,
+    such as a wrapper around the model.
+    """
+    tensors, found, passed_over = set(), {}, set(map(id, known.values()))
+    for where, owner in objects_of(lambda each: saves_all(each) or id(each) in passed_over, **roots):
+        own = {id(tensor) for tensor in tensors_of(owner)}
+        # Of a module without tensors, as most of those in others are, there is nothing to keep.
+        is_new = own - tensors if own else where in roots or not isinstance(owner, torch.nn.Module)
+        if is_new and is_stateful(owner) and id(owner) not in passed_over and (where in roots or gives_state(owner)):
+            found[where] = owner
+            tensors |= own
+    optimizers = [roots["optimizer"], *(each for each in found.values() if isinstance(each, torch.optim.Optimizer))]
+    trained = [tensor for each in optimizers for group in each.param_groups for tensor in group["params"]]
+    loose = {id(tensor): tensor for tensor in trained if id(tensor) not in tensors}
+    return found | ({"tensors": LooseTensors([*loose.values()])} if loose else {})
+
+
+class LooseTensors:
+    """Tensors that belong to no module, such as a temperature that is trained along, with a state_dict as modules."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def state_dict(self):
+        return {f"tensor {i}": tensor.detach() for i, tensor in enumerate(self.tensors)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for i, tensor in enumerate(self.tensors):
+            tensor.copy_(state[f"tensor {i}"].reshape(tensor.shape))  # rather than stretched
+
+
+def tensors_of(owner):
+    """Returns a module's parameters and buffers; of anything else none."""
+    return [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
+
+
+def epoch_takers(loader):
+    """Returns the parts of a loader, such as samplers, whose set_epoch(epoch) is to be called before each epoch."""
+    objects = [each for _, each in objects_of(loader=loader) if not isinstance(each, type)]
+    return [each for each in objects if takes_one(getattr(each, "set_epoch", None))]
+
+
+def takes_one(method):
+    """Whether a method can be called with one value."""
+    try:
+        inspect.signature(method).bind(0)
+    except (TypeError, ValueError):  # it is none, takes others, or does not tell
+        return False
+    return True
+
+
+def is_stateful(owner):
+    """Whether an object has both methods; a mock, or a wrapper that hands on whatever is asked, has not."""
+    methods = [inspect.getattr_static(owner, name, None) for name in ("state_dict", "load_state_dict")]
+    return None not in methods and not isinstance(owner, type)
+
+
+def saves_all(owner):
+    """Whether an object has a state_dict, in which is what its attributes hold, too."""
+    return is_stateful(owner) and not isinstance(owner, SPARING)
+
+
+def gives_state(owner):
+    """Whether the state_dict of an object that is_stateful can be called as it is, and now."""
+    try:
+        owner.state_dict()
+    except Exception:  # whatever user code raises
+        return False
+    return True
+
+
+def lost_in(owners):
+    """Yields what the order or augmentation of loaders depends on and no file can hold, in words."""
+    if len(owners) == MOST:
+        yield f"they hold more than {MOST:,} objects, of which the rest was not looked at"
+    for where, found in owners.items():
+        if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
+            yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
+        if isinstance(found, torch.utils.data.DataLoader) and found.persistent_workers:
+            yield f"{where} has persistent workers: what they draw begins anew"
+        if is_stateful(found) and not gives_state(found):
+            yield f"the state_dict of {where} fails"
