@@ -39,7 +39,7 @@ def doubles(x):
 
 @torch.inference_mode(False)  # with gradients, wherever it is called
 def moved_by(layer, x, *place):
-    """The mask of the inputs (N, C, H, W) that move a layer's output at a place: image, channel, row, column.
+    """Returns the mask of the inputs (N, C, H, W) that move a layer's output at a place: image, channel, row, column.
 
     Asked in float64: in float32, one run in sixty met a gradient that rounding had made zero.
     """
@@ -74,7 +74,7 @@ def statistics_of(layer, x):
 
 @styled
 def plot_norm_sets(layers, images=6, channels=16, size=2):
-    """The block of activations, images by channels by pixels, and in it the values that share a mean with one of them.
+    """Draws the block of activations, images by channels by pixels, and the values in it that share a mean with one.
 
     layers: a dict from a name to a norm layer of that many channels. What is coloured was found by asking the layer
     which inputs move its output for the front image's last channel.
@@ -91,7 +91,7 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
 
 
 def draw_block(ax, shared, color):
-    """A cube a value: channels to the right, images into the depth, pixels upwards; shared (N, C, P) coloured."""
+    """Draws a cube for each value: channels to the right, images behind, pixels upwards; shared (N, C, P) in colour."""
     images, channels, pixels = shared.shape
     width, depth, height = 8 / channels, np.array([0.5, 0.42]), 0.95
 
@@ -120,7 +120,7 @@ def draw_block(ax, shared, color):
 
 
 def norm_table(layers, x):
-    """What norm layers make of activations x (N, C, H, W), set by set: a DataFrame, one row a layer.
+    """Returns what norm layers make of activations x (N, C, H, W), set by set: a DataFrame, one row a layer.
 
     layers: a dict from a name to a layer, as yet untrained, so that its scale and shift leave the values alone.
     Which values share statistics, and how many, is found by asking the layer: set by set, so x has to be small.
@@ -152,7 +152,7 @@ def norm_table(layers, x):
 
 @styled
 def plot_network(model, size=32):
-    """The network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
+    """Draws the network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
     steps, skips = trace_network(model, size)
     figure, ax = subplots(figsize=(11, 3.4))
     shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0"}
@@ -185,7 +185,7 @@ def plot_network(model, size=32):
 
 
 def trace_network(model, size):
-    """Each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
+    """Returns each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
     steps, skips, outputs = [], [], {}
     field = jump = np.ones(2, int)  # rows, columns
 
@@ -226,7 +226,7 @@ def trace_network(model, size):
 
 @styled
 def plot_activations(stages, images, title=None):
-    """Where the activations lie through the depth of networks, before and after each norm.
+    """Draws where the activations lie through the depth of networks, before and after each norm.
 
     stages: a dict from a caption ("at the start") to a dict from a variant to its network. images: (N, 3, H, W).
     A thick bar holds the middle half of the values, a thin one 98 %.
@@ -263,7 +263,7 @@ def plot_activations(stages, images, title=None):
 
 @torch.no_grad()
 def norm_quantiles(model, images):
-    """For each block with a norm, by name: the 1, 25, 50, 75 and 99 % quantiles of what goes in and what comes out."""
+    """Returns for each block with a norm, by name, the 1, 25, 50, 75 and 99 % quantiles of its input and its output."""
     model = copy_of(model).eval()  # no dropout
     quantiles = {}
 
@@ -293,7 +293,7 @@ def is_batch(item):
 
 @styled
 def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, title=None):
-    """What batch norm keeps: the mean of one channel in each batch, and the running mean, at several batch sizes.
+    """Draws what batch norm keeps: the mean of one channel in each batch, and the running mean, at several batch sizes.
 
     model: with batch norm; a copy in training mode sees the batches, and nothing is learnt. loaders: one training
     loader, which may be a list of batches, or a list of loaders. block: the name of a block of the model with a norm.

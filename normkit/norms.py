@@ -52,7 +52,7 @@ class StandardisingGroupNorm(nn.GroupNorm):
 
 
 def standardise(block, name, norm):
-    """Called by PyTorch where a module becomes part of another: there the norm meets its convolution."""
+    """Standardises the convolution beside such a norm; PyTorch calls this where a module becomes part of another."""
     if isinstance(norm, StandardisingGroupNorm) and type(getattr(block, "conv", None)) is nn.Conv2d:
         block.conv.__class__ = StandardisedConv2d
 

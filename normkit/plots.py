@@ -41,7 +41,7 @@ CHANCE = 10  # percent, of CIFAR-10's ten classes
 
 @styled
 def plot_curves(histories, title=None, until=None):
-    """Loss and accuracy of several runs on shared axes, training dashed and test solid.
+    """Draws loss and accuracy of several runs on shared axes, training dashed and test solid.
 
     histories: results of utils.run, or a dict from a label to a history, or a list of histories, or a single history;
     results of one norm are labelled by the settings that tell them apart.
@@ -76,7 +76,7 @@ def plot_curves(histories, title=None, until=None):
 
 
 def mark_learning_rates(ax, histories, high):
-    """A line at each epoch that starts with another learning rate, where these are few, and those of all runs.
+    """Marks each epoch that starts with another learning rate, where these are few, and the same in all runs.
 
     high: whether the rates stand at the top.
     """
@@ -143,11 +143,11 @@ class LiveCurves:
 
     @property
     def epochs(self):
-        """Of each run: as planned, or as many as one of them has turned out to have."""
+        """Returns the epochs of a run: as planned, or as many as one of them has turned out to have."""
         return max([self.planned, *map(len, self.histories.values())])
 
     def seconds_left(self):
-        """Of every label: what an epoch took it, or before its first epoch took the others, for those to come."""
+        """Returns the seconds of all epochs to come: each takes as long as the label's own so far, else the others'."""
         known = {label: np.mean([row.get("seconds", 0) for row in rows]) for label, rows in self.histories.items()}
         usual = np.mean(list(known.values()))
         return sum(
@@ -155,7 +155,7 @@ class LiveCurves:
         )
 
     def picture(self):
-        """A PNG of one size, however many of the runs it shows, so that the page does not jump."""
+        """Returns a PNG of one size, however many of the runs it shows, so that the page does not jump."""
         if not self.histories:
             figure, ax = subplots(figsize=(11, 4.4))
             ax.axis("off")
@@ -174,7 +174,7 @@ class LiveCurves:
 
 @styled
 def plot_samples(data, each=10):
-    """A row of training images for each class."""
+    """Draws a row of training images for each class."""
     each = whole_number("each", each)
     classes = len(data.classes)
     names = [broken(name) for name in class_names(data)]
@@ -200,7 +200,10 @@ def plot_samples(data, each=10):
 
 @styled
 def plot_mistakes(data, logits, title=None, rows=2, columns=5):
-    """The test images that a network gets wrong with most confidence. logits: (N, classes), from utils.predict."""
+    """Draws the test images that a network gets wrong with most confidence.
+
+    logits: (N, classes), from utils.predict.
+    """
     logits = logits_of(data, logits)
     names = class_names(data, logits)
     confidence, predicted = logits.softmax(1).max(1)
@@ -219,7 +222,7 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
 
 @styled
 def plot_disagreements(data, logits, rows=2, columns=5):
-    """Test images of which the variants think differently, one of them rightly, the surest first.
+    """Draws test images that the variants classify differently, one of them rightly, the surest first.
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
@@ -261,7 +264,7 @@ def plot_disagreements(data, logits, rows=2, columns=5):
 
 @styled
 def plot_confusions(data, logits):
-    """For each variant, how often the images of a class are taken for each other one; below, each class's accuracy.
+    """Draws how often each variant takes images of a class for another one; below, its accuracy in each class.
 
     logits: a dict from a variant to its logits (N, classes), from utils.predict.
     """
@@ -309,7 +312,7 @@ def plot_confusions(data, logits):
 
 @styled
 def plot_seeds(rows, ax=None):
-    """Last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
+    """Draws last-epoch test accuracy of each run (dots), mean and standard deviation (bars), by recipe and norm.
 
     rows: of study.run_many. Each value of a setting that was swept as well has a group of its own. A run that diverged
     is a cross, and counts as chance, one image in ten guessed right.
@@ -350,7 +353,7 @@ def captions_of(group):
 
 @styled
 def plot_league(rows):
-    """Last-epoch test accuracy of many norms, a line each: runs (dots), their mean and standard deviation (bars).
+    """Draws last-epoch test accuracy of many norms, a line each: runs (dots), mean and standard deviation (bars).
 
     rows: of study.run_many. Each recipe, and each value of a setting that was swept as well, has a panel of its own. A
     run that diverged counts as chance, one image in ten guessed right.
@@ -384,7 +387,7 @@ def plot_league(rows):
 
 @styled
 def plot_batch_sizes(rows, ax=None):
-    """Test accuracy of each norm over the batch size, mean and standard deviation; a cross is a run that diverged.
+    """Draws test accuracy of each norm over the batch size, mean and deviation; a cross is a run that diverged.
 
     rows: of study.run_many. Such a run counts as chance, one image in ten guessed right.
     """
@@ -403,7 +406,7 @@ def plot_batch_sizes(rows, ax=None):
 
 @styled
 def plot_learning_rates(rows, ax=None):
-    """Test accuracy of each norm over the learning rate, mean and standard deviation; a cross is a run that diverged.
+    """Draws test accuracy of each norm over the learning rate, mean and deviation; a cross is a run that diverged.
 
     rows: of study.run_many with keep_diverged. Such a run counts as chance, one image in ten guessed right.
     """
@@ -424,7 +427,7 @@ def plot_learning_rates(rows, ax=None):
 
 @styled
 def plot_groups(rows, ax=None):
-    """Test accuracy of group norm over its number of groups, mean and deviation; a cross is a run that diverged.
+    """Draws test accuracy of group norm over its number of groups, mean and deviation; a cross is a run that diverged.
 
     rows: of study.run_many, of which those of group norm are drawn. A run that diverged counts as chance, one image in
     ten guessed right.

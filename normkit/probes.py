@@ -115,7 +115,7 @@ def losses_along_gradient(model, images, labels, rates):
 
 @styled
 def plot_by_layer(rows, quantity):
-    """A quantity through the depth of the network, at the start and after training, a line a norm.
+    """Draws a quantity through the depth of the network, at the start and after training, a line a norm.
 
     rows: a DataFrame with the columns norm, step, quantity, layer, value, of which the index tells the order in which
     they were measured, layer by layer; the mean of the runs is drawn.
@@ -143,7 +143,7 @@ def plot_by_layer(rows, quantity):
 
 @styled
 def plot_loss_ranges(rows):
-    """The range of the loss along the gradient during training, one panel a norm.
+    """Draws the range of the loss along the gradient during training, one panel a norm.
 
     rows: a DataFrame with the columns norm, seed, step, quantity, rate, value; the first seed's are drawn.
     """

@@ -32,7 +32,7 @@ def calibration(logits, labels, bins=10):
 
 @styled
 def plot_calibration(data, logits):
-    """Accuracy over confidence for each variant; on the diagonal, a probability is how often it is right.
+    """Draws accuracy over confidence for each variant; on the diagonal, a probability is how often it is right.
 
     logits: a dict from a variant to its logits (N, classes) of the test images, from utils.predict.
     """
@@ -67,7 +67,7 @@ def corruptions(images):
 
 @styled
 def plot_corruptions(rows, images, title=None):
-    """Accuracy under each corruption, a bar a variant, and above it what the corruption makes of one image.
+    """Draws accuracy under each corruption, a bar a variant, and above it what the corruption makes of one image.
 
     rows: a DataFrame with the columns images (the corruption), norm, test_acc; of several runs the mean is drawn, and
     of none a gap. A norm with something after a comma is hatched. images: of corruptions.

@@ -34,7 +34,7 @@ class RandomState(GlobalGenerators):
 
     @property
     def note(self):
-        """What a resumed run may have lost, in words, or ""."""
+        """Says what a resumed run may have lost, in words, or ""."""
         lost = "; ".join([*lost_in(self.owners), *(f"{each} cannot be kept" for each in self.attributes.lost)])
         return f". It may differ from an uninterrupted run: {lost}" if lost else ""
 

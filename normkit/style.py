@@ -41,7 +41,7 @@ LOCK = threading.RLock()  # rcParams are the whole process's
 
 @contextlib.contextmanager
 def in_style():
-    """The style of pictures, whatever the user's says; the user's is given back."""
+    """Sets the style of pictures, whatever the user's says, and gives the user's back."""
     with LOCK, matplotlib.style.context(["default", STYLE]):
         yield
 
@@ -106,7 +106,7 @@ def axes_or_new(ax, figsize):
 
 
 def new_figure(figsize):
-    """plt.figure, released from pyplot: the figure is its caller's, and a notebook shows it once."""
+    """Returns a figure that pyplot knows nothing of: it is its caller's, and a notebook shows it once."""
     import matplotlib.pyplot as plt  # takes a while to import, and training draws nothing
 
     from normkit.figure import Picture
@@ -117,7 +117,7 @@ def new_figure(figsize):
 
 
 def subplots(*shape, figsize, **options):
-    """plt.subplots, of such a figure."""
+    """Returns such a figure and its axes, as plt.subplots does."""
     figure = new_figure(figsize)
     return figure, figure.subplots(*shape, **options)
 
@@ -188,7 +188,7 @@ def point_labels(ax):
 
 
 def legend_beside(ax, names):
-    """A legend to the right of the axes, of what was drawn last.
+    """Adds a legend to the right of the axes, of what was drawn last.
 
     It is given the names, as a label that begins with an underscore counts as none.
     """
@@ -199,7 +199,7 @@ def legend_beside(ax, names):
 
 
 def legend_below(figure, handles, names):
-    """A legend below all axes, in as many columns as the figure has room for."""
+    """Adds a legend below all axes, in as many columns as the figure has room for."""
     for columns in range(len(names), 0, -1):
         options = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         legend = figure.legend(handles, [broken(name, 60) for name in names], **options)

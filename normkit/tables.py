@@ -46,7 +46,7 @@ def differing_settings(results):
 
 
 def results_table(results):
-    """A DataFrame, one row a result: last-epoch metrics, the best epoch beside them, cost, settings that differ."""
+    """Returns a DataFrame, one row a result: last-epoch metrics, the best epoch's, cost, and settings that differ."""
     rows = []
     results = results_of(results)
     differing = differing_settings(results)
@@ -343,7 +343,7 @@ def seeds_table(rows):
 
 
 def trials_table(rows):
-    """What was tried, a line a run: the settings in which the runs differ, and the last epoch's metrics.
+    """Returns what was tried, a line a run: the settings in which the runs differ, and the last epoch's metrics.
 
     rows: of study.run_many, with data.train_val_split: its "test" images are the training images held out.
     """
@@ -357,9 +357,10 @@ def trials_table(rows):
 
 
 def compare_norms(rows):
-    """Differences in last-epoch test accuracy between norms, in points, paired by seed, with 95 % confidence intervals.
+    """Returns the differences between norms in last-epoch test accuracy, in points, with 95 % confidence intervals.
 
-    rows: of study.run_many. A difference is real, by this measure, where its interval leaves out zero (Student's t).
+    rows: of study.run_many; runs are paired by seed. A difference is real, by this measure, where its interval leaves
+    out zero (Student's t).
     Norms are compared within a recipe, and within each value of a setting that was swept as well.
     """
     from scipy import stats  # takes longer to import than all else here

@@ -97,8 +97,9 @@ def conv3x3_weight_grad(
     x, dz, dweight, N, stride_n, stride_h, stride_p, stride_k, stride_c, stride_tap, rows,
     H: constexpr, W: constexpr, stride_w: constexpr, C: constexpr, K: constexpr, COLUMNS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """Each program's share of dweight, from x (N, C, H, W) of any layout and dz (M, K); the grid's second axis is a
-    row of three taps.
+    """Each program's share of dweight, from x (N, C, H, W) of any layout and dz (M, K).
+
+    The grid's second axis is a row of three taps.
     """
     M, row = N * H * W, tl.program_id(1)
     first, blocks = share_of_blocks(M, BLOCK)
