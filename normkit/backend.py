@@ -5,7 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from normkit.checks import check_choice, check_model, device_of, in_words
+from normkit.checks import check_choice, check_model, in_words
+from normkit.device import device_of
 from normkit.fused import Fused, FusedLoss, fuse
 from normkit.graph import Graphed, GraphedLoss
 

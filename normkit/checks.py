@@ -227,27 +227,6 @@ def check_labels(labels, logits, batch_id=0):
     return labels.to(logits.device)
 
 
-def classes_of(labels):
-    """Returns int64 (N,) of labels: of shares of classes, the largest."""
-    return labels.argmax(1) if labels.is_floating_point() else labels
-
-
-def device_of(model):
-    """Returns the one device of a model's parameters and buffers, or None where it has none."""
-    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the model lies on several devices, {', '.join(sorted(map(str, devices)))}: move it to one with "
-            "model.to(device)"
-        )
-    return devices.pop() if devices else None
-
-
-def dtype_of(model):
-    """Returns the dtype of a model's first floating-point parameter: float32 where it has none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def first_non_finite(model, images):
     """Returns the first module whose output for these images is not finite, in words, as far as it can be told."""
     if not images.isfinite().all():

@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import nn
 
-from normkit.checks import check_choice, device_of, dtype_of
+from normkit.checks import check_choice
 
 
 def get_device(device=None):
@@ -40,6 +40,22 @@ def choose_precision(precision, device):
             native = features.get("avx512_bf16") or features.get("amx_bf16")
         precision = "bfloat16" if native else "float32"
     return PRECISIONS[precision]
+
+
+def device_of(model):
+    """Returns the one device of a model's parameters and buffers, or None where it has none."""
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model lies on several devices, {', '.join(sorted(map(str, devices)))}: move it to one with "
+            "model.to(device)"
+        )
+    return devices.pop() if devices else None
+
+
+def dtype_of(model):
+    """Returns the dtype of a model's first floating-point parameter: float32 where it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def place_of(model, loader, precision):

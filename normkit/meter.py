@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from normkit.checks import classes_of
-
 EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
 MOST_WAITING = 1000  # batches, each of which keeps 512 bytes of a GPU's memory
 
@@ -42,6 +40,11 @@ class Meter:
             self.first_unsound = self.batches
         self.loss, self.batches = loss, self.batches + 1
         self.loss_sum, self.correct, self.total = self.loss_sum + loss * size, self.correct + correct, self.total + size
+
+
+def classes_of(labels):
+    """Returns int64 (N,) of labels: of shares of classes, the largest."""
+    return labels.argmax(1) if labels.is_floating_point() else labels
 
 
 def count_correct(logits, labels):

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from normkit.checks import classes_of, whole_number
+from normkit.checks import whole_number
+from normkit.meter import classes_of
 from normkit.predictions import as_logits, logits_by_name
 from normkit.style import colors_of, legend_below, styled, subplots
 
