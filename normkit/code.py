@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from normkit.checksum import ADDRESS, crc32_of
-from normkit.objects import attributes_of, closed_over, globals_in, is_library
+from normkit.objects import attributes_of, closed_over, globals_in, is_library, is_user_code
 
 STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "configparser", "functools", "types"}
 PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
@@ -122,9 +122,7 @@ def names_in(code):
 
 def is_from_library(value):
     """Whether a function or class comes from a library, whose name tells it apart."""
-    if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-        return False
-    return is_library(getattr(value, "__module__", None) or "")
+    return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and not is_user_code(value)
 
 
 def code_of(functions):
