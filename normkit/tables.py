@@ -245,8 +245,8 @@ def settings_table(rows):
         found = {"data": data, "code": code} | dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", said)) | found
         lines.append(found | {"settings": re.sub(r" seed=\S+", "", line)})
     table = pd.DataFrame(lines, index=rows.index).fillna("auto")
-    first, last = [name for name in ("recipe",) if name in rows], "settings"
-    return table[[*first, *table.columns.drop([*first, last]), last]]
+    first = ["recipe"] if "recipe" in rows else []
+    return table[[*first, *table.columns.drop([*first, "settings"]), "settings"]]
 
 
 def select(rows, **settings):
@@ -296,7 +296,7 @@ def swept(last, by):
 
 def separated(last):
     """Returns the rows with a column for each setting that was swept beside norm, recipe and seed, and its names."""
-    recipe = [name for name in ("recipe",) if name in last]
+    recipe = ["recipe"] if "recipe" in last else []
     further = swept(last, [*recipe, "norm"])
     return last.assign(**further), [*recipe, *further]
 
