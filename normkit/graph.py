@@ -124,7 +124,7 @@ class GraphedLoss:
     def find_graph(self, images, labels):
         """Returns the StepGraph of such a batch, or None where PyTorch has to compute it step by step."""
         network = self.network
-        if not isinstance(network, Graphed) or network.reason is not None:
+        if network.reason is not None:
             return None
         inspection = network.inspect()
         if inspection.reason is not None or next(itertools.chain(of_code(), of_call()), None) is not None:
