@@ -1,6 +1,7 @@
 """Pictures and tables of what norms and networks do."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -189,36 +190,33 @@ def trace_network(model, size):
     steps, skips, outputs = [], [], {}
     field = jump = np.ones(2, int)  # rows, columns
 
-    def record(name):
-        def hook(module, args, keywords, output):
-            nonlocal field, jump
-            kind, side = "pooling", output.shape[2] if output.dim() == 4 else 1
-            for layer in module.modules():
-                if hasattr(layer, "kernel_size"):
-                    field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
-                    jump = jump * layer.stride
-                if isinstance(layer, nn.Conv2d | nn.Linear):  # a linear layer is a convolution of a 1×1 map
-                    kind = "{}×{} convolution".format(*getattr(layer, "kernel_size", (1, 1)))
-            if side == 1:  # after global pooling
-                field = np.maximum(field, size)
-            skips.extend((key, name) for key, kept in outputs.items() if any(kept is x for x in keywords.values()))
-            outputs[name] = output
-            steps.append(
-                {
-                    "name": name,
-                    "kind": kind + ", norm, ReLU" if callable(getattr(module, "norm", None)) else kind,
-                    "channels": output.shape[1],
-                    "map": side,
-                    "parameters": sum(p.numel() for p in module.parameters()),
-                    "field": int(field.max()),
-                }
-            )
-
-        return hook
+    def record(name, module, args, keywords, output):
+        nonlocal field, jump
+        kind, side = "pooling", output.shape[2] if output.dim() == 4 else 1
+        for layer in module.modules():
+            if hasattr(layer, "kernel_size"):
+                field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
+                jump = jump * layer.stride
+            if isinstance(layer, nn.Conv2d | nn.Linear):  # a linear layer is a convolution of a 1×1 map
+                kind = "{}×{} convolution".format(*getattr(layer, "kernel_size", (1, 1)))
+        if side == 1:  # after global pooling
+            field = np.maximum(field, size)
+        skips.extend((key, name) for key, kept in outputs.items() if any(kept is x for x in keywords.values()))
+        outputs[name] = output
+        steps.append(
+            {
+                "name": name,
+                "kind": kind + ", norm, ReLU" if callable(getattr(module, "norm", None)) else kind,
+                "channels": output.shape[1],
+                "map": side,
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "field": int(field.max()),
+            }
+        )
 
     model = copy_of(model).eval()
     for name, module in model.named_children():
-        module.register_forward_hook(record(name), with_kwargs=True)
+        module.register_forward_hook(partial(record, name), with_kwargs=True)
     with torch.no_grad(), torch.device("cpu"):
         model(torch.zeros(1, 3, size, size, dtype=torch.float32))
     return steps, skips
@@ -266,19 +264,15 @@ def norm_quantiles(model, images):
     """Returns for each block with a norm, by name, the 1, 25, 50, 75 and 99 % quantiles of its input and its output."""
     model = copy_of(model).eval()  # no dropout
     quantiles = {}
+    levels = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float32, device="cpu")
+    thin = slice(None, None, 7)  # torch.quantile takes 16 million values at most
 
-    def record(name):
-        levels = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float32, device="cpu")
-        thin = slice(None, None, 7)  # torch.quantile takes 16 million values at most
-
-        def hook(module, args, output):
-            quantiles[name] = [x.float().flatten()[thin].quantile(levels).tolist() for x in (args[0], output)]
-
-        return hook
+    def record(name, norm, args, output):
+        quantiles[name] = [x.float().flatten()[thin].quantile(levels).tolist() for x in (args[0], output)]
 
     for name, block in blocks_of(model):
         block.norm = layer_of(block.norm)  # by the batch's own statistics
-        block.norm.register_forward_hook(record(name))
+        block.norm.register_forward_hook(partial(record, name))
     with torch.device("cpu"):
         model(images.cpu().float())
     if not quantiles:

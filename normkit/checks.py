@@ -4,6 +4,7 @@ import contextlib
 import math
 import operator
 import traceback
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -233,17 +234,14 @@ def first_non_finite(model, images):
         return "the images themselves"
     found = []
 
-    def record(name):
-        def hook(module, args, output):
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
-
-        return hook
+    def record(name, module, args, output):
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
 
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     hooks = []
     try:
-        hooks.extend(module.register_forward_hook(record(name)) for name, module in leaves)
+        hooks.extend(module.register_forward_hook(partial(record, name)) for name, module in leaves)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # else each hook would be compiled too
             model(images)
     except Exception:  # of a network that takes no hooks, or fails with such weights

@@ -1,6 +1,7 @@
 """What normalisation changes in training, measured: gradients, similarity of activations, range of the loss."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,18 +51,15 @@ def gradient_norms(model, images, labels):
     """Yields (layer, norm of the loss's gradient by its weight) for each convolution that is not frozen."""
     weights = {}
 
-    def record(name):
-        def hook(convolution, args, output):
-            if convolution.weight.requires_grad:
-                convolution.weight.retain_grad()  # a pruned weight is no parameter, but computed from one
-                weights[name.removesuffix(".conv")] = convolution.weight
-
-        return hook
+    def record(name, convolution, args, output):
+        if convolution.weight.requires_grad:
+            convolution.weight.retain_grad()  # a pruned weight is no parameter, but computed from one
+            weights[name.removesuffix(".conv")] = convolution.weight
 
     model, images = in_training(model, images)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(record(name))
+            module.register_forward_hook(partial(record, name))
     with parametrize.cached():  # else the hook would have a weight computed anew
         backward(model, images, labels)
     yield from ((name, weight.grad.norm().item()) for name, weight in weights.items() if weight.grad is not None)
@@ -77,17 +75,14 @@ def similarities(model, images):
         raise ValueError(f"{len(images)} image: similarity is that of two images or more, so give a batch of them")
     found = {}
 
-    def record(name):
-        def hook(block, args, output):
-            directions = F.normalize(output.flatten(1))
-            cosines = directions @ directions.T
-            found[name] = cosines[~torch.eye(len(cosines), dtype=torch.bool, device="cpu")].mean().item()
-
-        return hook
+    def record(name, block, args, output):
+        directions = F.normalize(output.flatten(1))
+        cosines = directions @ directions.T
+        found[name] = cosines[~torch.eye(len(cosines), dtype=torch.bool, device="cpu")].mean().item()
 
     model, images = in_training(model, images)
     for name, block in blocks_of(model):
-        block.register_forward_hook(record(name))
+        block.register_forward_hook(partial(record, name))
     with torch.device("cpu"):
         model(images)
     yield from found.items()
