@@ -34,7 +34,7 @@ def whole_number(name, value, least=1, most=math.inf):
 def number_between(name, value, *, above=-math.inf, least=-math.inf, below=math.inf, most=math.inf):
     """Raises ValueError unless value is a finite number within the bounds."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not value > above or not value >= least or not value < below or value > most:
+    if not number or not (above < value < below and least <= value <= most):
         bounds = (f"above {above:g}", above), (f"of at least {least:g}", least), (f"below {below:g}", below)
         bounds += ((f"of at most {most:g}", most),)
         said = " and ".join(text for text, bound in bounds if math.isfinite(bound))
