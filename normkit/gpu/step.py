@@ -61,9 +61,9 @@ def reason_against(layers, images=None, frozen=False):
     return kernels()[1]
 
 
-def power_of_two(number, least=16):
-    """Returns the smallest power of two that is not below a number."""
-    return max(least, 1 << (number - 1).bit_length())
+def power_of_two(number):
+    """Returns the smallest power of two that is not below a number, nor below 16, the least that tl.dot takes."""
+    return max(16, 1 << (number - 1).bit_length())
 
 
 def training_step(layers, images, labels, dtype=torch.bfloat16):
@@ -96,7 +96,7 @@ class Step:
         count_batch([block.norm for block in blocks])
         scales = iter(DropoutScales(blocks, N, self.device).draw())
         self.scales = [next(scales) if layer.kind == params.CONV_NORM_RELU else None for layer in layers]
-        self.inputs, self.outputs, self.kept, self.skipped = [], [], [], {}
+        self.inputs, self.kept, self.skipped = [], [], {}
 
     def sums(self):
         """Returns the loss, how many images are right, and the parameters' gradients, laid out as these are."""
@@ -113,7 +113,6 @@ class Step:
         """Returns layer number i's output."""
         self.inputs.append(x)
         out, kept = (self.conv_norm_relu if self.is_block(i) else self.conv1x1_maxpool)(i, x)
-        self.outputs.append(out)
         self.kept.append(kept)
         return out
 
@@ -130,7 +129,7 @@ class Step:
         layer, scale = self.layers[i], self.scales[i]
         weight, bias, norm_weight, norm_bias = layer.parameters()
         norm, N, K = layer.norm, len(x), len(weight)
-        skip = self.outputs[layer.skip_source] if layer.skip_source >= 0 else None
+        skip = self.inputs[layer.skip_source + 1] if layer.skip_source >= 0 else None  # that layer's output
         if type(norm) is nn.GroupNorm:
             z = self.conv3x3(x, weight, bias, skip)
             out = torch.empty_like(z)
