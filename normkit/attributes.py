@@ -29,13 +29,12 @@ OPENED = ("opened",)  # instead of what was opened on the way: a file, a connect
 class MovingAttributes:
     """The attributes of objects that change after they were first looked at, as state_dict and load_state_dict.
 
-    owners: objects by name. known: objects by name to which attributes may refer, the owners unless given.
+    owners: objects by name. known: objects by name to which attributes may refer.
     lost: names of what moved and no file can hold, as of the state that was loaded.
     """
 
-    def __init__(self, owners, known=None):
+    def __init__(self, owners, known):
         self.owners, self.moved, self.lost = owners, set(), []
-        known = owners if known is None else known
         self.known = {where: each for where, each in known.items() if not isinstance(each, CONTAINERS)}
         self.start = {place: fingerprint(value) for place, value in self.found().items()}
 
