@@ -64,6 +64,18 @@ def in_words(error, most=None):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
+def by_name(given):
+    """Returns a dict with its keys as names in a picture: of a tuple, such as groupby gives, its parts.
+
+    Raises ValueError where two keys, such as 1 and "1", read alike: one would stand for both.
+    """
+    names = [", ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in given]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} of the keys read {twice[0]!r} in a picture: give each a name of its own")
+    return dict(zip(names, given.values()))
+
+
 def length_of(loader):
     """Returns a loader's number of batches."""
     # A user-defined class may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.

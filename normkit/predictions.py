@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from normkit.checks import describe
-from normkit.style import by_name
+from normkit.checks import by_name, describe
 
 NEXT_STEP = "give what utils.predict(model, test_loader) returns, or its first part, the logits"
 

@@ -72,18 +72,6 @@ def colors_of(names):
     return {name: own.get(name) or next(further) for name in names}
 
 
-def by_name(given):
-    """Returns a dict with its keys as names in a picture: of a tuple, such as groupby gives, its parts.
-
-    Raises ValueError where two keys, such as 1 and "1", read alike: one would stand for both.
-    """
-    names = [", ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in given]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} of the keys read {twice[0]!r} in a picture: give each a name of its own")
-    return dict(zip(names, given.values()))
-
-
 def further_colors():
     """Yields colours without end: the rest of the palette, then hues that lie far apart."""
     yield from FURTHER_COLORS

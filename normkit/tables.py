@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from normkit.checks import check_choice, check_notes, describe
-from normkit.style import by_name
+from normkit.checks import by_name, check_choice, check_notes, describe
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
 WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
