@@ -29,7 +29,8 @@ engine       compute: many tasks on whatever joblib is set to, a dask cluster to
 rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
-style        colours and style of all pictures, and text that fits into them
+style        colours and style of all pictures
+text         the text in pictures, made to fit
 figure       Picture, the figure that pictures are drawn in
 predictions  the logits that pictures are given, checked
 copies       copies of networks to look at, out of their wrappers

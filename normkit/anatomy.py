@@ -14,7 +14,8 @@ from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
 from normkit.copies import blocks_of, copy_of
-from normkit.style import COLORS, colors_of, legend_below, styled, subplots
+from normkit.style import COLORS, colors_of, styled, subplots
+from normkit.text import legend_below
 
 
 class Function(nn.Module):

@@ -16,25 +16,20 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import (
-    COLORS,
+from normkit.style import COLORS, axes_or_new, colors_of, new_figure, styled, subplots
+from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
+from normkit.text import (
     LINE,
-    axes_or_new,
     broken,
-    colors_of,
     height_for,
     label_ends,
     label_point,
     legend_below,
     legend_beside,
     line_count,
-    new_figure,
     point_labels,
     shortened,
-    styled,
-    subplots,
 )
-from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 
 CHANCE = 10  # percent, of CIFAR-10's ten classes
 

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 
 from normkit.checks import check_choice
 from normkit.copies import blocks_of, copy_of
-from normkit.style import colors_of, legend_below, styled, subplots
+from normkit.style import colors_of, styled, subplots
+from normkit.text import legend_below
 
 
 def measure(model, images, labels, rates):

@@ -9,7 +9,8 @@ from torchvision.transforms.v2 import functional as transforms
 from normkit.checks import whole_number
 from normkit.meter import classes_of
 from normkit.predictions import as_logits, logits_by_name
-from normkit.style import colors_of, legend_below, styled, subplots
+from normkit.style import colors_of, styled, subplots
+from normkit.text import legend_below
 
 
 def calibration(logits, labels, bins=10):

@@ -56,7 +56,7 @@ def test_nothing_below_imports_what_is_above():
         "normkit.fused.legality",
     }
     for name in ("normkit.plots", "normkit.anatomy", "normkit.tables"):
-        below = ("style", "tables", "checks", "predictions", "copies")
+        below = ("style", "text", "tables", "checks", "predictions", "copies")
         assert ARROWS[name] <= {f"normkit.{each}" for each in below}
     assert ARROWS["normkit.copies"] == set()
     for name, targets in ARROWS.items():
