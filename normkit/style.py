@@ -13,8 +13,7 @@ from normkit.checks import describe
 from normkit.text import fit_text
 
 # Okabe and Ito's palette, told apart by colour-blind readers too: one colour a norm, everywhere.
-COLORS = {"batch": "#0072B2", "group": "#D55E00", "layer": "#009E73", "instance": "#CC79A7"}
-COLORS["none"] = "#7A7A7A"
+COLORS = {"batch": "#0072B2", "group": "#D55E00", "layer": "#009E73", "instance": "#CC79A7", "none": "#7A7A7A"}
 FURTHER_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#000000")
 
 STYLE = {
