@@ -26,6 +26,7 @@ gpu          Triton kernels for training steps on a GPU, and the step that they 
 meter        Meter: what a pass over a loader adds up to
 environment  check_setup: what the kit runs on, and what is missing
 engine       compute: many tasks on whatever joblib is set to, a dask cluster too
+network      marks of norms and of the network, by which a study tells edited ones apart
 rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many
@@ -42,5 +43,5 @@ robustness   calibration, and accuracy on corrupted images
 exercises    checks of the notebook's exercises
 
 Imports run one way: plots and tables know histories and tensors, study stands on top of utils, nothing else here knows
-model or utils but fused, which knows the network.
+model or utils but network and fused, which know the network.
 """

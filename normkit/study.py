@@ -1,16 +1,13 @@
 """Many runs into one file."""
 
 import contextlib
-import functools
 import importlib
-import inspect
 import itertools
 import os
 import pickle
 import re
 import sys
 import tempfile
-import types
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +20,9 @@ import model
 from normkit.backend import choose_backend
 from normkit.checkpoint import CheckpointRefused, files_of
 from normkit.checks import check_epochs, check_notes, describe, in_words, whole_number
-from normkit.code import mark_of, mark_of_source
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
+from normkit.network import mark_of_network, marks_of
 from normkit.placement import choose_device
 from normkit.randomness import check_seed, generators_preserved
 from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, number, read_rows, table_of
@@ -34,8 +31,6 @@ from utils import Recipe, get_recipe, run
 # Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
 CHOICES = ("precision", "memory_format", "backend")
 HOW = {"device", "progress", "checkpoint", "on_epoch", "self_check", *CHOICES}
-OWN_NORMS = ("batch", "group", "layer")  # which came with model.py
-MARK = 0x85C7DB02  # of model.py as it came
 NO_TEXT = {".gz", ".bz2", ".zip", ".xz", ".zst", ".tar", ".xlsx", ".xls", ".parquet", ".feather"}
 
 
@@ -84,58 +79,6 @@ def run_key(planned, data_line):
     norm, epochs, seed, recipe, keywords, marks = planned
     chosen = [f" {name}={keywords[name]}" for name in CHOICES if keywords.get(name, "auto") != "auto"]
     return f"{data_line}: norm={norm}{''.join(marks)} epochs={epochs} seed={seed} {recipe}{''.join(chosen)}"
-
-
-def marks_of(norm):
-    """Returns marks of a norm and of the network, each "" where it is the kit's."""
-    return mark_of_norm(norm), mark_of_network()
-
-
-def mark_of_norm(norm):
-    """Returns a mark of what a user-defined norm is made of: another code makes another run."""
-    builder = model.NORMS.get(norm)
-    is_own = builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model")
-    return f"#{mark_of(builder)}" if is_own else ""
-
-
-def mark_of_network():
-    """Returns a mark of a network that is not model.py's as it came: one of an edited file, one of replaced parts."""
-    made, loaded, mark, _ = as_loaded(id(model.__spec__))
-    replaced = {name: each for name, each in parts_of_model(made).items() if loaded.get(name) is not each}
-    marks = [f"{mark:08x}"] if mark != MARK else []
-    if replaced:
-        known = {name: each for name, each in loaded.items() if isinstance(each, type | types.FunctionType)}
-        marks.append(mark_of(replaced, known | {"NORMS": model.NORMS}))  # each norm has a mark of its own
-    return "".join(f" model#{each}" for each in marks)
-
-
-@functools.cache
-def as_loaded(number):
-    """Returns what model.py made when it was loaded, the parts of that, a mark of the file, and its specification.
-
-    The file may be edited, and then say what this process has not loaded: it is read once for each loading. number:
-    the id of the specification, which is another for each; held here, it leaves its id to no other.
-    """
-    made = {name: each for name, each in vars(model).items() if name[:2] != "__" and name != "NORMS"}
-    try:
-        mark = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
-    except OSError:  # there is no source
-        mark = MARK
-    return made, parts_of_model(made), mark, model.__spec__
-
-
-def parts_of_model(made):
-    """Returns what model now has under the names that model.py made, and what the classes among them have, by name."""
-    parts = {name: vars(model).get(name) for name in made}
-    for kind in made.values():
-        if getattr(kind, "__module__", None) == "model" and isinstance(kind, type):
-            # Without the notes that Python leaves in a class, such as its annotations, when somebody asks for them.
-            own = {name: each for name, each in vars(kind).items() if name[:2] != "__" or callable(each)}
-            parts |= {f"{kind.__name__}.{name}": each for name, each in own.items()}
-    return parts
-
-
-mark_of_network()  # now, for later
 
 
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):

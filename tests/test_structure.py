@@ -53,6 +53,7 @@ def test_nothing_below_imports_what_is_above():
     assert {name for name, targets in ARROWS.items() if "model" in targets} == {
         "utils",
         "normkit.study",
+        "normkit.network",
         "normkit.fused.legality",
     }
     for name in ("normkit.plots", "normkit.anatomy", "normkit.tables"):

@@ -13,7 +13,7 @@ from torch import nn
 
 import model
 import utils
-from normkit import study
+from normkit import network
 from normkit.study import run_many
 
 ROOT = Path(__file__).parents[1]
@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, monkeypatch):
     """The norms are then model's own, and come with the same names."""
     source = inspect.getsource(model)
-    assert study.mark_of_norm("batch") == study.mark_of_norm("no such norm") == ""
+    assert network.mark_of_norm("batch") == network.mark_of_norm("no such norm") == ""
     mine = eval("lambda channels, num_groups: nn.Identity()", vars(model))
     monkeypatch.setitem(model.NORMS, "mine", mine)
-    assert mine.__module__ == "model" and study.mark_of_norm("mine").startswith("#")
-    monkeypatch.setattr(study, "as_loaded", study.as_loaded.__wrapped__)  # reads the file each time
+    assert mine.__module__ == "model" and network.mark_of_norm("mine").startswith("#")
+    monkeypatch.setattr(network, "as_loaded", network.as_loaded.__wrapped__)  # reads the file each time
     edited = {
         "a further norm": source.replace("NORMS = {", 'NORMS = {"mine": lambda channels, num_groups: nn.Identity(),'),
         "a docstring": source.replace("Classifies RGB", "Sorts RGB"),
@@ -37,7 +37,7 @@ def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, mon
     for name, text in edited.items():
         assert text != source
         monkeypatch.setattr(inspect, "getsource", lambda module, text=text: text)
-        assert (study.mark_of_network() == "") == (name in ("a further norm", "a docstring", "a comment")), name
+        assert (network.mark_of_network() == "") == (name in ("a further norm", "a docstring", "a comment")), name
 
 
 EDITED = """
@@ -130,9 +130,9 @@ def test_what_replaces_no_part_of_the_network_is_the_same_run(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(model, "AvgPool2d", Maximum)
         patch.setattr(model.Net, "extra_repr", lambda self: f"one of {len(model.NORMS)}")
-        before = study.mark_of_network()
+        before = network.mark_of_network()
         patch.setitem(model.NORMS, "mine", lambda channels, num_groups: nn.Identity())
-        assert study.mark_of_network() == before != ""
+        assert network.mark_of_network() == before != ""
     assert not model.Net.__annotations__  # which Python now notes in the class
     monkeypatch.setattr(model, "note_of_mine", 1, raising=False)
-    assert study.mark_of_network() == ""
+    assert network.mark_of_network() == ""

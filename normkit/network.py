@@ -1,0 +1,63 @@
+"""Marks of the network and of its norms as they were loaded: another code makes another run."""
+
+import functools
+import inspect
+import types
+
+import model
+from normkit.code import mark_of, mark_of_source
+
+OWN_NORMS = ("batch", "group", "layer")  # which came with model.py
+MARK = 0x85C7DB02  # of model.py as it came
+
+
+def marks_of(norm):
+    """Returns marks of a norm and of the network, each "" where it is the kit's."""
+    return mark_of_norm(norm), mark_of_network()
+
+
+def mark_of_norm(norm):
+    """Returns a mark of what a user-defined norm is made of: another code makes another run."""
+    builder = model.NORMS.get(norm)
+    is_own = builder is not None and not (norm in OWN_NORMS and getattr(builder, "__module__", None) == "model")
+    return f"#{mark_of(builder)}" if is_own else ""
+
+
+def mark_of_network():
+    """Returns a mark of a network that is not model.py's as it came: one of an edited file, one of replaced parts."""
+    made, loaded, mark, _ = as_loaded(id(model.__spec__))
+    replaced = {name: each for name, each in parts_of_model(made).items() if loaded.get(name) is not each}
+    marks = [f"{mark:08x}"] if mark != MARK else []
+    if replaced:
+        known = {name: each for name, each in loaded.items() if isinstance(each, type | types.FunctionType)}
+        marks.append(mark_of(replaced, known | {"NORMS": model.NORMS}))  # each norm has a mark of its own
+    return "".join(f" model#{each}" for each in marks)
+
+
+@functools.cache
+def as_loaded(number):
+    """Returns what model.py made when it was loaded, the parts of that, a mark of the file, and its specification.
+
+    The file may be edited, and then say what this process has not loaded: it is read once for each loading. number:
+    the id of the specification, which is another for each; held here, it leaves its id to no other.
+    """
+    made = {name: each for name, each in vars(model).items() if name[:2] != "__" and name != "NORMS"}
+    try:
+        mark = mark_of_source(inspect.getsource(model), "NORMS", OWN_NORMS)
+    except OSError:  # there is no source
+        mark = MARK
+    return made, parts_of_model(made), mark, model.__spec__
+
+
+def parts_of_model(made):
+    """Returns what model now has under the names that model.py made, and what the classes among them have, by name."""
+    parts = {name: vars(model).get(name) for name in made}
+    for kind in made.values():
+        if getattr(kind, "__module__", None) == "model" and isinstance(kind, type):
+            # Without the notes that Python leaves in a class, such as its annotations, when somebody asks for them.
+            own = {name: each for name, each in vars(kind).items() if name[:2] != "__" or callable(each)}
+            parts |= {f"{kind.__name__}.{name}": each for name, each in own.items()}
+    return parts
+
+
+mark_of_network()  # now, for later
