@@ -74,6 +74,23 @@ def plan(keywords):
     return Planned(norm, check_epochs(epochs), check_seed(seed), recipe, keywords, marks_of(norm))
 
 
+def plan_all(runs, data):
+    """Returns the runs that can be, by their keys, and of the others a text each that says why not."""
+    planned, failures = {}, []
+    data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
+    for keywords in runs:
+        if not isinstance(keywords, dict):
+            raise TypeError(f"runs holds a {type(keywords).__name__}: expected dicts of keywords for run, as of grid")
+        try:
+            asked = plan(keywords)
+        except (KeyError, TypeError, ValueError) as error:
+            given = " ".join(f"{name}={value!s:.60}" for name, value in keywords.items())
+            failures.append(f"{given}: {describe_error(error)}")
+        else:
+            planned[run_key(asked, data_line)] = asked
+    return planned, failures
+
+
 def run_key(planned, data_line):
     """Returns the settings of a run in one line; two runs with the same line are the same."""
     norm, epochs, seed, recipe, keywords, marks = planned
@@ -84,10 +101,10 @@ def run_key(planned, data_line):
 def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     """Does all the runs that the file does not hold yet; returns the rows of all as a DataFrame, one row an epoch.
 
-    runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. Stopped at
-    any moment, the same call goes on after the last whole epoch, or from a run's start where its checkpoint is of no
-    use any more. A run that fails costs no other, and is told at the end; so is one that kills its process, where that
-    is not this one. processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
+    runs: dicts of keywords for utils.run; see grid. file: a CSV file, to which each finished run is added. After a stop
+    at any moment, the same call goes on after the last whole epoch, or begins a run anew where its checkpoint cannot be
+    used. A run that fails stops no other, and is reported at the end; so is one that kills a worker process.
+    processes: runs at a time. More than one have one thread each, which gets more done on a CPU.
     Inside joblib.parallel_config(backend="dask"), or another engine of joblib's, the runs go there instead; a machine
     that cannot write into the file's folder keeps no checkpoints.
     keep_diverged: a run whose loss is huge or not finite is a finding. It has one row, of the epoch in which that
@@ -104,17 +121,7 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
     if file.suffix.lower() in NO_TEXT:
         raise ValueError(f"{file.name}: a study's file is text, to which run by run is added: name it .csv")
     check_place(file)
-    planned, failures = {}, []
-    data_line = f"{data.name}, {len(data.train_labels)} images, CRC-32 {data.crc32()}"
-    for keywords in [runs] if isinstance(runs, dict) else runs:
-        if not isinstance(keywords, dict):
-            raise TypeError(f"runs holds a {type(keywords).__name__}: expected dicts of keywords for run, as of grid")
-        try:
-            asked = plan(keywords)
-            planned[run_key(asked, data_line)] = asked
-        except (KeyError, TypeError, ValueError) as error:
-            asked = " ".join(f"{name}={value!s:.60}" for name, value in keywords.items())
-            failures.append(f"{asked}: {describe_error(error)}")
+    planned, failures = plan_all([runs] if isinstance(runs, dict) else runs, data)
     done = find_done(file, {key: each.epochs for key, each in planned.items()})
     todo = {key: each for key, each in planned.items() if key not in done}
     checkpoints = file.with_name(file.name + ".unfinished")
