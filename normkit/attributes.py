@@ -36,7 +36,8 @@ class MovingAttributes:
     def __init__(self, owners, known):
         self.owners, self.moved, self.lost = owners, set(), []
         self.known = {where: each for where, each in known.items() if not isinstance(each, CONTAINERS)}
-        self.start = {place: fingerprint(value) for place, value in self.found().items()}
+        self.first = self.found()
+        self.start = {place: fingerprint(value) for place, value in self.first.items()}
 
     def found(self):
         """Returns the attributes by (owner's name, name)."""
@@ -66,7 +67,9 @@ class MovingAttributes:
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
         started = {" ".join(place): repr(self.start.get(place)) for place in shared}
-        return {"started": {PROCESS: started} if shared else {}, "lost": sorted(lost)} | packed
+        others = {" ".join(place) for place, value in found.items() if value is not self.first.get(place)}
+        replaced = sorted(others.intersection(packed))
+        return {"started": {PROCESS: started} if shared else {}, "lost": sorted(lost), "replaced": replaced} | packed
 
     def load_state_dict(self, state):
         lost, found, known = set(state["lost"]), self.found(), dict(self.known)
@@ -80,7 +83,10 @@ class MovingAttributes:
                 continue
             self.moved.add(place)
             try:
-                values[place] = known[name] = put_into(now, unpack(packed, now, known))
+                value = unpack(packed, now, known)
+                if name not in state["replaced"]:  # others may hold the object of the start: as it was, if it was
+                    value = put_into(self.first.get(place), value)
+                values[place] = known[name] = value
             except LookupError:
                 lost |= set() if packed == OPENED else {".".join(place)}
                 reopened |= {where} if is_unset(now) else set()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from normkit.files import is_whole, make_folder, read_state, to_bytes, write_state, write_whole
 
-VERSION = 7  # of the file
+VERSION = 8  # of the file
 
 
 class CheckpointRefused(ValueError):

@@ -176,7 +176,7 @@ def filled(container, content):
 
 
 def put_into(now, value):
-    """Returns what stands in a value's place, changed to it where it can be, as others may hold it; else the value."""
+    """Returns what stands in a value's place, changed to it where it can be; else the value."""
     if type(now) is type(value):
         if isinstance(now, list | set | dict | collections.deque) and now is not value:
             return filled(now, value)

@@ -426,7 +426,7 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
         holder.inferred = torch.zeros(LARGEST)
     holder.trained = [torch.nn.Parameter(torch.zeros(2))]
     attributes = MovingAttributes({"holder": holder}, {"holder": holder})
-    assert attributes.state_dict().keys() == {"started", "lost"} and not attributes.state_dict()["lost"]
+    assert attributes.state_dict().keys() == {"started", "lost", "replaced"} and not attributes.state_dict()["lost"]
     holder.steps = [Step(1)]
     holder.me[0], holder.images[:] = 2, holder.images[::-1]
     with torch.no_grad():
