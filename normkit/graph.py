@@ -18,7 +18,7 @@ from normkit.checks import in_words
 from normkit.device import autocast
 from normkit.fused.inspection import Inspection, tensors_of
 from normkit.fused.legality import of_call, of_code
-from normkit.fused.loss import are_classes, are_labels, is_plain_step
+from normkit.fused.loss import are_classes, are_labels, are_nodes_kept, is_plain_step
 from normkit.gpu.step import reason_against, training_step
 from normkit.meter import count_correct
 
@@ -94,12 +94,12 @@ class GraphedLoss:
 
     The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
     nothing. Where a graph might give another result, or somebody watches the step, forward returns None for the loss
-    and has done nothing. (Hooks on autograd's AccumulateGrad nodes cannot be seen.)
+    and has done nothing.
     """
 
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.graph = network, criterion, dtype, None
-        self.labels_checked = False
+        self.possible, self.labels_checked = not are_nodes_kept(network.model), False
 
     def forward(self, images, labels):
         """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
@@ -124,7 +124,7 @@ class GraphedLoss:
     def find_graph(self, images, labels):
         """Returns the StepGraph of such a batch, or None where PyTorch has to compute it step by step."""
         network = self.network
-        if network.reason is not None:
+        if network.reason is not None or not self.possible:
             return None
         inspection = network.inspect()
         if inspection.reason is not None or next(itertools.chain(of_code(), of_call()), None) is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import QUIET, THREE, count_backward, stand_in
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim.lr_scheduler import OneCycleLR
 
 import model
@@ -143,6 +144,18 @@ def plain_step(optimizer):
         parameter.data.add_(parameter.grad, alpha=-0.02)
 
 
+def halve_where_they_arrive(net, optimizer):
+    optimizer.kept = [get_gradient_edge(each).node for each in net.parameters()]
+    for node in optimizer.kept:
+        node.register_prehook(lambda gradients: (gradients[0] / 2,))
+
+
+def round_gradients(net, optimizer):
+    for parameter in net.parameters():
+        parameter.grad_dtype = torch.bfloat16
+    optimizer.step = functools.partial(plain_step, optimizer)
+
+
 def tie(net):
     net.C9.conv.weight = net.C8.conv.weight
     return sgd(net)
@@ -163,6 +176,8 @@ LOOPS = {  # what a loop may bring -> its optimizer, its criterion, whether the 
         F.cross_entropy,
         False,
     ),
+    "a hook where gradients arrive": (after(halve_where_they_arrive), F.cross_entropy, False),
+    "rounded gradients": (after(round_gradients), F.cross_entropy, not hasattr(torch.Tensor, "grad_dtype")),
     "an optimizer that keeps gradients": (lambda net: Remembering(net.parameters(), 0.05), F.cross_entropy, True),
     "an optimizer with a closure": (lambda net: torch.optim.LBFGS(net.parameters(), 0.1, 2), F.cross_entropy, True),
     "a frozen layer": (after(lambda net, _: net.C4.requires_grad_(False)), F.cross_entropy, True),
@@ -197,6 +212,7 @@ def test_whatever_a_loop_brings_the_numbers_are_the_plain_loops(name, by_kernel)
         optimizer.step(*[closure] * isinstance(optimizer, torch.optim.LBFGS))
     for actual, expected in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2e-3)
+        assert getattr(actual.grad, "dtype", None) == getattr(expected.grad, "dtype", None)
         assert (actual.grad is None) == (expected.grad is None)
         if expected.grad is not None:  # as a whole: where a ReLU's input is zero but for rounding, values may differ
             assert (actual.grad - expected.grad).norm() < 0.1 * max(1, expected.grad.norm())

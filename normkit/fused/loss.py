@@ -5,6 +5,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
@@ -16,6 +17,7 @@ CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 IS_ORIGINAL = getattr(getattr(F.cross_entropy, "__code__", None), "co_filename", None) == F.__file__
 SETTINGS = vars(nn.CrossEntropyLoss())
 KEPT_FOR = 63  # batches: what a signal handler or another thread changes is seen after so many
+KEPT_NODE = "seen by normkit"
 IN_A_LIST = max(map(sys.getrefcount, [object()]))  # what it says of an object that only a list has
 
 
@@ -31,6 +33,7 @@ class FusedLoss:
 
     def __init__(self, network, criterion, dtype, undisturbed=False):
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
+        self.possible = isinstance(network, Fused) and not are_nodes_kept(network.model)
         self.inspection, self.batches_left = None, 0  # for which it holds
         self.step = None  # of forward, for backward
         self.spare = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
@@ -70,7 +73,7 @@ class FusedLoss:
 
     def inspect(self, images, labels):
         """Returns the network's Inspection, or None where PyTorch has to compute the batch."""
-        if not isinstance(self.network, Fused):
+        if not self.possible:
             return None
         if self.batches_left:
             self.batches_left -= 1
@@ -109,8 +112,21 @@ def is_cross_entropy(criterion):
 
 
 def is_watched(parameter):
-    """Whether somebody waits for a parameter's gradient: a hook, or what the parameter was computed from."""
-    return parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf
+    """Whether a parameter's gradient goes elsewhere than into .grad as it is: to a hook, a factor, another dtype."""
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
+        return True
+    return getattr(parameter, "grad_dtype", None) not in (None, parameter.dtype)  # older PyTorch has none
+
+
+def are_nodes_kept(model):
+    """Whether somebody keeps one of autograd's nodes in which gradients arrive, as for a hook there.
+
+    Autograd itself lets go of them: one that nobody keeps is another node each time it is asked for.
+    """
+    learning = [each for each in model.parameters() if each.requires_grad and each.is_leaf]
+    for each in learning:
+        get_gradient_edge(each).node.metadata[KEPT_NODE] = True
+    return any(get_gradient_edge(each).node.metadata.pop(KEPT_NODE, False) for each in learning)
 
 
 def are_held(tensors):
