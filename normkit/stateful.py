@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from normkit.attributes import MovingAttributes
 from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
@@ -47,15 +48,18 @@ class RandomState(GlobalGenerators):
             elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
                 kept.append(where)
                 # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
-                librarys_loader = isinstance(owner, torch.utils.data.DataLoader) and not is_user_code(owner)
+                librarys_loader = isinstance(owner, DataLoader) and not is_user_code(owner)
                 if not librarys_loader and gives_state(owner):
                     yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
         state = super().state_dict() | {"attributes": self.attributes.state_dict()}
+        state["workers"] = [where for where, owner in self.owners.items() if has_lasting_workers(owner)]
         return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
     def load_state_dict(self, state):
+        for where in state["workers"]:  # first, as to start them draws a number
+            start_workers(self.owners.get(where))
         super().load_state_dict(state)
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
@@ -64,7 +68,7 @@ class RandomState(GlobalGenerators):
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold
-SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, torch.utils.data.DataLoader)
+SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, DataLoader)
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
@@ -222,6 +226,17 @@ def gives_state(owner):
     return True
 
 
+def has_lasting_workers(owner):
+    """Whether an object is a DataLoader with workers that wait for the next epoch."""
+    return isinstance(owner, DataLoader) and owner.persistent_workers and owner._iterator is not None
+
+
+def start_workers(owner):
+    """Has a DataLoader start the workers that are to last, if it has none yet."""
+    if isinstance(owner, DataLoader) and owner.persistent_workers and owner._iterator is None:
+        DataLoader.__iter__(owner)
+
+
 def lost_in(owners):
     """Yields what the order or augmentation of loaders depends on and no file can hold, in words."""
     if len(owners) == MOST:
@@ -229,7 +244,7 @@ def lost_in(owners):
     for where, found in owners.items():
         if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
-        if isinstance(found, torch.utils.data.DataLoader) and found.persistent_workers:
+        if isinstance(found, DataLoader) and found.persistent_workers:
             yield f"{where} has persistent workers: what they draw begins anew"
         if is_stateful(found) and not gives_state(found):
             yield f"the state_dict of {where} fails"

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from helpers import stand_in
 from joblib.externals.loky import get_reusable_executor
+from torch.utils.data import TensorDataset
 from torchvision import datasets
 
 import model
@@ -90,6 +91,12 @@ def no_environment(monkeypatch):
 @pytest.fixture(scope="module")
 def loaders(data):
     return utils.get_loaders(data, 64, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(loaders):
+    """The test loader's images, normalised, and labels as a data set of torch's."""
+    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
 
 
 @pytest.fixture

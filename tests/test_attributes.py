@@ -12,16 +12,11 @@ import pytest
 import torch
 from helpers import fit, linear, same
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 import utils
 from normkit.attributes import LARGEST, MovingAttributes
 from normkit.stateful import RandomState, objects_of
-
-
-@pytest.fixture(scope="module")
-def pairs(loaders):
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
 
 
 class Turning:

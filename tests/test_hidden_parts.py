@@ -10,14 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from normkit.stateful import states_in
-
-
-@pytest.fixture(scope="module")
-def pairs(loaders):
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
 
 
 class Stopping(DataLoader):

@@ -18,12 +18,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from normkit.checksum import crc32_of
 from normkit.files import read_state
 
-
-@pytest.fixture(scope="module")
-def pairs(loaders):
-    return TensorDataset(*(torch.cat(parts) for parts in zip(*loaders[1])))
-
-
 # ------------------------------------------------------------- what identifies a run: its settings
 
 
