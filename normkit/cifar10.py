@@ -48,9 +48,9 @@ TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next bytes
 
 # What Jupyter, file managers and storage systems leave behind, in small letters, beside all that begins with a dot.
 LITTER = {
-    *("__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__", "thumbs.db", "desktop.ini"),
-    *("@eadir", "#recycle", "@recycle", "@__thumb", "~snapshot", "network trash folder", "temporary items"),
-}
+    "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__", "thumbs.db", "desktop.ini",
+    "@eadir", "#recycle", "@recycle", "@__thumb", "~snapshot", "network trash folder", "temporary items",
+}  # fmt: skip
 
 
 class DataUnavailable(OSError):
