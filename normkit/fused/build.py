@@ -68,10 +68,8 @@ def library():
         if folder is None:
             return build_for_this_process(command, against)
         for file in folder.glob(f"kernel-{key}-*.so"):
-            try:
+            with contextlib.suppress(OSError, BuildError):  # not ours alone, damaged, or just replaced
                 return load_from_cache(file)
-            except (OSError, BuildError):
-                continue  # not ours alone, damaged, or just replaced
         return build_into_cache(command, folder, key)
     except BuildError as error:
         return Library(None, str(error))
@@ -96,11 +94,8 @@ def build_into_cache(command, folder, key):
             built.chmod(0o700)
             file = folder / f"kernel-{key}-{digest(built.read_bytes())}.so"
             os.replace(built, file)
-    except (OSError, BuildError) as error:  # of a compiler, too, to which the disk was full
-        return build_for_this_process(command, str(error))
-    try:
         return load_from_cache(file)
-    except (OSError, BuildError) as error:  # on a disk from which nothing may be run, say
+    except (OSError, BuildError) as error:  # of a disk that is full, or from which nothing may be run
         return build_for_this_process(command, str(error))
 
 
