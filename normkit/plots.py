@@ -282,12 +282,10 @@ def plot_confusions(data, logits):
         ax.imshow(mistakes, cmap=shades, vmax=20)
         for truth, guess in np.ndindex(*percent.shape):
             if step == 1 and percent[truth, guess] >= (0 if truth == guess else 5):
-                dark = mistakes[truth, guess] > 11
-                ax.text(
-                    *(guess, truth, f"{percent[truth, guess]:.0f}"),
-                    **{"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "#333333"},
-                    fontweight="bold" if truth == guess else "normal",
-                )
+                color = "white" if mistakes[truth, guess] > 11 else "#333333"
+                weight = "bold" if truth == guess else "normal"
+                text = {"ha": "center", "va": "center", "fontsize": 8, "color": color, "fontweight": weight}
+                ax.text(guess, truth, f"{percent[truth, guess]:.0f}", **text)
         ax.set_xticks(classes[::step], columns, rotation=90, fontsize=9)
         ax.set_yticks(classes[::step], [] if i else rows, fontsize=9)
         ax.grid(False)
