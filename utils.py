@@ -272,7 +272,7 @@ def fit(
     history, source = History(), None
     if checkpoint is not None:
         checks.check_weights(model)
-        device, dtype, compute_dtype = place_of(model, train_loader, precision)
+        device, _, compute_dtype = place_of(model, train_loader, precision)
         random_state = RandomState(device, list(parts), **loaders | roots | parts)
         settings = partial(settings_of, model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
         checkpoint = Checkpoint(checkpoint, parts | {"random": random_state}, settings)
