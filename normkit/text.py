@@ -110,7 +110,7 @@ def fit_text(drawn):
         else:
             GIVEN.add(drawn)
             axes = [ax for ax in figure.axes if ax in GIVEN]
-    if any([fit_ticks(ax) | fit_labels(ax) for ax in axes]):
+    if any([fit_ticks(ax) | fit_labels(ax) for ax in axes]):  # a list, and no or: all are to be fitted
         lay_out(figure)
     if fit_headings(figure, [*headings, *(ax.title for ax in axes)]):
         lay_out(figure)
