@@ -16,7 +16,7 @@ CELLS = json.loads((ROOT / "S8.ipynb").read_text(encoding="utf-8"))["cells"]
 
 
 def rows_of(name):
-    return pd.read_csv(ROOT / "results" / f"{name}.csv", keep_default_na=False, na_values=[""])
+    return pd.read_csv(ROOT / "results" / f"{name}.csv")
 
 
 def table_in(text, heading):
