@@ -56,13 +56,15 @@ class MovingAttributes:
             except TypeError:
                 opened = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
                 opened &= not isinstance(value, SHARED)
-                packed |= {name: OPENED} if opened else {}
+                if opened:
+                    packed[name] = OPENED
                 held = isinstance(value, (torch.Tensor, np.ndarray, *CONTAINERS))
                 iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
                 own = is_user_code(self.owners[place[0]])
                 if iterates or not opened and (held or own):
                     lost.add(".".join(place))
-                    in_part |= set() if own else {place[0]}  # a library's attributes hang together
+                    if not own:
+                        in_part.add(place[0])  # a library's attributes hang together
         packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in in_part}
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
@@ -88,14 +90,16 @@ class MovingAttributes:
                     value = put_into(self.first.get(place), value)
                 values[place] = known[name] = value
             except LookupError:
-                lost |= set() if packed == OPENED else {".".join(place)}
-                reopened |= {where} if is_unset(now) else set()
+                if packed != OPENED:
+                    lost.add(".".join(place))
+                if is_unset(now):
+                    reopened.add(where)
         for place, value in values.items():
             # What was opened on the way is opened again, if what was made along with it is made again too.
-            if place[0] in reopened and is_unset(found.get(place)):
-                lost |= set() if isinstance(value, bool) else {".".join(place)}
-            else:
+            if not (place[0] in reopened and is_unset(found.get(place))):
                 self.put(*place, value)
+            elif not isinstance(value, bool):
+                lost.add(".".join(place))
         self.lost = sorted(lost)
 
     def put(self, where, name, value):
