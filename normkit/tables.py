@@ -52,7 +52,8 @@ def results_table(results):
     for result in results:
         if not result.history:
             raise ValueError(f"the {result.norm} run has no finished epoch: train it before you tabulate it")
-        last, best = result.history[-1], max(result.history, key=lambda row: row["test_acc"])
+        last = result.history[-1]
+        best = max(result.history, key=lambda row: (not math.isnan(row["test_acc"]), row["test_acc"]))
         rows.append(
             {
                 "variant": result.norm,
@@ -281,7 +282,7 @@ def telling_apart(table, by):
     """Returns the columns that, one after the other, tell rows apart which are alike in the columns by."""
     found = []
     for name in table.columns.drop(by):
-        alike = table.groupby([*by, *found], sort=False, dropna=False, observed=True)
+        alike = table.groupby([*by, *found] or (lambda row: "all"), sort=False, dropna=False, observed=True)
         if (alike[name].nunique(dropna=False) > 1).any():
             found.append(name)
     return found
@@ -294,10 +295,18 @@ def swept(last, by):
 
 
 def separated(last):
-    """Returns the rows with a column for each setting that was swept beside norm, recipe and seed, and its names."""
+    """Returns the rows with a column for each setting that was swept beside norm, recipe and seed, and its names.
+
+    Where norms differ in a further setting, each is named with its own: "batch, lr 0.1".
+    """
     recipe = ["recipe"] if "recipe" in last else []
     further = swept(last, [*recipe, "norm"])
-    return last.assign(**further), [*recipe, *further]
+    names = [*recipe, *further]
+    last = last.assign(**further)
+    settings = settings_table(last).drop(columns=["norm", "code", "seed", "settings", *names], errors="ignore")
+    for name in telling_apart(settings.join(last[names]), names):
+        last = last.assign(norm=[f"{norm}, {name} {value}" for norm, value in zip(last["norm"], settings[name])])
+    return last, names
 
 
 def refuse_mix(last, by):
@@ -359,24 +368,27 @@ def compare_norms(rows):
     """Returns the differences between norms in last-epoch test accuracy, in points, with 95 % confidence intervals.
 
     rows: of study.run_many; runs are paired by seed. A difference is real, by this measure, where its interval leaves
-    out zero (Student's t).
-    Norms are compared within a recipe, and within each value of a setting that was swept as well.
+    out zero (Student's t), and no run diverged. Each interval is by itself: of twenty, one leaves out zero by chance.
+    Norms are compared within a recipe, and within each value of a setting that was swept as well; one in which they
+    differ is named beside them.
     """
     from scipy import stats  # takes longer to import than all else here
 
-    lines = []
     last, names = separated(last_epochs(rows, "norm", "seed"))
+    columns = [*names, "difference", "points", "95 % interval", "real", "seeds"]
+    columns += ["diverged"] if last["test_acc"].isna().any() else []
+    lines = []
     for group, each in groups_of(last, names):
-        accuracies = each.pivot(index="seed", columns="norm", values="test_acc")
-        for a, b in itertools.combinations(dict.fromkeys(each["norm"]), 2):
+        accuracies, ran = (each.pivot(index="seed", columns="norm", values=name) for name in ("test_acc", "epoch"))
+        for a, b in itertools.combinations([norm for norm in last["norm"].unique() if norm in ran], 2):
             gaps = (accuracies[a] - accuracies[b]).dropna()
+            diverged = len((ran[a] - ran[b]).dropna()) - len(gaps)
             line = group | {"difference": f"{a} - {b}", "points": f"{gaps.mean():+.2f}" if len(gaps) else ""}
             half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
             low, high = gaps.mean() - half, gaps.mean() + half
             interval = f"{low:+.2f} to {high:+.2f}" if len(gaps) > 1 else "takes two seeds"
-            line |= {"95 % interval": interval, "real": "yes" if low * high > 0 else "not shown"}
-            lines.append(line | {"seeds": len(gaps)})
-    columns = [*names, "difference", "points", "95 % interval", "real", "seeds"]
+            line |= {"95 % interval": interval, "real": "yes" if low * high > 0 and not diverged else "not shown"}
+            lines.append(line | {"seeds": len(gaps), "diverged": diverged})
     return pd.DataFrame(lines, columns=columns).set_index([*names, "difference"])
 
 

@@ -133,6 +133,15 @@ def test_norms_are_compared_seed_by_seed(rows):
     assert (tables.compare_norms(rows)["real"] == "not shown").all()
 
 
+def test_where_a_run_diverged_no_difference_is_called_real(rows):
+    one = (rows["norm"] == "batch") & (rows["seed"] == 3)
+    rows = rows.assign(diverged=np.where(one, "boom", None), test_acc=rows["test_acc"].mask(one))
+    table = tables.compare_norms(rows)
+    assert table.loc[("best", "batch - layer"), ["real", "seeds", "diverged"]].tolist() == ["not shown", 4, 1]
+    table = tables.compare_norms(rows[~one])
+    assert table.loc[("best", "batch - layer"), ["real", "seeds"]].tolist() == ["yes", 4]
+
+
 # ------------------------------------------------------------------- settings swept beside the seed
 
 
@@ -159,6 +168,14 @@ def test_a_setting_swept_beside_the_seed_is_not_mixed_in(swept):
         "classic recipe\nlr 0.001",
     ]
     assert "2 seeds each" in ax.get_title()
+
+
+def test_norms_that_differ_in_another_setting_are_named_with_it(swept):
+    rows = swept[(swept["norm"] == "batch") == (swept["base_lr"] == 0.01)]
+    assert tables.compare_norms(rows).index.tolist() == [("classic", "layer, lr 0.001 - batch, lr 0.01")]
+    assert tables.seeds_table(rows).index.tolist() == [("classic", "layer, lr 0.001"), ("classic", "batch, lr 0.01")]
+    labels = [" ".join(text.get_text().split()) for text in plots.plot_seeds(rows).axes[0].texts]
+    assert labels[0].startswith("layer, lr 0.001 ") and labels[1].startswith("batch, lr 0.01 ")
 
 
 @pytest.mark.parametrize("order", [1, -1])
