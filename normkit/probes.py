@@ -114,7 +114,7 @@ def plot_by_layer(rows, quantity):
     """Draws a quantity through the depth of the network, at the start and after training, a line a norm.
 
     rows: a DataFrame with the columns norm, step, quantity, layer, value, of which the index tells the order in which
-    they were measured, layer by layer; the mean of the runs is drawn.
+    they were measured, layer by layer; the mean of the runs is drawn. Columns data and seed are for the heading.
     """
     captions = {"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}
     check_choice("quantity", quantity, list(captions))
@@ -134,6 +134,7 @@ def plot_by_layer(rows, quantity):
     axes[0, 0].set_ylabel(captions[quantity])
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
     legend_below(figure, lines, colors)
+    name_data(figure, rows)
     return figure
 
 
@@ -141,20 +142,30 @@ def plot_by_layer(rows, quantity):
 def plot_loss_ranges(rows):
     """Draws the range of the loss along the gradient during training, one panel a norm.
 
-    rows: a DataFrame with the columns norm, seed, step, quantity, rate, value; the first seed's are drawn.
+    rows: a DataFrame with the columns norm, seed, step, quantity, rate, value. The first seed's are drawn; the median
+    width in a heading is that of all. A column data is named above them.
     """
-    rows = rows[(rows["quantity"] == "loss") & (rows["seed"] == rows["seed"].min())]
+    rows = rows[rows["quantity"] == "loss"]
     colors = colors_of(rows["norm"])
     figure, axes = subplots(1, len(colors), figsize=(11, 3), sharey=True, squeeze=False)
     for ax, norm in zip(axes[0], colors):
-        by_step = rows[rows["norm"] == norm].groupby("step")["value"]
+        by_step = rows[(rows["norm"] == norm) & (rows["seed"] == rows["seed"].min())].groupby("step")["value"]
         low, high = by_step.min(), by_step.max()
         ax.fill_between(low.index, low, high, color=colors[norm], alpha=0.35, linewidth=0)
         ax.plot(low.index, low, color=colors[norm], linewidth=1)
         if len(low) == 1:  # of which neither shows anything
             ax.errorbar(low.index, low, [0 * low, high - low], color=colors[norm], fmt="none", capsize=8)
             ax.set_xticks(low.index)
-        ax.set(title=f"{norm}: {np.median(high - low):.2f} nats", xlabel="step")
+        ranges = rows[rows["norm"] == norm].groupby(["seed", "step"])["value"].agg(np.ptp)
+        ax.set(title=f"{norm}: {ranges.median():.2f} nats", xlabel="step")
     axes[0, 0].set_ylabel("loss, nats")
     axes[0, 0].set_ylim(bottom=0)
+    name_data(figure, rows)
     return figure
+
+
+def name_data(figure, rows):
+    """Writes the data and the number of seeds above a figure, if rows have columns of both."""
+    if {"data", "seed"} <= {*rows}:
+        seeds = rows["seed"].nunique()
+        figure.suptitle(f"{', '.join(rows['data'].unique())}: {seeds} seed{'s' * (seeds > 1)}")

@@ -180,7 +180,13 @@ def test_pictures(batch):
         figure = probes.plot_by_layer(rows, quantity)
         assert [ax.get_title() for ax in figure.axes] == ["at the start", "after 5 steps"]
         assert all(len(line.get_xdata()) == layers for ax in figure.axes for line in ax.lines)
+    twice = pd.concat([rows, rows.assign(seed=1, value=3 * rows["value"])]).assign(data="some images")
+    figure = probes.plot_loss_ranges(twice)
+    assert figure.get_suptitle() == probes.plot_by_layer(twice, "similarity").get_suptitle() == "some images: 2 seeds"
+    losses = rows[(rows["quantity"] == "loss") & (rows["norm"] == "batch")].groupby("step")["value"].agg(np.ptp)
+    assert figure.axes[0].get_title() == f"batch: {np.median([*losses, *3 * losses]):.2f} nats"
     figure = probes.plot_loss_ranges(rows)
+    assert not figure.get_suptitle()
     assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["batch", "layer"]
     for step, title in ((0, "at the start"), (5, "after 5 steps")):
         (ax,) = probes.plot_by_layer(rows[rows["step"] == step], "similarity").axes
