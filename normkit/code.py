@@ -46,14 +46,28 @@ def mark_of_source(source, table, entries):
 
 def words_of(code):
     """Yields the words of a code, without comments, docstrings and the spaces between."""
-    blocks = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
-    tokens, last = list(tokenize.generate_tokens(io.StringIO(code + "\n").readline)), tokenize.NEWLINE
-    for token, following in itertools.pairwise(tokens):
+    blocks, last = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}, tokenize.NEWLINE
+    for token, following in itertools.pairwise(tokens_of(code + "\n")):
         begins, ends = last in (tokenize.NEWLINE, tokenize.INDENT), following.type == tokenize.NEWLINE
         docstring = token.type == tokenize.STRING and begins and ends
         if not docstring and token.type not in (tokenize.COMMENT, tokenize.NL):
             yield blocks.get(token.type, token.string)
             last = token.type
+
+
+def tokens_of(code):
+    """Yields Python's tokens, an f-string as one: from Python 3.12 on it has many, some without their spaces."""
+    lines, opened = io.StringIO(code).readlines(), []
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind in ("FSTRING_START", "TSTRING_START"):
+            opened.append(token.start)
+        elif kind in ("FSTRING_END", "TSTRING_END"):
+            (first, column), (last, end) = opened.pop(), token.end
+            text = "".join([*lines[first - 1 : last - 1], lines[last - 1][:end]])[column:]
+            token = token._replace(type=tokenize.STRING, string=text)
+        if not opened:
+            yield token
 
 
 def text_of(value, told):

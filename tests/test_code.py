@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from normkit.code import mark_of
+from normkit.code import mark_of, words_of
 from normkit.norms import MORE_NORMS
 
 SCALE = 1.0
@@ -175,3 +175,8 @@ def test_a_logger_makes_no_other_builder():
     logging.getLogger("norms.another").setLevel(logging.ERROR)
     LOG.isEnabledFor(logging.DEBUG)  # which it remembers
     assert mark_of(logs) == before
+
+
+@pytest.mark.parametrize("text", ['f"{x + 1}"', 'f"{{x}}"', 'f"""{x!r:>{width}}\n  {g("a")}"""', "f'{f\"{x}\"}'"])
+def test_an_f_string_is_one_word_in_any_python(text):
+    assert list(words_of(f"y = {text} + '' # says y")) == ["y", "=", text, "+", "''", "\n"]
