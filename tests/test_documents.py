@@ -62,6 +62,15 @@ def test_how_long_it_takes():
     assert low <= rows_of("histories")["seconds"].median() <= high
 
 
+def test_how_much_faster_the_kernels_are():
+    said = " ".join(README.split())
+    times = [float(line[-1]) for line in table_in(RESULTS, "| processor, precision of the kit")]
+    assert "five to eight times as fast as usual" in said and (round(min(times)), round(max(times))) == (5, 8)
+    steps = [line for line in table_in(RESULTS, "| batch size | norm | PyTorch's modules") if line[2] != "–"]
+    times = [float(modules) / float(kernels) for _, _, modules, _, kernels in steps]
+    assert "two to four times as fast as PyTorch's modules" in said and (round(min(times)), round(max(times))) == (2, 4)
+
+
 def test_the_readme_is_short_and_its_first_command_near():
     assert len(README.split()) <= 900
     assert README.splitlines().index("```sh") < 25

@@ -216,6 +216,12 @@ def test_without_a_compiler_the_modules_run_and_one_line_says_why(cache, monkeyp
     assert BROKEN[compiler] in capsys.readouterr().out
 
 
+def test_a_compiler_that_gives_no_answer_is_not_waited_for(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
+    monkeypatch.setattr(build, "ASKING", 0.1)
+    assert build.library().reason == "sh was not done after 0.1 seconds: CXX may name another compiler"
+
+
 @COMPILER
 def test_a_failed_build_quotes_the_compiler(cache, monkeypatch, tmp_path):
     sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")

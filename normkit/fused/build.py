@@ -22,7 +22,7 @@ from normkit.fused.params import LayerParams
 SOURCES = Path(__file__).with_name("csrc")
 FUNCTIONS = "layer_params_size", "forward", "backward", "step", "cross_entropy"
 ACTIVATIONS = "float", "bf16"  # C++'s types of them: each has its functions, such as forward_bf16
-TIMEOUT = 300  # seconds; a build takes five to ten
+ASKING, BUILDING = 30, 300  # seconds a compiler is waited for; they take one, and five to ten
 
 # The library brings no OpenMP runtime of its own, it binds to PyTorch's (see csrc/parallel.h): so no -fopenmp, and
 # names are left open when it is linked. Optimised for this machine's processor, which the cache's key covers.
@@ -140,7 +140,7 @@ def cache_key(command):
 
     The macros tell its version and the instructions of the processor it compiles for.
     """
-    macros = run_compiler([*command, "-x", "c++", "-dM", "-E", os.devnull])
+    macros = run_compiler([*command, "-x", "c++", "-dM", "-E", os.devnull], ASKING)
     parts = [" ".join(command).encode(), macros]
     parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
     return digest(b"\0".join(parts))
@@ -159,11 +159,13 @@ def compile_into(command, folder):
     return linked
 
 
-def run_compiler(command):
+def run_compiler(command, seconds=BUILDING):
     """Returns what the compiler wrote to its output; a failure quotes the last lines of its errors."""
     try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} was not done after {seconds} seconds: CXX may name another compiler") from None
+    except OSError as error:
         raise BuildError(f"the compiler cannot be run: {error}") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
