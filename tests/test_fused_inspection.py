@@ -219,10 +219,15 @@ def test_memory_that_was_given_back_is_an_error(freed):
         network(images)
 
 
-def test_a_trace_of_a_fused_network_is_one_of_its_modules():
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
+def test_a_trace_or_script_of_a_fused_network_is_one_of_its_modules():
     network, images = fuse(model.Net("group")).eval(), torch.randn(2, 3, 32, 32)
-    traced = torch.jit.trace(network, images)
-    assert torch.allclose(traced(images), network.model(images), atol=1e-5)
+    for compiled in (
+        torch.jit.trace(network, images),
+        torch.jit.script(network),
+        torch.jit.script(nn.Sequential(network)),
+    ):
+        assert torch.allclose(compiled(images), network.model(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])

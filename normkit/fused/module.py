@@ -36,6 +36,9 @@ class Fused(nn.Module):
     def __getstate__(self):  # for copies and pickles, each of which is inspected for itself
         return self.__dict__ | {"inspection": None}
 
+    def __prepare_scriptable__(self):  # for torch.jit.script, which takes modules alone
+        return self.model
+
     def forward(self, images):
         """(N, 3, H, W) images -> (N, 10) logits; where the kernel runs in float32, also under autocast."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which see the model itself, and nothing else
