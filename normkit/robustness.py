@@ -45,8 +45,7 @@ def plot_calibration(data, logits):
         error, points = calibration(each, data.test_labels)
         confidence, accuracy, share = map(np.array, zip(*points))
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
-        ax.plot(confidence, accuracy, color=colors[name], linewidth=1.5)
-        dots = {"s": 500 * share, "alpha": 0.75, "linewidths": 0, "clip_on": False}  # at 0 and 1, too, whole
+        dots = {"s": 800 * share, "alpha": 0.75, "linewidths": 0, "clip_on": False}  # at 0 and 1, too, whole
         ax.scatter(confidence, accuracy, color=colors[name], **dots)
         ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", aspect="equal")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
