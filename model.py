@@ -51,7 +51,8 @@ class Net(nn.Module):
             return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
 
         self.norm = norm
-        self.skip, self.head_gain = skip, head_gain  # output of each line for a 32×32 image
+        self.skip, self.head_gain = skip, head_gain
+        # Behind each line: channels, height and width of its output for a 32×32 image.
         self.C1 = block(3, 16)  # 16, 32, 32
         self.C2 = block(16, 16)  # 16, 32, 32
         self.c3 = nn.Conv2d(16, 8, 1)  # 8, 32, 32
