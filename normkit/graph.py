@@ -99,7 +99,7 @@ class GraphedLoss:
 
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.graph = network, criterion, dtype, None
-        self.possible, self.labels_checked = not are_nodes_kept(network.model), False
+        self.nodes_kept, self.labels_checked = are_nodes_kept(network.model), False
 
     def forward(self, images, labels):
         """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
@@ -124,7 +124,7 @@ class GraphedLoss:
     def find_graph(self, images, labels):
         """Returns the StepGraph of such a batch, or None where PyTorch has to compute it step by step."""
         network = self.network
-        if network.reason is not None or not self.possible:
+        if network.reason is not None or self.nodes_kept:
             return None
         inspection = network.inspect()
         if inspection.reason is not None or next(itertools.chain(of_code(), of_call()), None) is not None:

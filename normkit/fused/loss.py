@@ -33,7 +33,7 @@ class FusedLoss:
 
     def __init__(self, network, criterion, dtype, undisturbed=False):
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
-        self.possible = isinstance(network, Fused) and not are_nodes_kept(network.model)
+        self.nodes_kept = isinstance(network, Fused) and are_nodes_kept(network.model)
         self.inspection, self.batches_left = None, 0  # for which it holds
         self.step = None  # of forward, for backward
         self.spare = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
@@ -73,7 +73,7 @@ class FusedLoss:
 
     def inspect(self, images, labels):
         """Returns the network's Inspection, or None where PyTorch has to compute the batch."""
-        if not self.possible:
+        if not isinstance(self.network, Fused) or self.nodes_kept:
             return None
         if self.batches_left:
             self.batches_left -= 1
