@@ -249,8 +249,8 @@ def fit(
     gets the training loss, or with mode="max" the training accuracy.
     checkpoint: a file (and "….previous"), written at the start and after each epoch; the same call goes on from it, to
     the very numbers of a run that never stopped, on_epoch's averages of weights included. Without one, each call begins
-    with the loader's first epoch, so that equal calls see equal batches. An interrupt returns the history so far, a
-    loss that is huge or not finite raises FloatingPointError; both leave all as the last finished epoch left it.
+    with the loader's first epoch: equal calls see equal batches. An interrupt returns the history so far, a huge or not
+    finite loss raises FloatingPointError; both leave what has a state_dict as the last finished epoch left it.
     on_epoch(history) is called after each finished epoch, and with those that a checkpoint held. backend: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
@@ -268,8 +268,7 @@ def fit(
     roots = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
     roots |= {"on_epoch": on_epoch, "hooks": optim.hooks_of(optimizer)}
     parts = states_in(loaders, **roots)
-    with_epochs = epoch_takers(train_loader)
-    history, source = History(), None
+    history, source, with_epochs = History(), None, epoch_takers(train_loader)
     if checkpoint is not None:
         checks.check_weights(model)
         device, _, compute_dtype = place_of(model, train_loader, precision)
@@ -316,8 +315,8 @@ def fit(
             with undone_on((FloatingPointError, KeyboardInterrupt), checks.not_lazy(parts)):
                 history.append(one_epoch(epoch))
             if checkpoint is not None:
-                checkpoint.save(history)
-            if on_epoch is not None:
+                checkpoint.finish_epoch(history, on_epoch)
+            elif on_epoch is not None:
                 on_epoch(history)
     except KeyboardInterrupt:
         history.unfinished = len(history) + 1 if len(history) < epochs else None

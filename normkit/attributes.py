@@ -21,6 +21,7 @@ COMMON = {
     torch.utils.data.DataLoader: {"_iterator"},  # its persistent workers
 }
 PROCESS = secrets.token_hex(8)  # tells this process
+LEARNT = (torch.nn.Module, torch.optim.Optimizer, torch.Tensor, np.ndarray)  # what is not just opened on the way
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
 LEARNING = "requires_grad"  # of a module: of each parameter of its own
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
@@ -55,10 +56,10 @@ class MovingAttributes:
                 names.setdefault(id(value), name)  # another place may hold it too
             except TypeError:
                 opened = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
-                opened &= not isinstance(value, SHARED)
+                opened &= not isinstance(value, (*SHARED, *LEARNT)) and not hasattr(value, "load_state_dict")
                 if opened:
                     packed[name] = OPENED
-                held = isinstance(value, (torch.Tensor, np.ndarray, *CONTAINERS))
+                held = isinstance(value, (*LEARNT, *CONTAINERS))
                 iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
                 own = is_user_code(self.owners[place[0]])
                 if iterates or not opened and (held or own):

@@ -6,6 +6,7 @@ import io
 import itertools
 from pathlib import Path
 
+from torch import nn
 from torch.optim import Optimizer
 
 from normkit.files import is_whole, make_folder, read_state, to_bytes, write_state, write_whole
@@ -34,7 +35,7 @@ class Checkpoint:
         _, self.previous = files_of(self.path)
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings
-        self.settings = self.settings_left = settings()
+        self.settings = self.settings_left = settings()  # left: by the last finished epoch and on_epoch
         self.check_place()
         self.check_state()
 
@@ -62,9 +63,10 @@ class Checkpoint:
 
     def save(self, history):
         """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
+        self.settings_left = self.current_settings()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"version": VERSION, "settings": self.settings, "settings_now": self.current_settings()}
-        state["history"] = list(history)
+        state |= {"version": VERSION, "settings": self.settings, "history": list(history)}
+        state["settings_now"] = state["settings_left"] = self.settings_left
         content = readable_bytes(state)
         if content is None:
             state = "a row of the history or the state of a part holds more than tensors and plain values"
@@ -76,14 +78,21 @@ class Checkpoint:
         except OSError as error:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
+    def finish_epoch(self, history, on_epoch):
+        """Writes the state after an epoch, calls on_epoch, if it is any, and takes note of what that has moved."""
+        self.save(history)
+        if on_epoch is not None:
+            on_epoch(history)
+            self.settings_left = self.current_settings()
+
     def note_settings(self):
         """Notes in the file what has moved since, in on_epoch or an unfinished epoch: that makes no other run."""
         state = read_state(self.path) if self.path.is_file() else None
         if state is not None and state["settings"] == self.settings:
-            now = self.current_settings()
-            if now != state["settings_now"]:
+            moved = {"settings_now": self.current_settings(), "settings_left": self.settings_left}
+            if any(state[name] != settings for name, settings in moved.items()):
                 with contextlib.suppress(OSError):  # of a full disk: what was written stays
-                    write_state(self.path, state | {"settings_now": now})
+                    write_state(self.path, state | moved)
 
     def restore(self, epochs):
         """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None.
@@ -106,7 +115,7 @@ class Checkpoint:
                 advice = f"ask for as many, or name another file or delete {path}"
                 raise CheckpointRefused(f"{path} holds {done} epochs, more than epochs={epochs}: {advice}")
             self.load(path, state)
-            self.settings, self.settings_left = state["settings"], state["settings_now"]
+            self.settings, self.settings_left = state["settings"], state["settings_left"]
             return state["history"], path
         if damaged:
             files = " and ".join(damaged)
@@ -140,7 +149,9 @@ class Checkpoint:
             with undone_on(Exception, self.parts):  # each kind of part has errors of its own
                 with groups_kept(self.parts):
                     for name, part in self.parts.items():
-                        part.load_state_dict(state[name])
+                        if name not in state:
+                            raise LookupError("it was made after the file was written")
+                        load_state(part, state[name])
         except Exception as error:
             raise CheckpointRefused(
                 f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
@@ -177,8 +188,18 @@ def undone_on(errors, parts):
     except errors:
         with groups_kept(parts):
             for name, state in before.items():
-                parts[name].load_state_dict(state)
+                load_state(parts[name], state)
         raise
+
+
+def load_state(part, state):
+    """Brings a part to a state, a module also where its buffers have other shapes, as they may grow."""
+    if isinstance(part, nn.Module):
+        for name, buffer in list(part.named_buffers()):
+            if name in state and state[name].shape != buffer.shape:
+                prefix, _, own = name.rpartition(".")
+                setattr(part.get_submodule(prefix), own, state[name].to(buffer.device, copy=True))
+    part.load_state_dict(state)
 
 
 @contextlib.contextmanager

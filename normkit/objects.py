@@ -51,8 +51,10 @@ def attributes_of(owner):
 
 
 def slots_of(kind):
-    slots = vars(kind).get("__slots__", ())
-    return [slots] if isinstance(slots, str) else slots
+    """Returns the names of a class's slots, private ones as Python mangles them."""
+    slots, own = vars(kind).get("__slots__", ()), kind.__name__.lstrip("_")
+    slots = [slots] if isinstance(slots, str) else slots
+    return [f"_{own}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in slots]
 
 
 def variables_of(function):

@@ -45,9 +45,9 @@ def linear(seed=0):
 
 
 def fit(net, loaders, optimizer=None, scheduler=None, epochs=1, **options):
-    """utils.fit with plain SGD unless told otherwise, and in silence."""
+    """utils.fit with plain SGD and in silence, unless told otherwise."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), 0.01)
-    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **options, **QUIET)
+    return utils.fit(net, *loaders, optimizer, scheduler, epochs, **QUIET | options)
 
 
 def count_backward(kind, monkeypatch):

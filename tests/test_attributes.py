@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils
 from normkit.attributes import LARGEST, MovingAttributes
+from normkit.objects import attributes_of
 from normkit.stateful import RandomState, objects_of
 
 
@@ -431,3 +432,13 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
         "holder.me",
         "holder.steps",
     ]  # which would come back as tuples
+
+
+def test_slots_are_found_private_ones_too():
+    class Slotted:
+        __slots__ = "__count", "size", "unset"
+
+        def __init__(self):
+            self.__count, self.size = 1, 2
+
+    assert attributes_of(Slotted()) == {"_Slotted__count": 1, "size": 2}
