@@ -231,6 +231,8 @@ def plot_activations(stages, images, title=None):
     A thick bar holds the middle half of the values, a thin one 98 %.
     """
     variants = list(dict.fromkeys(name for models in stages.values() for name in models))
+    if not variants:
+        raise ValueError("there are no networks: give a dict from a caption to a dict from a variant to its network")
     colors = colors_of(variants)
     shape = (len(variants), len(stages))
     figure, axes = subplots(*shape, figsize=(11, 2.3 * len(variants) + 0.6), sharex=True, sharey=True, squeeze=False)

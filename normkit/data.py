@@ -9,7 +9,7 @@ from normkit.checks import check_split, whole_number
 from normkit.checksum import crc32_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """A data set, split in two: images uint8 (N, 3, H, W), labels int64 (N,), class names."""
 
@@ -19,6 +19,10 @@ class Data:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    def __repr__(self):
+        sizes = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
+        return f"Data({self.name}: {sizes} of shape {tuple(self.train_images.shape[1:])}, {len(self.classes)} classes)"
 
     def __eq__(self, other):
         """Whether names, images and labels are the same."""

@@ -195,7 +195,7 @@ def plot_samples(data, each=10):
 
 @styled
 def plot_mistakes(data, logits, title=None, rows=2, columns=5):
-    """Draws the test images that a network gets wrong with most confidence.
+    """Draws the test images that a network gets wrong with most confidence, in at most so many rows.
 
     logits: (N, classes), from utils.predict.
     """
@@ -204,6 +204,7 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.test_labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
+    rows = max(1, min(rows, math.ceil(len(wrong) / columns)))
     figure, axes = subplots(rows, columns, figsize=(columns * 1.9, rows * 2.3), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
@@ -219,7 +220,7 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
 def plot_disagreements(data, logits, rows=2, columns=5):
     """Draws test images that the variants classify differently, one of them rightly, the surest first.
 
-    logits: a dict from a variant to its logits (N, classes), from utils.predict.
+    logits: a dict from a variant to its logits (N, classes), from utils.predict. rows: at most.
     """
     logits = logits_by_name(data, logits)
     names, colors = class_names(data, *logits.values()), colors_of(logits)
@@ -228,6 +229,7 @@ def plot_disagreements(data, logits, rows=2, columns=5):
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
+    rows = max(1, min(rows, math.ceil(len(chosen) / columns)))
     longest = max(map(len, names)) + len(": 100 %")
     labels = {name: broken(name) + (": " if len(name) + longest <= 28 else ":\n") for name in logits}
     texts = {}

@@ -15,7 +15,10 @@ def check_seed(seed):
     """Returns the seed as an int; None draws one."""
     if seed is None:
         return secrets.randbits(32)
-    return whole_number("seed", seed, -(2**63), 2**64 - 1)  # what torch takes
+    try:
+        return whole_number("seed", seed, -(2**63), 2**64 - 1)  # what torch takes
+    except ValueError:
+        raise ValueError(f"seed={seed!r}: expected a whole number from -2**63 to 2**64 - 1, or None for any") from None
 
 
 def seed_everything(seed):

@@ -50,7 +50,7 @@ def plot_calibration(data, logits):
         ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", aspect="equal")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     axes[0, 0].set_ylabel("accuracy")
-    figure.suptitle(f"{data.name}, test images; a dot's area is its share of them")
+    figure.suptitle(f"Test images of {data.name}; a dot's area is its share of them")
     return figure
 
 
@@ -73,6 +73,8 @@ def plot_corruptions(rows, images, title=None):
     rows: a DataFrame with the columns images (the corruption), norm, test_acc; of several runs the mean is drawn, and
     of none a gap. A norm with something after a comma is hatched. images: of corruptions.
     """
+    if rows.empty:
+        raise ValueError("there are no rows: give one for each corruption and variant, with images, norm and test_acc")
     accuracies = rows.astype({"test_acc": float}).groupby(["images", "norm"], observed=True)["test_acc"].mean()
     kinds, variants = list(dict.fromkeys(rows["images"])), list(dict.fromkeys(rows["norm"]))
     colors = colors_of(variant.split(",")[0] for variant in variants)

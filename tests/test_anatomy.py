@@ -192,6 +192,11 @@ def test_pictures_of_a_network_in_a_wrapper_are_those_of_the_network(wrap, loade
         assert look(wrap(net)) == look(net)
 
 
+def test_of_no_network_there_is_nothing_to_draw():
+    with pytest.raises(ValueError, match="there are no networks"):
+        anatomy.plot_activations({"at the start": {}, "at the end": {}}, torch.randn(2, 3, 16, 16))
+
+
 def test_a_network_without_a_norm_has_no_activations_around_one():
     with pytest.raises(ValueError, match="no block with a norm"):
         anatomy.plot_activations({"start": {"mine": torch.nn.Conv2d(3, 3, 3)}}, torch.randn(2, 3, 8, 8))

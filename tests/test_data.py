@@ -56,6 +56,11 @@ def test_what_is_held_out_is_some_of_the_training_images_and_not_all(small, size
         train_val_split(small, size)
 
 
+def test_data_says_in_a_line_what_it_is(small):
+    said = f"Data({small.name}: 101 training and 40 test images of shape (3, 16, 16), 10 classes)"
+    assert repr(small) == said
+
+
 def test_the_first_images_are_those_of_the_whole(small):
     few = small.first(30, 7)
     assert torch.equal(few.train_images, small.train_images[:30])

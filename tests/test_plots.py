@@ -46,6 +46,7 @@ def test_samples_and_mistakes(data):
     logits = torch.nn.functional.one_hot(data.test_labels, 10).float() * 5
     logits[7] = torch.eye(10)[(data.test_labels[7] + 1) % 10] * 50
     figure = plots.plot_mistakes(data, logits)
+    assert len(figure.axes) == len(plots.plot_disagreements(data, {"batch": logits}).axes) == 5  # one row of two
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
     truth, guess = (data.classes[(data.test_labels[7] + i) % 10] for i in (0, 1))
     assert titles == [f"{guess} 100 %\nis {truth}"]

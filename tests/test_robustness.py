@@ -123,3 +123,5 @@ def test_corruptions_one_alone_missing_or_measured_twice(data):
         np.isnan(bars[0][1]) and bars[0][0] == 50 and bars[1:] == [[50, 50], [50, 50], [55, 50]]
     )  # of "a, b", "batch"
     assert [len(ax.texts) for ax in below] == [1, 2, 2, 2] and len({ax.get_xlim() for ax in below}) == 1
+    with pytest.raises(ValueError, match="there are no rows"):
+        robustness.plot_corruptions(pd.DataFrame([]), images)
