@@ -20,7 +20,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import model
-from normkit.identity import lines_of
+from normkit.identity import lines_of, text_of_name
 
 PAIRS = [(torch.full((3, 2, 2), i / 150), i % 10) for i in range(150)]  # more than are told one by one
 
@@ -152,6 +152,7 @@ def test_other_files_are_refused_and_the_same_elsewhere_are_not(tmp_path):
         tmp_path / "deeper" / "down", v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     )
     assert len(run(tmp_path / "c", data=moved, epochs=2)) == 2
+    assert text_of_name(str(tmp_path / "one" / "gone")) == text_of_name("/elsewhere/gone") != text_of_name("/a/other")
 
 
 class Counting(Own):

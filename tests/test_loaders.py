@@ -53,6 +53,9 @@ def test_an_epoch_depends_on_its_seed_and_number_alone(data, augment):
     assert all(map(torch.equal, everything(loader()), everything(loader(batch_size=7))))
     assert not torch.equal(everything(loader())[1], everything(first)[1])  # another epoch
     assert not torch.equal(everything(loader())[1], everything(loader(seed=4))[1])
+    later = loader()
+    later.set_epoch(1)
+    assert not torch.equal(everything(later)[1], everything(loader(seed=4))[1])  # seed and epoch are not added up
 
 
 STOPS = {
@@ -71,6 +74,14 @@ def test_a_pass_moves_on_to_the_next_epoch_wherever_a_loop_stops(data, stop, dro
         found, expected = STOPS[stop](loader), copy.copy(loader)
         expected.set_epoch(epoch)
         assert same(found, list(expected))
+
+
+def test_passes_side_by_side_move_on_by_one_epoch_and_leave_one_that_was_set(data):
+    loader = utils.get_loaders(data, 50, device="cpu")[0]
+    assert len(list(zip(loader, loader, strict=True))) == len(loader) and loader.epoch == 1
+    for _ in loader:
+        loader.set_epoch(7)
+    assert loader.epoch == 7
 
 
 def test_augmentation_equals_torchvisions(data, device):

@@ -1,5 +1,6 @@
 """Which network the rows of a study are of: model.py's as it came, as it was edited, or with parts replaced."""
 
+import copy
 import inspect
 import os
 import shutil
@@ -38,6 +39,14 @@ def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, mon
         assert text != source
         monkeypatch.setattr(inspect, "getsource", lambda module, text=text: text)
         assert (network.mark_of_network() == "") == (name in ("a further norm", "a docstring", "a comment")), name
+
+
+def test_a_file_that_was_edited_counts_once_it_is_loaded_anew(monkeypatch):
+    edited = inspect.getsource(model).replace("block(8, 32)", "block(8, 40)")
+    monkeypatch.setattr(inspect, "getsource", lambda module: edited)
+    assert network.mark_of_network() == ""
+    monkeypatch.setattr(model, "__spec__", copy.copy(model.__spec__))  # another one, as importlib.reload gives it
+    assert network.mark_of_network().startswith(" model#")
 
 
 EDITED = """
