@@ -325,6 +325,17 @@ def test_a_place_that_cannot_be_written_is_an_error_before_training(data, tmp_pa
     assert "Epoch" not in capsys.readouterr().out
 
 
+def test_a_checkpoint_stays_where_its_name_led_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(Path("disk", "file"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Checkpoint("link", {}, dict)
+    monkeypatch.chdir("disk")
+    checkpoint.save([])
+    assert (tmp_path / "link").is_symlink() and read_state(tmp_path / "disk" / "file")["history"] == []
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
 def test_a_full_disk_costs_the_checkpoint_not_the_run(data, file, two_epochs, never_stopped, monkeypatch, capsys):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -67,6 +67,7 @@ CHANGES = {  # done to a network that the kernel has computed before
     "another class": lambda net: setattr(net.C4.norm, "__class__", Doubling),
     "an equal norm": lambda net: equal_norm(net, 1),
     "eps": lambda net: setattr(net.C4.norm, "eps", 1.0),
+    "all attributes at once": lambda net: setattr(net.C4.norm, "__dict__", vars(net.C4.norm) | {"eps": 1.0}),
     "the number of groups": lambda net: setattr(net.C4.norm, "num_groups", 8),
     "no skips": lambda net: setattr(net, "skip", False),
     "a hook": lambda net: net.C4.register_forward_hook(lambda module, args, output: output * 2),

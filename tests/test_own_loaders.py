@@ -87,8 +87,11 @@ def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
     seen = []
 
     class Epochs(TensorDataset):
-        def set_epoch(self, epoch):
+        def set_epoch(self, epoch=None):
             seen.append(epoch)
+
+        def __getitem__(self, i):
+            return super().__getitem__(i)  # which refers to the class: of that, there is nothing to be called
 
     class Other(TensorDataset):
         def set_epoch(self, epoch, total):
