@@ -160,7 +160,7 @@ def fingerprint(value):
 def mark_of_one(value):
     """Returns the mark of what is no container."""
     if isinstance(value, torch.Tensor | np.ndarray) and size_of(value) <= LARGEST:
-        return value.dtype, crc32_of(value)
+        return value.dtype, tuple(value.shape), crc32_of(value)
     return mark_of_leaf(value)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import functools
 import itertools
+import types
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from normkit.attributes import LARGEST, MovingAttributes
-from normkit.objects import attributes_of
+from normkit.attributes import LARGEST, MovingAttributes, fingerprint
 from normkit.stateful import RandomState, objects_of
 
 
@@ -423,6 +423,7 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     holder.trained = [torch.nn.Parameter(torch.zeros(2))]
     attributes = MovingAttributes({"holder": holder}, {"holder": holder})
     assert attributes.state_dict().keys() == {"started", "lost", "replaced"} and not attributes.state_dict()["lost"]
+    assert fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(2, dtype=torch.int32))
     holder.steps = [Step(1)]
     holder.me[0], holder.images[:] = 2, holder.images[::-1]
     with torch.no_grad():
@@ -434,11 +435,11 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     ]  # which would come back as tuples
 
 
-def test_slots_are_found_private_ones_too():
-    class Slotted:
-        __slots__ = "__count", "size", "unset"
-
-        def __init__(self):
-            self.__count, self.size = 1, 2
-
-    assert attributes_of(Slotted()) == {"_Slotted__count": 1, "size": 2}
+def test_what_has_moved_is_kept_on_where_a_run_begins_with_that_value():
+    state = None
+    for start in (0, 5, 0):
+        owner = types.SimpleNamespace(count=start)
+        attributes = MovingAttributes({"own": owner}, {})
+        attributes.load_state_dict(state) if state else setattr(owner, "count", 5)
+        state = attributes.state_dict()
+    assert owner.count == 5

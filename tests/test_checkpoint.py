@@ -285,6 +285,12 @@ def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epo
     assert file.read_bytes() == two_epochs[0]
 
 
+def test_a_setting_that_the_file_alone_has_makes_another_run(tmp_path):
+    Checkpoint(tmp_path / "file", {}, lambda: {"one": "1", "other": "2"}).save([])
+    with pytest.raises(ValueError, match="is of another run: its other has '2', this one's 'None'"):
+        Checkpoint(tmp_path / "file", {}, lambda: {"one": "1"}).restore(1)
+
+
 @pytest.mark.parametrize("change", [{"version": 1}, {"version": 2}, None])
 def test_a_file_of_another_version_is_refused_by_name(data, tmp_path, file, change):
     contents = read_state(file)

@@ -12,6 +12,7 @@ from torch import nn
 
 from normkit.code import mark_of, words_of
 from normkit.norms import MORE_NORMS
+from normkit.objects import attributes_of
 
 SCALE = 1.0
 
@@ -180,3 +181,13 @@ def test_a_logger_makes_no_other_builder():
 @pytest.mark.parametrize("text", ['f"{x + 1}"', 'f"{{x}}"', 'f"""{x!r:>{width}}\n  {g("a")}"""', "f'{f\"{x}\"}'"])
 def test_an_f_string_is_one_word_in_any_python(text):
     assert list(words_of(f"y = {text} + '' # says y")) == ["y", "=", text, "+", "''", "\n"]
+
+
+def test_slots_are_attributes_private_ones_too():
+    class Slotted:
+        __slots__ = "__count", "size", "unset"
+
+        def __init__(self):
+            self.__count, self.size = 1, 2
+
+    assert attributes_of(Slotted()) == {"_Slotted__count": 1, "size": 2}

@@ -39,7 +39,15 @@ def as_tensors(history):
     return [{name: torch.tensor(float(each), requires_grad=True) for name, each in row.items()} for row in history]
 
 
-@pytest.mark.parametrize("form", [as_text, as_tensors, lambda history: pd.DataFrame(history).convert_dtypes()])
+def as_table(history):
+    return pd.DataFrame(history).convert_dtypes()
+
+
+def last_first(history):
+    return history[::-1]
+
+
+@pytest.mark.parametrize("form", [as_text, as_tensors, as_table, last_first])
 def test_numbers_of_a_history_in_other_forms(form):
     line = plots.plot_curves({"mine": form(HISTORY)}).axes[0].lines[1]
     assert line.get_xdata().tolist() == [1, 2, 10] and line.get_ydata().tolist() == pytest.approx([1, 0.5, 0.1])

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from normkit import plots, probes
 from normkit.style import new_figure, styled
+from normkit.text import PAD
 
 SETTINGS = [
     {"figure.autolayout": True},
@@ -38,6 +39,16 @@ def test_a_users_own_settings_change_no_picture(results, settings):
             pictures.append(np.asarray(canvas.buffer_rgba()))
             assert all(plt.rcParams[name] == value for name, value in own.items())  # and the user's stay
     assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 100.0])
+def test_names_of_curves_that_end_alike_keep_apart_beside_the_axes(accuracy):
+    row = {"epoch": 1, "lr": 0.01, "train_loss": 2.0, "train_acc": 40.0, "test_loss": 1.0}
+    ax = plots.plot_curves({f"run {i}": [row | {"test_acc": accuracy}] for i in range(8)}).axes[1]
+    boxes = [text.get_window_extent() for text in ax.texts if f"{accuracy} %" in text.get_text()]
+    boxes.sort(key=lambda box: box.y0)
+    assert len(boxes) == 8 and all(above.y0 >= below.y1 for below, above in zip(boxes, boxes[1:]))
+    assert ax.bbox.y0 - PAD <= boxes[0].y0 and boxes[-1].y1 <= ax.bbox.y1 + PAD
 
 
 def test_a_saved_picture_is_on_its_own_background(results, tmp_path):
