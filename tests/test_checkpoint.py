@@ -353,6 +353,15 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(data, file, two_epochs, ne
     assert sorted(path.name for path in file.parent.iterdir()) == ["file", "file.previous"]
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(file, monkeypatch):
+    def forbidden(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.zipfile, "ZipFile", forbidden)
+    with pytest.raises(PermissionError):
+        read_state(file)
+
+
 @pytest.mark.slow
 def test_a_real_limit_on_file_size(tmp_path):
     script = f"""

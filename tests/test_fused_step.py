@@ -8,6 +8,7 @@ from helpers import THREE
 import model
 from normkit.fused import FusedLoss, fuse, loss
 from normkit.fused.build import library
+from normkit.optim import Stepper
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
 IMAGES, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
@@ -120,3 +121,16 @@ def test_labels_are_looked_at_in_each_batch():
     fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32, undisturbed=True)
     assert step(fast, net)[0] is not None
     assert step(fast, net, labels=LABELS + 7)[0] is None
+
+
+def test_a_group_that_begins_to_learn_later_gets_momenta_of_its_own():
+    kept, plain = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    groups = ([{"params": [each]} for each in pair] for pair in (kept, plain))
+    optimizers = [torch.optim.SGD(each, 0.1, momentum=0.9, fused=True) for each in groups]
+    stepper = Stepper(optimizers[0], undisturbed=True)
+    for batch in range(4):
+        for always, later in (kept, plain):
+            always.grad, later.grad = torch.ones(3), torch.ones(3) if batch > 1 else None
+        stepper.step(None, None)
+        optimizers[1].step()
+        assert all(map(torch.equal, kept, plain))

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import fit
+from helpers import fit, stand_in
 from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,7 +20,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import model
-from normkit.identity import lines_of, text_of_name
+import utils
+from normkit.identity import lines_of, seed_in, text_of_name
 
 PAIRS = [(torch.full((3, 2, 2), i / 150), i % 10) for i in range(150)]  # more than are told one by one
 
@@ -196,6 +197,12 @@ def test_what_makes_no_other_run_is_not_refused(tmp_path, kind):
     random.seed(0), run(tmp_path / "c", **SAME[kind](0))
     random.seed(1), run(tmp_path / "c", **SAME[kind](1))
     assert len(run(tmp_path / "c", **SAME[kind](0), epochs=2)) == 2
+
+
+@pytest.mark.parametrize("seed", [0, 7, -7])
+def test_the_seed_of_a_run_is_found_in_its_settings(seed):
+    loader = utils.get_loaders(stand_in(30, 10), device="cpu", seed=seed)[0]
+    assert seed_in({"loader": f"{loader}, 1 batches"}) == seed
 
 
 def test_nothing_that_an_object_does_stops_the_others_from_being_told():

@@ -76,6 +76,11 @@ def test_standardised_filters_have_mean_0_and_keep_a_signals_size(monkeypatch):
     weight = weight / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
     torch.testing.assert_close(conv(x), F.conv2d(x, weight, conv.bias, padding=1), rtol=0, atol=1e-4)
     assert model.Net("standardised", num_groups="channels").C4.norm.num_groups == 32
+    own = type("OwnConv2d", (nn.Conv2d,), {})
+    block = model.ConvBlock(3, 32, nn.Identity(), 0)
+    block.conv = own(3, 32, 3)
+    block.norm = MORE_NORMS["standardised"](32, 4)
+    assert type(block.conv) is own  # whose forward is the user's
 
 
 @pytest.mark.parametrize("name", MORE_NORMS)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import utils
+from normkit.optim import check_schedule
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
@@ -67,6 +68,23 @@ def test_a_schedule_that_would_fail_on_the_way_is_refused_before_training(loader
         utils.fit(net, *loaders, optimizer, scheduler, 3)
     assert "Epoch" not in capsys.readouterr().out and same(before, net.state_dict())
     assert optimizer.param_groups[0]["lr"] == rate
+
+
+AROUND = {
+    "alone": lambda o, own: own,
+    "in a sequence": lambda o, own: lr_scheduler.SequentialLR(o, [own, lr_scheduler.ExponentialLR(o, 0.9)], [9]),
+    "in a chain": lambda o, own: lr_scheduler.ChainedScheduler([own, lr_scheduler.ExponentialLR(o, 0.9)]),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_functions_of_ones_own_are_not_tried_in_advance(around):
+    optimizer, seen = torch.optim.SGD(linear().parameters(), 0.1), []
+    own = lr_scheduler.LambdaLR(optimizer, lambda epoch: seen.append(epoch) or 1.0)
+    scheduler = AROUND[around](optimizer, own)
+    seen.clear()
+    check_schedule(scheduler, optimizer, "epoch", epochs=5, batches=3)
+    assert not seen
 
 
 SCHEDULES = {

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import model
 import utils
 from normkit import anatomy, plots
+from normkit.checks import first_non_finite
 from normkit.files import read_state
 
 # ------------------------------------------------------------------------------- interrupt
@@ -180,6 +181,19 @@ def test_images_that_are_not_finite_are_named(data):
 
 
 # ---------------------------------------------------------------------------------- memory
+
+
+def test_of_a_network_that_fails_with_such_weights_the_place_is_told_as_far_as_it_can_be():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise ArithmeticError("not with such numbers")
+
+    spoilt = nn.Linear(2, 2)
+    nn.init.constant_(spoilt.weight, torch.nan)
+    assert first_non_finite(nn.Sequential(spoilt, Failing()), torch.zeros(3, 2)) == "module 0"
+    assert first_non_finite(nn.Sequential(Failing()), torch.zeros(3, 2)) == "the network"
+    assert first_non_finite(nn.Sequential(spoilt, nn.ReLU()), torch.zeros(3, 2)) == "module 0"
+    assert not spoilt._forward_hooks
 
 
 @pytest.mark.parametrize(

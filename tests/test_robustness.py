@@ -89,6 +89,12 @@ def test_corruptions(data):
     assert found["noise"].float().std().item() == pytest.approx(20, abs=0.5)
     assert all((found[kind].int() - 128).abs().max() <= 1 for kind in ("blur", "contrast"))
     pixels = before.float()
+    point = torch.zeros(1, 3, 9, 9, dtype=torch.uint8)
+    point[..., 4, 4] = 255
+    gauss = torch.exp(-torch.arange(-2.0, 3).square() / 2)
+    gauss /= gauss.sum()
+    blurred = robustness.corruptions(point)["blur"][0, 0, 2:7, 2:7].float()
+    torch.testing.assert_close(blurred, 255 * torch.outer(gauss, gauss), rtol=0, atol=0.51)
     contrast = robustness.corruptions(before)["contrast"].float()
     assert (contrast.std((1, 2, 3)) / pixels.std((1, 2, 3))).median().item() == pytest.approx(0.4, abs=0.06)
 

@@ -27,6 +27,9 @@ def test_a_line_in_model_py_that_was_changed_is_another_run(small, tmp_path, mon
     mine = eval("lambda channels, num_groups: nn.Identity()", vars(model))
     monkeypatch.setitem(model.NORMS, "mine", mine)
     assert mine.__module__ == "model" and network.mark_of_norm("mine").startswith("#")
+    with monkeypatch.context() as patch:
+        patch.setitem(model.NORMS, "batch", lambda channels, num_groups: nn.Identity())  # in the place of model's own
+        assert network.mark_of_norm("batch").startswith("#")
     monkeypatch.setattr(network, "as_loaded", network.as_loaded.__wrapped__)  # reads the file each time
     edited = {
         "a further norm": source.replace("NORMS = {", 'NORMS = {"mine": lambda channels, num_groups: nn.Identity(),'),
