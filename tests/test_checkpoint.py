@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import model
 import utils
 from normkit import files
-from normkit.checkpoint import Checkpoint
+from normkit.checkpoint import Checkpoint, settings_in
 from normkit.files import read_state
+from normkit.identity import seed_in
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,6 +203,11 @@ def test_a_damaged_file_gives_way_to_the_one_before(data, file, damage, never_st
     assert same(run(data, file).history, never_stopped)
     assert "damaged: going back" in capsys.readouterr().out
     assert [len(read_state(path)["history"]) for path in (file, file.with_name("file.previous"))] == [4, 3]
+
+
+def test_the_seed_of_a_run_is_read_from_the_file_before_a_damaged_one(file):
+    file.write_bytes(b"damaged")
+    assert seed_in(settings_in(file)) == 0
 
 
 def test_no_flipped_bit_goes_unnoticed(file):

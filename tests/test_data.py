@@ -91,6 +91,13 @@ def test_data_sets_are_equal_where_all_in_them_is(small):
     assert small != dataclasses.replace(small, train_labels=small.train_labels.flip(0)) and small != "data"
 
 
+def test_the_checksum_tells_which_split_is_which_and_the_order_of_the_images(small):
+    parts = (small.train_images, small.train_labels, small.test_images, small.test_labels)
+    others = [parts[2:] + parts[:2], tuple(each.flip(0) for each in parts)]
+    sums = {Data(small.name, small.classes, *each).crc32() for each in (parts, *others)}
+    assert len(sums) == 3 and Data("other", small.classes, *map(torch.clone, parts)).crc32() == small.crc32()
+
+
 def test_a_name_is_text(small):
     for name in (None, 3, Path("photos")):
         with pytest.raises(TypeError, match="name is .*: expected text"):

@@ -45,6 +45,13 @@ def test_labels_may_be_shares_of_classes(pairs, mix):
     assert metrics.correct == int((logits.argmax(1) == shares.argmax(1)).sum())
 
 
+@pytest.mark.parametrize("shares", [(1.5, -0.5), (0.6, 0.6), (torch.nan, 1.0)])
+def test_shares_of_classes_add_up_to_one_and_none_is_negative(shares):
+    labels = torch.tensor([[*shares, *[0.0] * 8]])
+    with pytest.raises(ValueError, match="labels as shares run from .* to .*: each row has to add up to 1"):
+        utils.test(linear(), [(torch.zeros(1, 3, 16, 16), labels)])
+
+
 @pytest.mark.parametrize(
     "batch, message",
     [

@@ -19,7 +19,11 @@ FEW = {"epochs": 2, "batch_size": 50}
 def test_results_table_reports_the_last_epoch(data):
     results = [utils.run(norm, data, 2, **QUIET) for norm in NORMS]
     results[0].history[0]["test_acc"] = 99.0  # a better epoch that was not the last
+    results[0].history.insert(0, results[0].history[1] | {"seconds": 900.0})  # slow, as the first may be
+    for row, seconds in zip(results[0].history[1:], (2.0, 3.0)):
+        row["seconds"] = seconds
     table = utils.results_table(results)
+    assert table.loc["batch", "seconds an epoch"] == 3.0  # the median
     assert list(table.index) == NORMS
     assert table.loc["batch", "test accuracy %"] == round(results[0].history[-1]["test_acc"], 2)
     assert table.loc["batch", "best test % (epoch)"] == "99.00 (1)"
