@@ -291,6 +291,16 @@ def test_another_runs_checkpoint_is_refused_with_both_values(data, file, two_epo
     assert file.read_bytes() == two_epochs[0]
 
 
+def test_what_on_epoch_sets_right_again_is_not_told(tmp_path):
+    now = {"rate": "1"}
+    checkpoint = Checkpoint(tmp_path / "file", {}, lambda: dict(now))
+    checkpoint.save([{}])
+    history, _ = checkpoint.restore(1)
+    now["rate"] = "2"
+    assert checkpoint.call_again(None, history) == ["rate was '1' and is '2'"]
+    assert checkpoint.call_again(lambda history: now.update(rate="1"), history) == []
+
+
 def test_a_setting_that_the_file_alone_has_makes_another_run(tmp_path):
     Checkpoint(tmp_path / "file", {}, lambda: {"one": "1", "other": "2"}).save([])
     with pytest.raises(ValueError, match="is of another run: its other has '2', this one's 'None'"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from normkit.code import mark_of, words_of
 from normkit.norms import MORE_NORMS
-from normkit.objects import attributes_of
+from normkit.objects import attributes_of, closed_over
 
 SCALE = 1.0
 
@@ -191,3 +191,13 @@ def test_slots_are_attributes_private_ones_too():
             self.__count, self.size = 1, 2
 
     assert attributes_of(Slotted()) == {"_Slotted__count": 1, "size": 2}
+
+
+def test_variables_that_are_not_there_yet_are_passed_over():
+    def function():
+        return late, there
+
+    there = 1
+    assert closed_over(function) == {"there": 1}
+    late = 2
+    assert closed_over(function) == {"late": 2, "there": 1}

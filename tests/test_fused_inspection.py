@@ -105,6 +105,7 @@ def test_one_number_replaced_by_an_equal_one_is_another_parameter():
 SETTINGS = [  # module, attribute, value, and whether PyTorch's modules take it
     ("C4.norm", "num_groups", -4, False),
     ("C4.norm", "num_groups", 0, False),
+    ("C4.norm", "num_groups", 5, False),
     ("C4.norm", "num_groups", 4.0, False),
     ("C4.norm", "num_groups", np.int64(4), True),
     ("C4.dropout", "training", 1, False),

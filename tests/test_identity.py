@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 import model
 import utils
+from normkit.checksum import crc32_of
 from normkit.identity import lines_of, seed_in, text_of_name
 
 PAIRS = [(torch.full((3, 2, 2), i / 150), i % 10) for i in range(150)]  # more than are told one by one
@@ -197,6 +198,13 @@ def test_what_makes_no_other_run_is_not_refused(tmp_path, kind):
     random.seed(0), run(tmp_path / "c", **SAME[kind](0))
     random.seed(1), run(tmp_path / "c", **SAME[kind](1))
     assert len(run(tmp_path / "c", **SAME[kind](0), epochs=2)) == 2
+
+
+@pytest.mark.parametrize("view", [torch.conj, torch._neg_view, torch.Tensor.to_sparse, lambda x: x.T])
+def test_the_checksum_of_a_view_is_that_of_its_values(view):
+    one, other = (torch.tensor([[1 + 2j, 3j], [4.0, each]]) for each in (5, 6))
+    values = view(one).to_dense().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    assert crc32_of(view(one)) == crc32_of(values) != crc32_of(view(other))
 
 
 @pytest.mark.parametrize("seed", [0, 7, -7])

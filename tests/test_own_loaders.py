@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torchvision.transforms import v2
 
 import utils
 from normkit.packing import GENERATORS
-from normkit.stateful import objects_of
+from normkit.stateful import is_stateful, objects_of
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
@@ -107,6 +108,11 @@ def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
     for kind in (Epochs, Other):
         fit(linear(), (DataLoader(kind(*pairs.tensors), 32), DataLoader(pairs, 64)), epochs=2)
     assert seen == [0, 1]
+
+
+def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
+    net = nn.Identity()
+    assert is_stateful(net) and not is_stateful(type(net)) and not is_stateful(mock.MagicMock())
 
 
 def test_generators_are_found_wherever_a_loader_keeps_them(pairs):

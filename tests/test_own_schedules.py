@@ -32,6 +32,17 @@ def test_a_schedule_free_optimizer_is_tested_with_its_averages(loaders):
     net = linear()
     optimizer = ScheduleFreeSGD(net.parameters(), lr=0.05)
     row = fit(net, loaders, optimizer, epochs=2)[-1]
+    plain = linear()
+    by_hand = ScheduleFreeSGD(plain.parameters(), lr=0.05)
+    for epoch in range(2):
+        by_hand.train()
+        loaders[0].set_epoch(epoch)
+        for images, labels in loaders[0]:
+            by_hand.zero_grad()
+            F.cross_entropy(plain(images), labels).backward()
+            by_hand.step()
+        by_hand.eval()
+    torch.testing.assert_close(net.state_dict(), plain.state_dict())
     optimizer.eval()
     assert utils.test(net, loaders[1]).loss == pytest.approx(row["test_loss"])
     optimizer.train()
