@@ -201,3 +201,7 @@ def test_variables_that_are_not_there_yet_are_passed_over():
     assert closed_over(function) == {"there": 1}
     late = 2
     assert closed_over(function) == {"late": 2, "there": 1}
+
+
+def test_names_that_a_code_looks_up_are_part_of_its_mark():
+    assert len({mark_of(each) for each in (lambda x: x.sum(), lambda x: x.mean(), lambda x: x.mean())}) == 2

@@ -14,6 +14,7 @@ import utils
 from normkit import anatomy, plots
 from normkit.checks import first_non_finite
 from normkit.files import read_state
+from normkit.randomness import check_seed, seed_everything
 
 # ------------------------------------------------------------------------------- interrupt
 
@@ -220,3 +221,11 @@ def test_out_of_memory_names_the_batch_size_to_try(data, error):
     ):
         with pytest.raises(MemoryError, match="batch size 64: try 32"):
             call()
+
+
+def test_seeds_are_those_that_torch_takes():
+    for seed in (-(2**63), 2**64 - 1):
+        assert check_seed(seed) == seed == seed_everything(seed)
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(ValueError, match="expected a whole number from"):
+            check_seed(seed)
