@@ -253,6 +253,9 @@ def test_missing_and_unknown_class_folders(tmp_path):
     (tmp_path / "test" / "horse").rename(tmp_path / "test" / "zebra")
     with pytest.raises(ValueError, match="missing: horse; not a class: zebra"):
         utils.load_data("auto", tmp_path)
+    (tmp_path / "test" / "horse").mkdir()
+    with pytest.raises(ValueError, match="missing: none; not a class: zebra"):
+        utils.load_data("auto", tmp_path)
 
 
 def test_empty_class_folder(tmp_path):
