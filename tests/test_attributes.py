@@ -424,6 +424,7 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     attributes = MovingAttributes({"holder": holder}, {"holder": holder})
     assert attributes.state_dict().keys() == {"started", "lost", "replaced"} and not attributes.state_dict()["lost"]
     assert fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(2, dtype=torch.int32))
+    assert fingerprint(torch.zeros(2, 2)) != fingerprint(torch.zeros(4))  # an attribute that was given another shape
     holder.steps = [Step(1)]
     holder.me[0], holder.images[:] = 2, holder.images[::-1]
     with torch.no_grad():
