@@ -21,7 +21,7 @@ COMMON = {
     torch.utils.data.DataLoader: {"_iterator"},  # its persistent workers
 }
 PROCESS = secrets.token_hex(8)  # tells this process
-LEARNT = (torch.nn.Module, torch.optim.Optimizer, torch.Tensor, np.ndarray)  # what is not just opened on the way
+ARRAYS = (torch.Tensor, np.ndarray)
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
 LEARNING = "requires_grad"  # of a module: of each parameter of its own
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
@@ -37,7 +37,7 @@ class MovingAttributes:
     def __init__(self, owners, known):
         self.owners, self.moved, self.lost = owners, set(), []
         self.known = {where: each for where, each in known.items() if not isinstance(each, CONTAINERS)}
-        self.first = self.found()
+        self.first = self.found()  # the objects themselves
         self.start = {place: fingerprint(value) for place, value in self.first.items()}
 
     def found(self):
@@ -56,10 +56,11 @@ class MovingAttributes:
                 names.setdefault(id(value), name)  # another place may hold it too
             except TypeError:
                 opened = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
-                opened &= not isinstance(value, (*SHARED, *LEARNT)) and not hasattr(value, "load_state_dict")
+                has_state = hasattr(type(value), "load_state_dict")  # as networks and optimizers have
+                opened &= not has_state and not isinstance(value, (*SHARED, *ARRAYS))
                 if opened:
                     packed[name] = OPENED
-                held = isinstance(value, (*LEARNT, *CONTAINERS))
+                held = has_state or isinstance(value, (*ARRAYS, *CONTAINERS))
                 iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
                 own = is_user_code(self.owners[place[0]])
                 if iterates or not opened and (held or own):
@@ -145,7 +146,7 @@ def is_trained(value):
 
 def holds_arrays(value):
     """Whether a value is, or holds, a tensor or array."""
-    return any(isinstance(each, torch.Tensor | np.ndarray) for each in itertools.islice(leaves_of(value), 1000))
+    return any(isinstance(each, ARRAYS) for each in itertools.islice(leaves_of(value), 1000))
 
 
 def fingerprint(value):
@@ -159,7 +160,7 @@ def fingerprint(value):
 
 def mark_of_one(value):
     """Returns the mark of what is no container."""
-    if isinstance(value, torch.Tensor | np.ndarray) and size_of(value) <= LARGEST:
+    if isinstance(value, ARRAYS) and size_of(value) <= LARGEST:
         return value.dtype, tuple(value.shape), crc32_of(value)
     return mark_of_leaf(value)
 
