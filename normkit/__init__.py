@@ -10,7 +10,7 @@ checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
 identity     what makes a run that one, as text
 code         marks of code, and of objects by what they are made of
-randomness   seeds, and the global generators
+randomness   seeds, the global generators, and the states of generators of any kind
 stateful     what has a state in loaders and callbacks, found and kept
 objects      user-defined objects and functions, and their attributes
 packing      values as what a file can keep, and back, kind and all

@@ -21,7 +21,8 @@ from normkit.checksum import ADDRESS, crc32_of, crc32_of_file
 from normkit.code import code_of, functions_of, is_from_library, used_by
 from normkit.files import is_plain, plain
 from normkit.objects import LIBRARIES
-from normkit.packing import CONTAINERS, GENERATORS
+from normkit.packing import CONTAINERS
+from normkit.randomness import GENERATORS
 
 MOST = 50_000  # objects looked at
 FEW = 100  # entries of a list that are told one by one, and characters of a text

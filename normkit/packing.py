@@ -3,19 +3,18 @@
 import collections
 import copy
 import enum
-import random
 
 import numpy as np
 import torch
 
 from normkit.objects import attributes_of, is_foreign
+from normkit.randomness import GENERATORS, get_state, new_generator
 
 LARGEST = 2**24  # bytes of a value that a checkpoint keeps: a data set's images are not to be written each epoch
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+MUTABLE = (list, dict, set, collections.deque)
 GENERATOR_NAMES = dict(zip(("torch", "numpy", "numpy's legacy", "python"), GENERATORS))
 PLAIN = {kind.__name__: kind for kind in (*CONTAINERS, collections.OrderedDict, collections.Counter)}
-BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
 
 def size_of(value):
@@ -32,39 +31,6 @@ def leaves_of(value, depth=8):
     elif depth:  # it may hold itself
         for each in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from leaves_of(each, depth - 1)
-
-
-def read(generator):
-    """Returns the state of a generator."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
-
-
-def write(generator, state):
-    """Brings a generator to a state."""
-    if isinstance(generator, torch.Generator | np.random.RandomState):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state
-
-
-def new_generator(kind, state, device):
-    """Returns a generator in a state."""
-    if kind is torch.Generator:
-        generator = kind(device)
-    elif kind is random.Random:
-        generator = kind()
-    elif state["bit_generator"] in BIT_GENERATORS:
-        generator = kind(getattr(np.random, state["bit_generator"])())
-    else:
-        raise LookupError(f"a {state['bit_generator']} cannot be made")
-    write(generator, state)
-    return generator
 
 
 def pack(value, names, depth=8, own=True):
@@ -84,7 +50,7 @@ def pack(value, names, depth=8, own=True):
         raise TypeError("it is too large to be kept")
     if kind in GENERATORS:
         name = next(name for name, each in GENERATOR_NAMES.items() if each is kind)
-        return name, read(value), str(getattr(value, "device", "cpu"))
+        return name, get_state(value), str(getattr(value, "device", "cpu"))
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return pack_array(value)
     if kind is range:
@@ -163,7 +129,7 @@ def unpack_own(name, content, now, known):
             object.__setattr__(value, each, unpack(part, getattr(now, each, None), known))
         return value
     content = unpack(content, None, known)
-    if isinstance(now, list | set | dict | collections.deque):
+    if isinstance(now, MUTABLE):
         return filled(copy.copy(now), content)
     return kind(*content) if isinstance(now, tuple) else kind(content)
 
@@ -178,7 +144,7 @@ def filled(container, content):
 def put_into(now, value):
     """Returns what stands in a value's place, changed to it where it can be; else the value."""
     if type(now) is type(value):
-        if isinstance(now, list | set | dict | collections.deque) and now is not value:
+        if isinstance(now, MUTABLE) and now is not value:
             return filled(now, value)
         alike = getattr(now, "shape", None) == getattr(value, "shape", 0) and now.dtype == value.dtype
         if alike and isinstance(now, np.ndarray) and now.flags.writeable:

@@ -1,4 +1,4 @@
-"""Seeds, and the global generators that training draws from."""
+"""Seeds, the global generators that training draws from, and the states of generators of any kind."""
 
 import contextlib
 import random
@@ -76,3 +76,42 @@ def generators_preserved(device=CPU):
             yield
         finally:
             state.load_state_dict(before)
+
+
+# ---------------------------------------------------------------------- generators of any kind
+
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+
+
+def get_state(generator):
+    """Returns the state of a generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def set_state(generator, state):
+    """Brings a generator to a state."""
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def new_generator(kind, state, device):
+    """Returns a generator of a kind in a state; raises LookupError where that is of a bit generator not NumPy's."""
+    if kind is torch.Generator:
+        generator = kind(device)
+    elif kind is random.Random:
+        generator = kind()
+    elif state["bit_generator"] in BIT_GENERATORS:
+        generator = kind(getattr(np.random, state["bit_generator"])())
+    else:
+        raise LookupError(f"a {state['bit_generator']} cannot be made")
+    set_state(generator, state)
+    return generator

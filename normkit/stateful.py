@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from normkit.attributes import MovingAttributes
 from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
-from normkit.packing import CONTAINERS, GENERATORS, read, write
-from normkit.randomness import GlobalGenerators
+from normkit.packing import CONTAINERS
+from normkit.randomness import GENERATORS, GlobalGenerators, get_state, set_state
 
 
 class RandomState(GlobalGenerators):
@@ -44,7 +44,7 @@ class RandomState(GlobalGenerators):
         kept = list(self.saved)  # with all that lies within
         for where, owner in self.owners.items():
             if isinstance(owner, GENERATORS):
-                yield where, functools.partial(read, owner), functools.partial(write, owner)
+                yield where, functools.partial(get_state, owner), functools.partial(set_state, owner)
             elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
                 kept.append(where)
                 # Between epochs a library's loader is where its generators are; torchdata's would draw once more.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, default_c
 from torchvision.transforms import v2
 
 import utils
-from normkit.packing import GENERATORS
+from normkit.randomness import GENERATORS
 from normkit.stateful import is_stateful, objects_of
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
