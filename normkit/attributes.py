@@ -12,7 +12,7 @@ import torch
 
 from normkit.checksum import crc32_of
 from normkit.objects import attributes_of, is_user_code, put
-from normkit.packing import CONTAINERS, LARGEST, leaves_of, pack, put_into, size_of, unpack
+from normkit.packing import CONTAINERS, MAX_BYTES, leaves_of, pack, put_into, size_of, unpack
 
 # Of these a state_dict has what is to be kept, or nothing has.
 COMMON = {
@@ -153,14 +153,14 @@ def fingerprint(value):
     """Returns what tells a value from what it was or will be, without a copy of it."""
     if isinstance(value, CONTAINERS):
         leaves = list(leaves_of(value))
-        mark = mark_of_one if sum(map(size_of, leaves)) <= LARGEST else mark_of_leaf
+        mark = mark_of_one if sum(map(size_of, leaves)) <= MAX_BYTES else mark_of_leaf
         return len(value), zlib.crc32(" ".join(str(mark(each)) for each in leaves).encode(errors="replace"))
     return mark_of_one(value)
 
 
 def mark_of_one(value):
     """Returns the mark of what is no container."""
-    if isinstance(value, ARRAYS) and size_of(value) <= LARGEST:
+    if isinstance(value, ARRAYS) and size_of(value) <= MAX_BYTES:
         return value.dtype, tuple(value.shape), crc32_of(value)
     return mark_of_leaf(value)
 

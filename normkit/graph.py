@@ -23,7 +23,7 @@ from normkit.gpu.step import reason_against, training_step
 from normkit.meter import count_correct
 
 DEVICE = "cuda"  # the kind of device that graphs are for
-MOST = 4  # graphs that are kept, each with the memory of its activations
+MAX_GRAPHS = 4  # that are kept, each with the memory of its activations
 RECORDED = weakref.WeakSet()  # the networks that may have some
 
 
@@ -147,7 +147,7 @@ class GraphedLoss:
             if graph is None:
                 return None
         graphs[key] = graph
-        while len(graphs) > MOST:
+        while len(graphs) > MAX_GRAPHS:
             graphs.popitem(last=False)
         return graph
 

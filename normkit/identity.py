@@ -24,10 +24,11 @@ from normkit.objects import LIBRARIES
 from normkit.packing import CONTAINERS
 from normkit.randomness import GENERATORS
 
-MOST = 50_000  # objects looked at
-FEW = 100  # entries of a list that are told one by one, and characters of a text
-SOME = 1000  # arrays, files and objects of a longer list that are read: all of them would take too long
-LARGEST = 2**30  # bytes of an array that is read as a whole
+MAX_OBJECTS = 50_000  # that are looked at
+MAX_ENTRIES = 100  # of a list, that are told one by one
+MAX_CHARACTERS = 100  # of a text
+SAMPLES = 1000  # arrays, files and objects of a longer list that are read: all of them would take too long
+MAX_BYTES = 2**30  # of an array that is read as a whole
 NUMBERS = (type(None), bool, int, float, complex, np.generic, enum.Enum, slice, range, torch.dtype, np.dtype)
 NAMES = (str, bytes, bytearray, os.PathLike)
 PLAIN = (*NUMBERS, *NAMES)
@@ -87,7 +88,7 @@ def lines_of(parts, seen):
     What cannot be told, or is another in each process, is left out. seen: objects by id, so that each is told once.
     """
     waiting = collections.deque(parts.items())
-    while waiting and len(seen) < MOST:
+    while waiting and len(seen) < MAX_OBJECTS:
         where, value = waiting.popleft()
         if id(value) in seen:
             continue
@@ -159,19 +160,19 @@ def describe_container(values, seen):
     """Returns the text that tells a list or the like, and its entries, unless there are many: then the text tells."""
     kind, entries = type(values).__name__, flat(values)
     is_set = isinstance(values, set | frozenset)
-    if len(values) <= FEW and all(isinstance(each, NUMBERS) or is_word(each) for each in entries):
+    if len(values) <= MAX_ENTRIES and all(isinstance(each, NUMBERS) or is_word(each) for each in entries):
         return short(f"{kind} {entries}" if is_set else repr(values)), {}
-    if len(values) <= FEW and not is_set:
+    if len(values) <= MAX_ENTRIES and not is_set:
         items = values.items() if isinstance(values, dict) else enumerate(values)
         return f"{kind} of {len(values)}", {f"[{k!r}]": each for k, each in items if isinstance(k, str | int)}
-    step = len(entries) // SOME + 1
+    step = len(entries) // SAMPLES + 1
     texts = [
         repr(each) if isinstance(each, NUMBERS) else text_of_name(each, read=i % step == 0)
         for i, each in enumerate(entries)
         if isinstance(each, PLAIN)
     ]
     objects = [each for each in entries if not isinstance(each, PLAIN)]
-    for each in objects[:: len(objects) // SOME + 1]:
+    for each in objects[:: len(objects) // SAMPLES + 1]:
         texts += map(str, lines_of({"": each}, seen))
     return f"{kind} of {len(values)}, CRC-32 {zlib.crc32(' '.join(texts).encode(errors='replace')):08x}", {}
 
@@ -214,7 +215,7 @@ def text_of_array(array):
     """Returns the shape, type and checksum of an array, an image or a table; of a very large one of some rows."""
     array = array if isinstance(array, torch.Tensor | np.ndarray) else np.asarray(array)
     size = array.element_size() if torch.is_tensor(array) else 1000 if array.dtype.hasobject else array.itemsize
-    rows = array[:: len(array) // SOME + 1] if array.ndim and math.prod(array.shape) * size > LARGEST else array
+    rows = array[:: len(array) // SAMPLES + 1] if array.ndim and math.prod(array.shape) * size > MAX_BYTES else array
     return f"{tuple(array.shape)} {array.dtype}, CRC-32 {crc32_of(rows):08x}"
 
 
@@ -231,4 +232,6 @@ def seed_of(generator):
 def short(text):
     """Returns a text in one line, without addresses; of a long one the beginning, and a checksum."""
     text = " ".join(ADDRESS.sub("", text).split())
-    return text if len(text) <= FEW else f"{text[:60]}..., CRC-32 {zlib.crc32(text.encode(errors='replace')):08x}"
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    return f"{text[:60]}..., CRC-32 {zlib.crc32(text.encode(errors='replace')):08x}"

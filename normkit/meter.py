@@ -5,7 +5,7 @@ import math
 import torch
 
 EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
-MOST_WAITING = 1000  # batches, each of which keeps 512 bytes of a GPU's memory
+MAX_WAITING = 1000  # batches, each of which keeps 512 bytes of a GPU's memory
 
 
 class Meter:
@@ -25,7 +25,7 @@ class Meter:
         dtype = torch.promote_types(loss.dtype, torch.float32)
         numbers = torch.stack((loss.detach().to(dtype), correct.to(dtype)))  # copies: a graph writes there again
         self.waiting.append((numbers, size))
-        if len(self.waiting) == MOST_WAITING:
+        if len(self.waiting) == MAX_WAITING:
             self.read()
 
     def read(self):

@@ -10,7 +10,7 @@ import torch
 from normkit.objects import attributes_of, is_foreign
 from normkit.randomness import GENERATORS, get_state, new_generator
 
-LARGEST = 2**24  # bytes of a value that a checkpoint keeps: a data set's images are not to be written each epoch
+MAX_BYTES = 2**24  # of a value that a checkpoint keeps: a data set's images are not to be written each epoch
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 MUTABLE = (list, dict, set, collections.deque)
 GENERATOR_NAMES = dict(zip(("torch", "numpy", "numpy's legacy", "python"), GENERATORS))
@@ -46,7 +46,7 @@ def pack(value, names, depth=8, own=True):
         return "known", names[id(value)]
     if not depth:
         raise TypeError("it holds itself")
-    if sum(map(size_of, leaves_of(value))) > LARGEST:
+    if sum(map(size_of, leaves_of(value))) > MAX_BYTES:
         raise TypeError("it is too large to be kept")
     if kind in GENERATORS:
         name = next(name for name, each in GENERATOR_NAMES.items() if each is kind)

@@ -73,7 +73,7 @@ PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, floa
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
 CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
-MOST = 10_000  # objects looked at, in a fifth of a second
+MAX_OBJECTS = 10_000  # that are looked at, in a fifth of a second
 
 
 def objects_of(is_closed=lambda owner: False, **roots):
@@ -82,7 +82,7 @@ def objects_of(is_closed=lambda owner: False, **roots):
     is_closed: tells of an object whether what it holds is passed over.
     """
     waiting, seen = collections.deque(roots.items()), set()
-    while waiting and len(seen) < MOST:
+    while waiting and len(seen) < MAX_OBJECTS:
         where, owner = waiting.popleft()
         empty = isinstance(owner, list | tuple | dict) and not owner
         librarys = isinstance(owner, type) and not is_foreign(owner)
@@ -239,8 +239,8 @@ def start_workers(owner):
 
 def lost_in(owners):
     """Yields what the order or augmentation of loaders depends on and no file can hold, in words."""
-    if len(owners) == MOST:
-        yield f"they hold more than {MOST:,} objects, of which the rest was not looked at"
+    if len(owners) == MAX_OBJECTS:
+        yield f"they hold more than {MAX_OBJECTS:,} objects, of which the rest was not looked at"
     for where, found in owners.items():
         if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"

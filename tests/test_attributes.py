@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from normkit.attributes import LARGEST, MovingAttributes, fingerprint
+from normkit.attributes import MAX_BYTES, MovingAttributes, fingerprint
 from normkit.stateful import RandomState, objects_of
 
 
@@ -392,7 +392,7 @@ def test_a_file_that_a_data_set_opens_on_the_way_is_opened_again(pairs, tmp_path
 
 
 def test_what_moves_and_is_too_large_to_keep_is_told(pairs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("normkit.packing.LARGEST", 8)
+    monkeypatch.setattr("normkit.packing.MAX_BYTES", 8)
     for epochs in (1, 2):
         loader = Turning(DataLoader(pairs, 16), torch.arange(4), lambda loader: loader.order.add_(1))
         loaders, net = (loader, DataLoader(pairs, 64)), linear()
@@ -406,7 +406,7 @@ def test_generators_are_found_among_many_objects(pairs, monkeypatch):
     generator = np.random.default_rng(0)
     loader = Turning([], rows, None, more={str(i): list(rows) for i in range(30)}, last=[[[generator]]])
     assert generator in dict(objects_of(loader=loader)).values() and not RandomState(loader=loader).note
-    monkeypatch.setattr("normkit.stateful.MOST", 50)
+    monkeypatch.setattr("normkit.stateful.MAX_OBJECTS", 50)
     assert "more than 50 objects" in RandomState(loader=loader).note
 
 
@@ -419,7 +419,7 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     holder.me.append(holder.me)
     holder.steps = [Step(0)]
     with torch.inference_mode():
-        holder.inferred = torch.zeros(LARGEST)
+        holder.inferred = torch.zeros(MAX_BYTES)
     holder.trained = [torch.nn.Parameter(torch.zeros(2))]
     attributes = MovingAttributes({"holder": holder}, {"holder": holder})
     assert attributes.state_dict().keys() == {"started", "lost", "replaced"} and not attributes.state_dict()["lost"]

@@ -161,7 +161,7 @@ def test_a_loader_whose_batches_all_differ_records_nothing(device, by_graph, rec
     batches = [(torch.randn(n, 3, 8, 8, device=device), torch.arange(n, device=device) % 10) for n in range(1, 12)]
     network = Graphed(net_on(device))
     train(network, batches, torch.optim.SGD(network.parameters(), 0.01))
-    assert by_graph == {False: 11} and not recorded and len(network.graphs) == graph.MOST
+    assert by_graph == {False: 11} and not recorded and len(network.graphs) == graph.MAX_GRAPHS
 
 
 def test_few_graphs_are_kept(device, recorded):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from normkit.meter import MOST_WAITING, Meter, count_correct
+from normkit.meter import MAX_WAITING, Meter, count_correct
 
 BATCHES = [(2.5, 3, 8), (0.5, 8, 8), (2e12, 0, 8), (math.nan, 1, 8), (1.0, 5, 5)]
 
@@ -37,13 +37,13 @@ def test_numbers_that_wait_are_counted_like_others():
 def test_few_numbers_wait_and_those_of_a_graph_are_copied(device):
     """A graph writes the next batch's to the same place."""
     meter, loss, correct = Meter(), torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-    for _ in range(MOST_WAITING + 2):
+    for _ in range(MAX_WAITING + 2):
         loss += 1
         correct += 1
         meter.add(loss, correct, 1)
-        assert len(meter.waiting) < MOST_WAITING
+        assert len(meter.waiting) < MAX_WAITING
     meter.read()
-    assert meter.loss_sum == meter.correct == sum(range(1, MOST_WAITING + 3))
+    assert meter.loss_sum == meter.correct == sum(range(1, MAX_WAITING + 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
