@@ -48,32 +48,36 @@ class MovingAttributes:
     def state_dict(self):
         found, names = self.found(), {id(each): where for where, each in self.known.items()}
         self.moved |= {place for place, value in found.items() if fingerprint(value) != self.start.get(place)}
-        packed, lost, in_part = {}, set(self.lost), set()
+        packed, lost, incomplete = {}, set(self.lost), set()
         for place in sorted(self.moved & set(found)):
             value, name = found[place], " ".join(place)
             try:
                 packed[name] = pack(value, names)
                 names.setdefault(id(value), name)  # another place may hold it too
             except TypeError:
-                opened = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
-                has_state = hasattr(type(value), "load_state_dict")  # as networks and optimizers have
-                opened &= not has_state and not isinstance(value, (*SHARED, *ARRAYS))
-                if opened:
+                if opened := self.was_opened(place, value):
                     packed[name] = OPENED
-                held = has_state or isinstance(value, (*ARRAYS, *CONTAINERS))
-                iterates = hasattr(value, "__next__") and not isinstance(value, io.IOBase)
-                own = is_user_code(self.owners[place[0]])
-                if iterates or not opened and (held or own):
+                own, iterates = is_user_code(self.owners[place[0]]), hasattr(value, "__next__")
+                held = has_state(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
+                if iterates and not isinstance(value, io.IOBase) or not opened and (own or held):
                     lost.add(".".join(place))
                     if not own:
-                        in_part.add(place[0])  # a library's attributes hang together
-        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in in_part}
+                        incomplete.add(place[0])  # a library's attributes hang together
+        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in incomplete}
+        others = {" ".join(place) for place, value in found.items() if value is not self.first.get(place)}
+        state = {"started": self.shared_at_start(found), "lost": sorted(lost)}
+        return state | {"replaced": sorted(others.intersection(packed))} | packed
+
+    def was_opened(self, place, value):
+        """Whether a value that cannot be packed is one that was opened on the way, in place of None or False."""
+        was_unset = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
+        return was_unset and not has_state(value) and not isinstance(value, (*SHARED, *ARRAYS))
+
+    def shared_at_start(self, found):
+        """Returns, under the mark of this process, what moved variables that its other code uses, too, began with."""
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
-        started = {" ".join(place): repr(self.start.get(place)) for place in shared}
-        others = {" ".join(place) for place, value in found.items() if value is not self.first.get(place)}
-        replaced = sorted(others.intersection(packed))
-        return {"started": {PROCESS: started} if shared else {}, "lost": sorted(lost), "replaced": replaced} | packed
+        return {PROCESS: {" ".join(place): repr(self.start.get(place)) for place in shared}} if shared else {}
 
     def load_state_dict(self, state):
         lost, found, known = set(state["lost"]), self.found(), dict(self.known)
@@ -116,6 +120,11 @@ class MovingAttributes:
 
 def is_unset(value):
     return value is None or value is False
+
+
+def has_state(value):
+    """Whether a value is of a kind that can be given a state, as networks and optimizers can."""
+    return hasattr(type(value), "load_state_dict")
 
 
 def own_attributes(owner):
