@@ -29,6 +29,7 @@ from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.randomness import check_seed, generators_preserved, seed_everything
 from normkit.stateful import RandomState, epoch_takers, states_in
+from normkit.stepper import Stepper
 from normkit.tables import results_table  # noqa: F401
 
 # ------------------------------------------------------------------------------------- loaders
@@ -136,7 +137,7 @@ def train(
     device, dtype, compute_dtype = place_of(model, loader, precision)
     meter = Meter()  # which on a GPU is read when the bar redraws
     undisturbed = type(loader) is Loader and optim.are_plain(loader, optimizer, scheduler)  # nobody acts in between
-    stepper = optim.Stepper(optimizer, undisturbed)
+    stepper = Stepper(optimizer, undisturbed)
     fast = fast_loss(network, criterion, compute_dtype, undisturbed)
     network.train()
 

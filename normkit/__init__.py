@@ -16,6 +16,7 @@ objects      user-defined objects and functions, and their attributes
 packing      values as what a file can keep, and back, kind and all
 attributes   what moves, while training goes on, in user-defined objects
 optim        what the loop has to know of optimizers and schedulers that are not its own
+stepper      Stepper: the steps of an optimizer, in the fastest of the ways to the same numbers
 muon         Muon, all its matrices orthogonalised together
 device       device, precision, memory format, and the self-check of norms
 placement    on Macs, whether the GPU or the CPU trains a network faster

@@ -8,7 +8,7 @@ from helpers import THREE
 import model
 from normkit.fused import FusedLoss, fuse, loss
 from normkit.fused.build import library
-from normkit.optim import Stepper
+from normkit.stepper import Stepper
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
 IMAGES, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)

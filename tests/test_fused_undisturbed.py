@@ -18,6 +18,7 @@ import utils
 from normkit import optim
 from normkit.fused import FusedLoss, loss
 from normkit.fused.build import library
+from normkit.stepper import Stepper
 
 pytestmark = pytest.mark.skipif(library().reason is not None, reason=f"no kernel: {library().reason}")
 IMAGES, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
@@ -241,8 +242,8 @@ SGDS = {  # settings of SGD, a schedule stepped after each batch, and how many o
 def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
     """To the bit, with groups of two rates and one of nothing, and parameters of none."""
     settings, schedule_of, expected = SGDS[name]
-    step_groups, at_once, results = optim.Stepper.step_groups, [], []
-    monkeypatch.setattr(optim.Stepper, "step_groups", lambda self: at_once.append(step_groups(self)) or at_once[-1])
+    step_groups, at_once, results = Stepper.step_groups, [], []
+    monkeypatch.setattr(Stepper, "step_groups", lambda self: at_once.append(step_groups(self)) or at_once[-1])
     for are_plain in (optim.are_plain, lambda *parts: False):
         monkeypatch.setattr(optim, "are_plain", are_plain)
         torch.manual_seed(0)
@@ -273,7 +274,7 @@ def test_a_scale_of_the_gradients_counts(loader):
 def test_what_a_thread_does_to_an_optimizer_is_seen_after_some_steps():
     weight = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.SGD([weight], 1.0, 0.5, fused=True)
-    stepper = optim.Stepper(optimizer, undisturbed=True)
+    stepper = Stepper(optimizer, undisturbed=True)
     weight.grad = torch.ones(2)
     stepper.step(None, None)
     optimizer.state.clear()
@@ -285,7 +286,7 @@ def test_what_a_thread_does_to_an_optimizer_is_seen_after_some_steps():
 
 def test_parameters_of_two_dtypes_in_a_group():
     parameters = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float64)]
-    stepper = optim.Stepper(torch.optim.SGD(parameters, 1.0, 0.5, fused=True), undisturbed=True)
+    stepper = Stepper(torch.optim.SGD(parameters, 1.0, 0.5, fused=True), undisturbed=True)
     for _ in range(3):
         for each in parameters:
             each.grad = torch.ones_like(each)
@@ -295,7 +296,7 @@ def test_parameters_of_two_dtypes_in_a_group():
 
 def test_parameters_that_lose_their_gradients_stay_as_they_are():
     net = model.Net("group")
-    stepper = optim.Stepper(torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True), undisturbed=True)
+    stepper = Stepper(torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True), undisturbed=True)
     for _ in range(2):
         F.cross_entropy(net(IMAGES), LABELS).backward()
         stepper.step(None, None)

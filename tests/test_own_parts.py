@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import model
 import utils
-from normkit import checks, optim
+from normkit import checks, stepper
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
@@ -34,7 +34,7 @@ class Watched(torch.optim.SGD):
 @pytest.mark.parametrize("fused", [True, False])
 def test_small_fused_optimizers_step_in_one_thread(loaders, fused):
     model, threads = linear(), torch.get_num_threads()
-    large = torch.zeros(10 * optim.SMALL, requires_grad=True)
+    large = torch.zeros(10 * stepper.SMALL, requires_grad=True)
     optimizer = Watched(model.parameters(), 0.1, fused=fused)
     try:
         torch.set_num_threads(3)
@@ -42,10 +42,10 @@ def test_small_fused_optimizers_step_in_one_thread(loaders, fused):
         assert (optimizer.threads, torch.get_num_threads()) == (1 if fused else 3, 3)
         optimizer.failing = True
         with pytest.raises(ValueError, match="as it was told"):
-            optim.Stepper(optimizer).step(None, float)
+            stepper.Stepper(optimizer).step(None, float)
         assert torch.get_num_threads() == 3
         optimizer.add_param_group({"params": [large]})
-        assert not optim.steps_alone(optimizer)
+        assert not stepper.steps_alone(optimizer)
     finally:
         torch.set_num_threads(threads)
 
