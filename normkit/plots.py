@@ -102,19 +102,6 @@ def rate_changes(history):
     return {row["epoch"]: row["lr"] for before, row in pairs if abs(row["lr"] - before["lr"]) > 0}
 
 
-def draw_means(ax, runs, setting, color):
-    """Draws mean and standard deviation over a setting, and a cross where a run diverged; returns the means.
-
-    Such a run counts as chance, one image in ten guessed right.
-    """
-    by_value = runs.fillna({"test_acc": CHANCE}).groupby(setting)["test_acc"]
-    mean, deviation = by_value.mean(), by_value.std().fillna(0)
-    ax.errorbar(mean.index, mean, deviation, color=color, marker="o", capsize=3)
-    diverged = runs.loc[runs["test_acc"].isna(), setting]
-    ax.plot(diverged, [CHANCE] * len(diverged), "x", color=color, markersize=11)
-    return mean
-
-
 class LiveCurves:
     """Curves that grow while runs train, in one output of the notebook; outside of a notebook nothing is shown.
 
@@ -386,16 +373,11 @@ def plot_batch_sizes(rows, ax=None):
 
     rows: of study.run_many. Such a run counts as chance, one image in ten guessed right.
     """
-    last = last_epochs(rows, "norm", "batch_size", "data")
-    refuse_mix(last, ["norm", "batch_size"])
-    ends, colors = {}, colors_of(last["norm"])
-    ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
-    for norm, each in last.groupby("norm", sort=False, observed=True):
-        ends[norm] = draw_means(ax, each, "batch_size", colors[norm]).tolist()
+    ax, sizes, means = draw_norms_over("batch_size", rows, ax)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(sorted(last["batch_size"].unique()), sorted(last["batch_size"].unique()))
-    label_ends(ax, ends, colors, "{:.1f} %")
-    ax.set(xlabel="batch size", ylabel="test accuracy, %", title="\n".join(about(last)))
+    ax.set_xticks(sizes, sizes)
+    label_ends(ax, means, colors_of(means), "{:.1f} %")
+    ax.set(xlabel="batch size")
     return ax
 
 
@@ -405,19 +387,38 @@ def plot_learning_rates(rows, ax=None):
 
     rows: of study.run_many with keep_diverged. Such a run counts as chance, one image in ten guessed right.
     """
-    last = last_epochs(rows, "norm", "base_lr", "data")
-    refuse_mix(last, ["norm", "base_lr"])
-    colors = colors_of(last["norm"])
-    ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
-    for norm, each in last.groupby("norm", sort=False, observed=True):
-        draw_means(ax, each, "base_lr", colors[norm])
+    ax, rates, means = draw_norms_over("base_lr", rows, ax)
     ax.set_xscale("log")
-    rates = sorted(last["base_lr"].unique())
     ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
     ax.minorticks_off()
-    legend_beside(ax, colors)
-    ax.set(xlabel="learning rate", ylabel="test accuracy, %", title="\n".join(about(last)))
+    legend_beside(ax, means)
+    ax.set(xlabel="learning rate")
     return ax
+
+
+def draw_norms_over(setting, rows, ax):
+    """Draws each norm's means over a setting; returns the axes, the setting's values, and the means by norm."""
+    last = last_epochs(rows, "norm", setting, "data")
+    refuse_mix(last, ["norm", setting])
+    colors = colors_of(last["norm"])
+    ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
+    runs = last.groupby("norm", sort=False, observed=True)
+    means = {norm: draw_means(ax, each, setting, colors[norm]).tolist() for norm, each in runs}
+    ax.set(ylabel="test accuracy, %", title="\n".join(about(last)))
+    return ax, sorted(last[setting].unique()), means
+
+
+def draw_means(ax, runs, setting, color):
+    """Draws mean and standard deviation over a setting, and a cross where a run diverged; returns the means.
+
+    Such a run counts as chance, one image in ten guessed right.
+    """
+    by_value = runs.fillna({"test_acc": CHANCE}).groupby(setting)["test_acc"]
+    mean, deviation = by_value.mean(), by_value.std().fillna(0)
+    ax.errorbar(mean.index, mean, deviation, color=color, marker="o", capsize=3)
+    diverged = runs.loc[runs["test_acc"].isna(), setting]
+    ax.plot(diverged, [CHANCE] * len(diverged), "x", color=color, markersize=11)
+    return mean
 
 
 @styled
