@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from normkit.checksum import ADDRESS, crc32_of
-from normkit.objects import attributes_of, closed_over, globals_in, is_library, is_user_code
+from normkit.objects import attributes_of, closed_over, codes_in, globals_in, is_library, is_user_code
 
 STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "configparser", "functools", "types"}
 PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
@@ -116,8 +116,9 @@ def text_of(value, told):
 
 def named_in(function):
     """Returns the globals that a function names, and what it names of modules that are the user's, by name."""
-    names, around = names_in(function.__code__), function.__globals__
-    found = {name: around[name] for name in names if name in around and name in globals_in(function.__code__)}
+    code, around = function.__code__, function.__globals__
+    names = dict.fromkeys(name for part in codes_in(code) for name in part.co_names)  # of attributes, too
+    found = {name: around[name] for name in names if name in around and name in globals_in(code)}
     waiting, seen = [*found.values(), *closed_over(function).values()], set()
     for module in waiting:  # and those that are named of one
         if isinstance(module, types.ModuleType) and not is_library(module.__name__) and module.__name__ not in seen:
@@ -126,12 +127,6 @@ def named_in(function):
             found |= named
             waiting += named.values()
     return found
-
-
-def names_in(code):
-    """Returns the names that a function's code, and the functions within it, look up, attributes among them."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
 
 
 def is_from_library(value):

@@ -79,9 +79,16 @@ def cells_of(function):
 @functools.cache
 def globals_in(code):
     """Returns the names of globals in a function's code, and in that of the functions within it."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const)]
-    own = [each.argval for each in dis.get_instructions(code) if each.opname in OF_GLOBALS and each.argval[:2] != "__"]
-    return list(dict.fromkeys([*own, *inner]))
+    found = [each for part in codes_in(code) for each in dis.get_instructions(part) if each.opname in OF_GLOBALS]
+    return list(dict.fromkeys(each.argval for each in found if each.argval[:2] != "__"))
+
+
+def codes_in(code):
+    """Yields a function's code, and that of the functions within it."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from codes_in(const)
 
 
 def put(owner, name, value):
