@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-import model as networks  # of which a notebook may have loaded another since
+import model as networks  # a notebook may have loaded another since
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
 from normkit.backend import BACKENDS, choose_backend, evaluating, fast_loss, plain_model
@@ -43,7 +43,7 @@ class Loader:
     every network sees the same batches. A pass that got to its last batch moves on to the next epoch.
     """
 
-    generator = None  # as of a DataLoader without one
+    generator = None  # as a DataLoader without one has
 
     def __init__(
         self, images, labels, batch_size=64, shuffle=False, augment=False, device=None, seed=0, drop_last=False
@@ -91,7 +91,7 @@ class Loader:
             self.epoch += left == 0 and self.epoch == epoch
 
     def set_epoch(self, epoch):
-        """Chooses the epoch, counted from 0, whose order and augmentation the next pass has; as of samplers."""
+        """Chooses the epoch, counted from 0, whose order and augmentation the next pass has, as samplers' does."""
         self.epoch = epoch
 
 

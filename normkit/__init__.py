@@ -8,12 +8,12 @@ files        files of tensors and plain values, written atomically
 checks       the errors for bad input, in training and elsewhere
 checksum     checksums of arrays
 checkpoint   Checkpoint: all that a run needs to go on as if it had never stopped
-identity     what makes a run that one, as text
+identity     what tells a run from another one, as text
 code         marks of code, and of objects by what they are made of
 randomness   seeds, the global generators, and the states of generators of any kind
-stateful     what has a state in loaders and callbacks, found and kept
+stateful     finds and keeps what has a state in loaders and callbacks
 objects      user-defined objects and functions, and their attributes
-packing      values as what a file can keep, and back, kind and all
+packing      packs values into what a file can keep, and unpacks them, kind and all
 attributes   what moves, while training goes on, in user-defined objects
 optim        what the loop has to know of optimizers and schedulers that are not its own
 stepper      Stepper: the steps of an optimizer, in the fastest of the ways to the same numbers
@@ -34,7 +34,7 @@ tables       tables of one run and of many
 style        colours and style of all pictures
 text         the text in pictures, made to fit
 figure       Picture, the figure that pictures are drawn in
-predictions  the logits that pictures are given, checked
+predictions  checks of the logits that pictures are given
 copies       copies of networks to look at, out of their wrappers
 plots        curves, samples, mistakes, confusions, pictures of studies
 anatomy      pictures and tables of what norms and networks do

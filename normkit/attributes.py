@@ -23,7 +23,7 @@ COMMON = {
 PROCESS = secrets.token_hex(8)  # tells this process
 ARRAYS = (torch.Tensor, np.ndarray)
 SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
-LEARNING = "requires_grad"  # of a module: of each parameter of its own
+LEARNING = "requires_grad"  # as an attribute of a module: that of each of its own parameters
 OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
 
 
@@ -139,7 +139,7 @@ def own_attributes(owner):
 
 
 def learning_in(owner):
-    """Returns which of the parameters that a module itself has learn, as if that were an attribute."""
+    """Returns which of a module's own parameters are trained, as if that were an attribute."""
     own = owner._parameters if isinstance(owner, torch.nn.Module) else {}
     learning = {name: each.requires_grad for name, each in own.items() if each is not None}
     return {LEARNING: learning} if learning else {}
@@ -159,7 +159,7 @@ def holds_arrays(value):
 
 
 def fingerprint(value):
-    """Returns what tells a value from what it was or will be, without a copy of it."""
+    """Returns a mark that changes with a value, and takes no copy of it."""
     if isinstance(value, CONTAINERS):
         leaves = list(leaves_of(value))
         mark = mark_of_one if sum(map(size_of, leaves)) <= MAX_BYTES else mark_of_leaf

@@ -79,7 +79,7 @@ class Checkpoint:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
     def finish_epoch(self, history, on_epoch):
-        """Writes the state after an epoch, calls on_epoch, if it is any, and takes note of what that has moved."""
+        """Writes the state after an epoch, calls on_epoch, if there is one, and notes what that has moved."""
         self.save(history)
         if on_epoch is not None:
             on_epoch(history)
@@ -125,7 +125,7 @@ class Checkpoint:
         return [], None
 
     def call_again(self, on_epoch, history):
-        """Calls on_epoch, if it is any, with the epochs restored; returns what is unlike before and after, as texts."""
+        """Calls on_epoch, if there is one, with the restored epochs; returns what is unlike before and after."""
         before = self.unlike()
         if history and on_epoch is not None:
             on_epoch(history)

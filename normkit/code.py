@@ -32,7 +32,7 @@ def mark_of(value, known=None):
 
 @functools.cache
 def mark_of_source(source, table, entries):
-    """Returns a checksum of a module's code, of the dict called table only these entries; any Python gives the same."""
+    """Returns a checksum of a module's code, the same in any Python; of the dict called table, of these entries."""
     texts = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets) == table and isinstance(node.value, ast.Dict):
@@ -73,7 +73,7 @@ def tokens_of(code):
 def text_of(value, told):
     """Yields what a value is made of, and not where it was written: code, the values it refers to, attributes.
 
-    told: what stands for those that need not be told, or not again, by id.
+    told: by id, what to yield in place of values that are known or were told before; these are added.
     """
     if id(value) in told:
         yield told[id(value)]
@@ -135,7 +135,7 @@ def is_from_library(value):
 
 
 def code_of(functions):
-    """Returns a mark of the code of functions alone, whatever that refers to; model.py has one for all of it."""
+    """Returns a mark of functions' code, whatever it refers to; those of model.py share a mark of the whole file."""
     texts = []
     for function in functions:
         try:
@@ -149,7 +149,7 @@ def code_of(functions):
 
 
 def functions_of(kind):
-    """Returns the functions that a class and its bases consist of, but for a library's."""
+    """Returns the functions of a class and its bases, except those of a library."""
     owners = [each for each in kind.__mro__ if not is_from_library(each)]
     values = [value for owner in owners for _, value in sorted(vars(owner).items()) if hasattr(type(value), "__get__")]
     found = [each for value in values for each in (value, *parts_of(value))]
@@ -162,7 +162,7 @@ def parts_of(member):
 
 
 def used_by(functions):
-    """Returns what functions have from around them, as defaults and by name, by where that is."""
+    """Returns what functions use beside their arguments: variables around them, globals and defaults, by name."""
     found = {}
     for function in functions:
         found |= closed_over(function) | named_in(function)

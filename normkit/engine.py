@@ -19,7 +19,7 @@ def compute(function, tasks, data, processes=1):
     """Yields (key, result, error) of each task as it ends: the result of function(data, *arguments), or the error.
 
     tasks: a dict from a key to arguments. processes: as many of this machine, unless joblib.parallel_config names
-    another engine. data goes to each worker once, and not with each task; but for Ray's, which knows no other way.
+    another engine. data goes to each worker once, rather than with each task, which is all that Ray can do.
     A task whose process dies may take others with it. All that is lost is tried again in two halves, and so on, so
     that a task that kills its process is in the end alone: it alone has an error.
     """

@@ -30,7 +30,7 @@ RECORDED = weakref.WeakSet()  # the networks that may have some
 class Graphed(nn.Module):
     """Calls the model, or what it was compiled to, and keeps the graphs of its training steps, for GraphedLoss.
 
-    reason: why there can be no graph, in words, or None. kernels_reason: why Triton kernels are not what they are of.
+    reason: why there can be no graph, in words, or None. kernels_reason: why they are not of Triton kernels.
     """
 
     def __init__(self, model):
@@ -292,7 +292,7 @@ def unchanged(network, device):
 
 
 def replace_generator(device, state):
-    """Gives the device a new random generator: one that a recording has failed with believes to be recorded still.
+    """Gives the device a new random generator: after a failed recording, the old one takes itself for recorded still.
 
     Graphs draw from the generator that they were recorded with, so all are to be recorded anew.
     """

@@ -1,4 +1,4 @@
-"""What makes a run that run, as text: settings, code and data, told apart from those of another one."""
+"""What tells a run from another one, as text: its settings, code and data."""
 
 import collections
 import enum
@@ -83,7 +83,7 @@ def parameter_lines(model, optimizer):
 
 
 def lines_of(parts, seen):
-    """Yields (where, text) for all that makes parts, by name, what they are: code, settings, arrays, files.
+    """Yields (where, text) for all that parts, given by name, are made of: code, settings, arrays, files.
 
     What cannot be told, or is another in each process, is left out. seen: objects by id, so that each is told once.
     """
@@ -195,7 +195,7 @@ def is_word(value):
 
 
 def text_of_name(value, read=True):
-    """Returns a text for a text: of a file's name what is in the file, wherever it is; of a folder's that it is one."""
+    """Returns what tells a text: of a file's name what is in the file, wherever it is; of a folder's that it is one."""
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes, CRC-32 {zlib.crc32(value):08x}"
     if is_word(value):

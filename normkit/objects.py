@@ -11,7 +11,7 @@ LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 
 
 def is_foreign(owner):
-    """Whether an object is of no class of Python's, torch's, NumPy's or the kit's; whether a function is user code."""
+    """Whether an object's class is none of Python's, torch's, NumPy's or the kit's; whether a function is user code."""
     if isinstance(owner, types.FunctionType | type):
         return is_user_code(owner)
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
@@ -92,7 +92,7 @@ def codes_in(code):
 
 
 def put(owner, name, value):
-    """Sets what attributes_of has under a name, of a frozen dataclass too."""
+    """Sets what attributes_of gives under a name, in a frozen dataclass too."""
     if isinstance(owner, types.FunctionType) and name in (cells := cells_of(owner)):
         cells[name].cell_contents = value
     elif isinstance(owner, types.FunctionType) and name in globals_in(owner.__code__):

@@ -1,4 +1,4 @@
-"""Values as what a file can keep, and back: of the same kind, also where nothing of it stands when they are read."""
+"""Packs values into what a file can keep, and unpacks them: of the same kind, even where nothing is in their place."""
 
 import collections
 import copy
@@ -34,10 +34,10 @@ def leaves_of(value, depth=8):
 
 
 def pack(value, names, depth=8, own=True):
-    """Returns a copy of a value of which a file can be made; raises TypeError where none can.
+    """Returns a copy of a value that a file can keep; raises TypeError where there can be none.
 
-    A tuple tells a kind, then what it is made of. names: by id, of objects that are there when it is read.
-    own: whether it may be of a user-defined class, as what stands in its place then has to be.
+    A tuple tells a kind, then what it is made of. names: by id, of objects that will be there when it is unpacked.
+    own: whether it may be of a user-defined class; what is in its place then has to be of the same.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
@@ -91,9 +91,9 @@ def pack_array(value):
 
 
 def unpack(packed, now, known):
-    """Returns what was packed; raises LookupError where that takes what does not stand in its place now.
+    """Returns what was packed; raises LookupError where that takes more than what is there now.
 
-    known: objects by name.
+    now: what is in its place. known: objects by name.
     """
     if type(packed) is not tuple:
         return packed
@@ -142,7 +142,7 @@ def filled(container, content):
 
 
 def put_into(now, value):
-    """Returns what stands in a value's place, changed to it where it can be; else the value."""
+    """Changes what is in a value's place now to the value, and returns it; where it cannot, returns the value."""
     if type(now) is type(value):
         if isinstance(now, MUTABLE) and now is not value:
             return filled(now, value)

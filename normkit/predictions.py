@@ -1,4 +1,4 @@
-"""What the pictures of predictions are given, checked: logits of one network, or of several by name."""
+"""Checks of what pictures of predictions are given: logits of one network, or of several by name."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What has a state in a user's training, found in loaders and callbacks and in all that these hold or name."""
+"""Finds and keeps what has a state in a user's training: in loaders, callbacks, and all that these hold or name."""
 
 import argparse
 import collections
@@ -79,7 +79,7 @@ MAX_OBJECTS = 10_000  # that are looked at, in a fifth of a second
 def objects_of(is_closed=lambda owner: False, **roots):
     """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders.
 
-    is_closed: tells of an object whether what it holds is passed over.
+    is_closed(owner): whether what an object holds is passed over.
     """
     waiting, seen = collections.deque(roots.items()), set()
     while waiting and len(seen) < MAX_OBJECTS:
@@ -136,7 +136,7 @@ def function_of(member):
 
 
 def named_in(function):
-    """Yields (step, object) for generators that a function names; for user code, also what is that or has a state."""
+    """Yields (step, object) for generators that a function names; in user code, also for what is it or has a state."""
     names, own = function.__globals__, is_foreign(function)
     for name in globals_in(function.__code__):
         value = names.get(name)

@@ -14,9 +14,9 @@ from normkit.fused.layers import layers_of
 class Inspection:
     """The conditions on a network, gone through once; is_current() tells in half the time whether they hold.
 
-    reason: why no kernel or graph can stand in for the network on that kind of device, or None. Only then are there the
-    modules, the layers, their parameters, the number of classes, and frozen: whether a batch norm is in evaluation
-    mode.
+    reason: why no kernel or graph can stand in for the network on that kind of device, or None. The other attributes
+    are there only if it is None: modules, layers, their parameters, the number of classes, and frozen: whether a batch
+    norm is in evaluation mode.
     """
 
     def __init__(self, net, device_type="cpu"):

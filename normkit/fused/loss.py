@@ -26,7 +26,7 @@ class FusedLoss:
 
     Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
     somebody watches it, forward returns None for the loss and has done nothing.
-    undisturbed: between two batches runs no code but PyTorch's and the kit's. Then what was found out about one batch
+    undisturbed: between two batches no code runs but PyTorch's and the kit's. Then what was found out about one batch
     holds for the next ones, too, and results are written to the memory of the batch before the last: two fifths of a
     step of 2 images, a tenth of one of 64.
     """
@@ -41,7 +41,7 @@ class FusedLoss:
     def forward(self, images, labels):
         """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
 
-        In memory that the batch after the next writes to again, if undisturbed.
+        If undisturbed, they lie in memory that the batch after the next writes to again.
         """
         inspection = self.inspect(images, labels)
         if inspection is None:
