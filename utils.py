@@ -136,7 +136,7 @@ def train(
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
     meter = Meter()  # which on a GPU is read when the bar redraws
-    undisturbed = type(loader) is Loader and optim.are_plain(loader, optimizer, scheduler)  # nobody acts in between
+    undisturbed = type(loader) is Loader and optim.run_no_user_code(loader, optimizer, scheduler)
     stepper = Stepper(optimizer, undisturbed)
     fast = fast_loss(network, criterion, compute_dtype, undisturbed)
     network.train()

@@ -130,13 +130,14 @@ class GraphedLoss:
         if inspection.reason is not None or next(itertools.chain(of_code(), of_call()), None) is not None:
             return None
         parameters = inspection.parameters
-        if not are_plain(images, labels, parameters[0].device) or not is_plain_step(self.criterion, images, parameters):
+        fits = fits_graph(images, labels, parameters[0].device)
+        if not fits or not is_plain_step(self.criterion, images, parameters):
             return None
         if labels.is_cpu or not self.labels_checked:  # on a GPU in the first batch alone, as one has to wait for it
             if not are_classes(labels, inspection.classes):
                 return None
             self.labels_checked = True
-        graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, settings())
+        graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, backend_settings())
         seen, graph = key in graphs, graphs.pop(key, None)
         if graph is not None and not graph.is_current():
             if graph.launches < 2:
@@ -307,7 +308,7 @@ def addresses_of(tensors):
     return [(each.data_ptr(), each.requires_grad) for each in tensors if each is not None]
 
 
-def are_plain(images, labels, device):
+def fits_graph(images, labels, device):
     """Whether a batch is what a graph takes: float32 images on the device, int64 (N,) labels there or on the CPU."""
     return (
         type(images) is torch.Tensor
@@ -318,8 +319,8 @@ def are_plain(images, labels, device):
     )
 
 
-def settings():
-    """Returns what else decides how PyTorch computes a step."""
+def backend_settings():
+    """Returns what decides how PyTorch computes a step, beside the batch."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return (
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision),

@@ -129,7 +129,7 @@ def step_hooks(optimizer):
     return [hook for each in hooks for hook in each.values()]
 
 
-def are_plain(loader, optimizer, scheduler=None):
+def run_no_user_code(loader, optimizer, scheduler=None):
     """Whether loading a batch and stepping both runs no code but PyTorch's and the kit's.
 
     That is, none has a class, a method or a function of a user's, nor the optimizer a hook. loader: one of the kit's.
@@ -138,29 +138,29 @@ def are_plain(loader, optimizer, scheduler=None):
     return (
         not hooks
         and type(optimizer).__module__.startswith(("torch.optim.", "normkit."))  # others may wrap one of the user's
-        and all(map(is_plain_function, filter(callable, vars(optimizer).values())))
+        and all(map(is_known_function, filter(callable, vars(optimizer).values())))
         and (scheduler is None or is_torch_scheduler(scheduler))
-        and all(map(is_plain_class, map(type, (loader, optimizer, scheduler))))
+        and all(map(has_known_methods, map(type, (loader, optimizer, scheduler))))
     )
 
 
 # Muon stands on pytorch_optimizer; typing_extensions wraps what is deprecated, as one of Optimizer's methods is.
-PLAIN = {"torch", "normkit", "utils", "pytorch_optimizer", "typing_extensions", *sys.stdlib_module_names}
+KNOWN_PACKAGES = {"torch", "normkit", "utils", "pytorch_optimizer", "typing_extensions", *sys.stdlib_module_names}
 
 
-def is_plain_class(kind):
+def has_known_methods(kind):
     """Whether nobody has replaced a method of a class of PyTorch's or the kit's, by a function or a mock."""
     attributes = [each for base in kind.__mro__ for each in vars(base).values() if callable(each)]
     others = "abc", "builtins", "collections.abc", "_collections_abc", "typing"  # classes, slots, annotations
     functions = [each for each in attributes if type(each) is FunctionType or type(each).__module__ not in others]
-    return all(map(is_plain_function, functions))
+    return all(map(is_known_function, functions))
 
 
-def is_plain_function(function):
+def is_known_function(function):
     """Whether a function and those that it wraps, as torch's schedulers wrap step, are PyTorch's or the kit's."""
     while function is not None:
         module = getattr(function, "__globals__", {}).get("__name__", "")  # as wraps() gives away __module__
-        if module.partition(".")[0] not in PLAIN:
+        if module.partition(".")[0] not in KNOWN_PACKAGES:
             return False
         function = getattr(function, "__wrapped__", None)
     return True

@@ -14,7 +14,7 @@ MAX_BYTES = 2**24  # of a value that a checkpoint keeps: a data set's images are
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 MUTABLE = (list, dict, set, collections.deque)
 GENERATOR_NAMES = dict(zip(("torch", "numpy", "numpy's legacy", "python"), GENERATORS))
-PLAIN = {kind.__name__: kind for kind in (*CONTAINERS, collections.OrderedDict, collections.Counter)}
+KINDS = {kind.__name__: kind for kind in (*CONTAINERS, collections.OrderedDict, collections.Counter)}
 
 
 def size_of(value):
@@ -55,8 +55,8 @@ def pack(value, names, depth=8, own=True):
         return pack_array(value)
     if kind is range:
         return "range", value.start, value.stop, value.step
-    if PLAIN.get(kind.__name__) is kind:
-        inner = [[pack(each, names, depth - 1, False) for each in part] for part in parts_of(value)]
+    if KINDS.get(kind.__name__) is kind:
+        inner = [[pack(each, names, depth - 1, False) for each in part] for part in lists_in(value)]
         return (kind.__name__, *inner, *([value.maxlen] if kind is collections.deque else []))
     if not own or not is_foreign(value):
         raise TypeError(f"a {kind.__name__} cannot be kept")
@@ -73,7 +73,7 @@ def pack(value, names, depth=8, own=True):
     }  # fmt: skip
 
 
-def parts_of(container):
+def lists_in(container):
     """Returns lists of what a container holds: of a dict the keys and the values."""
     return [list(container), list(container.values())] if isinstance(container, dict) else [list(container)]
 
@@ -111,12 +111,12 @@ def unpack(packed, now, known):
         return parts[0].to(device) if torch.get_device_module(device).is_available() else parts[0]
     if kind in GENERATOR_NAMES:
         return new_generator(GENERATOR_NAMES[kind], *parts)
-    if kind not in PLAIN:
+    if kind not in KINDS:
         raise LookupError(f"a value of kind {kind!r} cannot be made")
     items = [[unpack(each, None, known) for each in part] for part in parts if isinstance(part, list)]
     if kind == "deque":
         return collections.deque(*items, parts[1])
-    return PLAIN[kind](dict(zip(*items)) if len(items) == 2 else items[0])
+    return KINDS[kind](dict(zip(*items)) if len(items) == 2 else items[0])
 
 
 def unpack_own(name, content, now, known):

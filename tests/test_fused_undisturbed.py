@@ -48,10 +48,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("build", OPTIMIZERS)
 def test_optimizers_and_schedules_of_torch_and_the_kit_are_plain(build, loader):
     optimizer = OPTIMIZERS[build](model.Net())
-    assert optim.are_plain(loader, optimizer)
+    assert optim.run_no_user_code(loader, optimizer)
     for schedule in (lr_scheduler.StepLR(optimizer, 1), lr_scheduler.CosineAnnealingLR(optimizer, 3)):
-        assert optim.are_plain(loader, optimizer, schedule)
-    assert not optim.are_plain(loader, optimizer, lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch))
+        assert optim.run_no_user_code(loader, optimizer, schedule)
+    assert not optim.run_no_user_code(loader, optimizer, lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch))
 
 
 class OwnLoader(utils.Loader):
@@ -244,8 +244,8 @@ def test_steps_of_sgd_are_those_of_its_step(name, loader, monkeypatch):
     settings, schedule_of, expected = SGDS[name]
     step_groups, at_once, results = Stepper.step_groups, [], []
     monkeypatch.setattr(Stepper, "step_groups", lambda self: at_once.append(step_groups(self)) or at_once[-1])
-    for are_plain in (optim.are_plain, lambda *parts: False):
-        monkeypatch.setattr(optim, "are_plain", are_plain)
+    for run_no_user_code in (optim.run_no_user_code, lambda *parts: False):
+        monkeypatch.setattr(optim, "run_no_user_code", run_no_user_code)
         torch.manual_seed(0)
         net = model.Net("batch")
         net.C3.requires_grad_(False)
@@ -314,8 +314,8 @@ def test_parameters_that_lose_their_gradients_stay_as_they_are():
 def test_what_a_hook_of_the_network_does_to_the_optimizer_is_seen(change, loader, monkeypatch):
     """With a hook a network runs as its modules, between which and the step there is somebody."""
     results = []
-    for are_plain in (optim.are_plain, lambda *parts: False):
-        monkeypatch.setattr(optim, "are_plain", are_plain)
+    for run_no_user_code in (optim.run_no_user_code, lambda *parts: False):
+        monkeypatch.setattr(optim, "run_no_user_code", run_no_user_code)
         torch.manual_seed(0)
         net, calls = model.Net("group"), []
         last = list(net.C10.parameters())
@@ -345,8 +345,8 @@ def test_a_profile_shows_each_step(loader):
 
 def test_gradients_that_no_optimizer_lets_go_of_add_up(loader, monkeypatch):
     gradients = []
-    for are_plain in (optim.are_plain, lambda *parts: False):
-        monkeypatch.setattr(optim, "are_plain", are_plain)
+    for run_no_user_code in (optim.run_no_user_code, lambda *parts: False):
+        monkeypatch.setattr(optim, "run_no_user_code", run_no_user_code)
         torch.manual_seed(0)
         net = model.Net("group")
         loader.set_epoch(0)

@@ -26,9 +26,9 @@ ASKING, BUILDING = 30, 300  # seconds a compiler is waited for; they take one, a
 
 # The library brings no OpenMP runtime of its own, it binds to PyTorch's (see csrc/parallel.h): so no -fopenmp, and
 # names are left open when it is linked. Optimised for this machine's processor, which the cache's key covers.
-# Whatever CXX has of its own: neither other results for NaN, nor a library that only an instrumented Python can load.
-PLAIN = ["-O3", "-fno-fast-math", "-fno-sanitize=all"]
-COMPILE = ["-std=c++17", *PLAIN, "-fno-math-errno", "-fPIC"]
+# Whatever CXX has of its own: no other results for NaN, and no library that only an instrumented Python can load.
+OVERRIDES = ["-O3", "-fno-fast-math", "-fno-sanitize=all"]
+COMPILE = ["-std=c++17", *OVERRIDES, "-fno-math-errno", "-fPIC"]
 LINK = {"Linux": ["-shared"], "Darwin": ["-dynamiclib", "-undefined", "dynamic_lookup"]}
 TARGET = {
     ("Linux", "x86_64"): ["-march=native"],
@@ -155,7 +155,7 @@ def compile_into(command, folder):
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_for, ACTIVATIONS, compiled))
-    run_compiler([*compiler_words(), *PLAIN, *LINK[platform.system()], *compiled, "-o", str(linked)])
+    run_compiler([*compiler_words(), *OVERRIDES, *LINK[platform.system()], *compiled, "-o", str(linked)])
     return linked
 
 
