@@ -106,7 +106,8 @@ class GraphedLoss:
 
         They lie on the network's device, and the next step overwrites them.
         """
-        self.graph = self.find_graph(images, labels)
+        inspection = self.inspect(images, labels)
+        self.graph = None if inspection is None else self.find_graph(inspection, images, labels)
         return (None, None) if self.graph is None else self.graph.launch(images, labels)
 
     @torch.no_grad()
@@ -121,8 +122,8 @@ class GraphedLoss:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return True
 
-    def find_graph(self, images, labels):
-        """Returns the StepGraph of such a batch, or None where PyTorch has to compute it step by step."""
+    def inspect(self, images, labels):
+        """Returns the network's Inspection, or None where PyTorch has to compute the batch step by step."""
         network = self.network
         if network.reason is not None or self.nodes_kept:
             return None
@@ -137,6 +138,11 @@ class GraphedLoss:
             if not are_classes(labels, inspection.classes):
                 return None
             self.labels_checked = True
+        return inspection
+
+    def find_graph(self, inspection, images, labels):
+        """Returns the StepGraph of such a batch, or None where there is none yet, or can be none."""
+        network = self.network
         graphs, key = network.graphs, (images.shape, images.stride(), self.dtype, backend_settings())
         seen, graph = key in graphs, graphs.pop(key, None)
         if graph is not None and not graph.is_current():
