@@ -94,8 +94,9 @@ def lines_of(parts, seen):
             continue
         if not isinstance(value, (*NUMBERS, str)):
             seen[id(value)] = value  # which keeps it there, and so its id
+        with_tensors = where.startswith("criterion")  # weights of classes, say, and no result of the training
         try:
-            text, inner = describe_value(value, where.startswith("criterion"), seen)
+            text, inner = describe_value(value, with_tensors, seen)
         except Exception:  # whatever user-defined properties, texts and lengths raise
             continue
         if text is not None:
@@ -103,8 +104,8 @@ def lines_of(parts, seen):
         waiting.extend((where + step, each) for step, each in inner.items())
 
 
-def describe_value(value, whole, seen):
-    """Returns the text that tells a value, or None, and what it holds, by step. whole: with a module's tensors."""
+def describe_value(value, with_tensors, seen):
+    """Returns the text that tells a value, or None, and what it holds, by step. with_tensors: a module's, too."""
     kind, root = type(value), type(value).__module__.partition(".")[0]
     if isinstance(value, types.ModuleType | torch.device):
         return None, {}
@@ -116,7 +117,7 @@ def describe_value(value, whole, seen):
         return text_of_name(value), {}
     if isinstance(value, torch.Tensor | np.ndarray) or root in ("pandas", "PIL"):
         is_trained = isinstance(value, torch.nn.Parameter) or getattr(value, "requires_grad", False)
-        return None if is_trained and not whole else text_of_array(value), {}
+        return None if is_trained and not with_tensors else text_of_array(value), {}
     if isinstance(value, CONTAINERS):
         return describe_container(value, seen)
     if isinstance(value, functools.partial):
@@ -131,12 +132,12 @@ def describe_value(value, whole, seen):
         return describe_class(value, functions_of(value))
     if not is_from_library(kind):
         text, inner = describe_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])
-        return text, inner | attributes_in(value, whole)
+        return text, inner | attributes_in(value, with_tensors)
     if root in CLOSED and not f"{kind.__module__}.".startswith(OPEN):
         is_value = not repr(value).startswith("<") and not hasattr(kind, "__next__")  # where an iterator is moves
         wrapped = getattr(value, "__wrapped__", None)  # of a function with a cache
         return short(repr(value)) if is_value else kind.__name__, {} if wrapped is None else {"": wrapped}
-    return kind.__name__, {step: each for step, each in attributes_in(value, whole).items() if step[1] != "_"}
+    return kind.__name__, {step: each for step, each in attributes_in(value, with_tensors).items() if step[1] != "_"}
 
 
 def describe_class(kind, functions):
@@ -147,11 +148,11 @@ def describe_class(kind, functions):
     return f"{kind.__name__}, code {code_of(functions_of(kind))}", settings | used_by(functions)
 
 
-def attributes_in(owner, whole):
-    """Returns the attributes of an object by step, with the modules in a module; whole: its tensors, too."""
+def attributes_in(owner, with_tensors):
+    """Returns the attributes of an object by step, with the modules in a module; with_tensors: its tensors, too."""
     found = own_attributes(owner)
     if isinstance(owner, torch.nn.Module):
-        found |= owner._modules | (owner._buffers | owner._parameters if whole else {})
+        found |= owner._modules | (owner._buffers | owner._parameters if with_tensors else {})
     how = HOW if is_from_library(type(owner)) or isinstance(owner, torch.utils.data.DataLoader) else ()
     return {f".{name}": each for name, each in found.items() if name not in how}
 
