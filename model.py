@@ -48,7 +48,10 @@ class Net(nn.Module):
         dropout, skip, head_gain = as_float(dropout), bool(skip), as_float(head_gain)
 
         def block(in_channels, out_channels):
-            return ConvBlock(in_channels, out_channels, NORMS[norm](out_channels, num_groups), dropout)
+            layer = NORMS[norm](out_channels, num_groups)
+            if getattr(layer, "eps", None) is num_groups:  # of nn.BatchNorm2d itself, say, in place of a lambda
+                raise ValueError(f"NORMS[{norm!r}] takes num_groups for its eps: give a lambda channels, num_groups")
+            return ConvBlock(in_channels, out_channels, layer, dropout)
 
         self.norm = norm
         self.skip, self.head_gain = skip, head_gain

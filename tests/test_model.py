@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 import model
 from normkit.anatomy import summarize
 from normkit.fused import fuse
+from normkit.norms import RMSNorm
 
 NORM_LAYERS = {"batch": "BatchNorm2d", "group": "GroupNorm", "layer": "GroupNorm"}
 
@@ -194,6 +197,14 @@ def test_other_shapes_are_refused(shape):
 def test_unknown_norm(name):
     with pytest.raises(ValueError, match="batch, group, layer"):
         model.Net(name)
+
+
+@pytest.mark.parametrize("builder", [nn.InstanceNorm2d, partial(nn.BatchNorm2d, momentum=0.01), RMSNorm])
+@pytest.mark.parametrize("num_groups", [1, 4, "channels"])
+def test_a_class_in_place_of_a_builder_does_not_take_the_groups_for_its_epsilon(builder, num_groups, monkeypatch):
+    monkeypatch.setitem(model.NORMS, "mine", builder)
+    with pytest.raises(ValueError, match="NORMS\\['mine'\\] takes num_groups for its eps"):
+        model.Net("mine", num_groups)
 
 
 def test_a_seed_gives_the_same_weights_with_any_number_of_threads():
