@@ -207,6 +207,17 @@ def test_a_class_in_place_of_a_builder_does_not_take_the_groups_for_its_epsilon(
         model.Net("mine", num_groups)
 
 
+def test_a_norm_begins_as_it_was_built(monkeypatch):
+    class Gated(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.gate = nn.Conv2d(channels, channels, 1)
+            nn.init.zeros_(self.gate.weight)
+
+    monkeypatch.setitem(model.NORMS, "gated", lambda channels, num_groups: Gated(channels))
+    assert model.Net("gated").C1.norm.gate.weight.count_nonzero() == 0
+
+
 def test_a_seed_gives_the_same_weights_with_any_number_of_threads():
     states = []
     for threads in (1, 2):
