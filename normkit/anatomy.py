@@ -145,7 +145,7 @@ def norm_table(layers, x):
                 "largest |mean|": f"{means.abs().max():.0e}",
                 "variance": f"{variances.min():.3f} to {variances.max():.3f}",
                 "statistics": f"{statistics} a batch" if across_images else f"{statistics // len(x)} an image",
-                "trainable parameters": sum(p.numel() for p in layer.parameters()),
+                "trainable parameters": sum(p.numel() for p in layer.parameters() if p.requires_grad),
                 "running statistics": sum(b.numel() for b in layer.buffers() if b.dim()),
             }
         )

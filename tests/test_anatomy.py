@@ -84,6 +84,14 @@ def test_norm_table_counts_sets_statistics_and_trained_numbers(layers):
     assert layers["batch"].running_mean.eq(0).all() and all(layers[n].weight.equal(w) for n, w in weight.items())
 
 
+def test_norm_table_counts_no_frozen_parameter_as_trainable():
+    frozen = torch.nn.BatchNorm2d(8).requires_grad_(False)
+    half = torch.nn.BatchNorm2d(8)
+    half.bias.requires_grad_(False)
+    table = anatomy.norm_table({"frozen": frozen, "half": half}, torch.randn(2, 8, 2, 2))
+    assert [*table["trainable parameters"]] == [0, 8]
+
+
 def test_norm_table_finds_out_a_norm_that_does_not_normalise():
     class Halved(torch.nn.GroupNorm):
         def forward(self, x):
