@@ -277,6 +277,17 @@ def test_activations_before_and_after_each_norm(results, data):
         assert all(result.model.state_dict()[k].equal(v) for k, v in before[result.norm].items())
 
 
+@pytest.mark.parametrize("size", [28, 32, 44])
+def test_activations_are_those_of_all_rows_and_columns(size):
+    net = model.Net("layer")
+    net.C1.conv = torch.nn.Identity()
+    net.C1.norm = torch.nn.Identity()
+    net.C2.conv = torch.nn.Conv2d(3, 16, 3, padding=1)
+    images = torch.linspace(0, 1, size).expand(50, 3, size, size)  # darkest at the left
+    before, after = anatomy.norm_quantiles(net, images)["C1"]
+    assert before == after == pytest.approx([0.01, 0.25, 0.5, 0.75, 0.99], abs=0.03)
+
+
 def test_running_statistics_settle_and_tiny_batches_scatter(results, data):
     loaders = [utils.get_loaders(data, size, device="cpu")[0] for size in (2, 32)]
     mean = results[0].model.C1.norm.running_mean.clone()
