@@ -1,5 +1,7 @@
 """Pictures and tables of what norms and networks do."""
 
+import contextlib
+import io
 import itertools
 import math
 from functools import partial
@@ -339,6 +341,14 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
 
 
 def summarize(model, input_size=(3, 32, 32)):
-    """Prints torchsummary's table of a copy of the model, in float32, so that looking leaves model and seeds alone."""
-    with torch.random.fork_rng(), torch.no_grad(), torch.device("cpu"):
-        summary(copy_of(model).eval(), input_size, device="cpu")
+    """Prints torchsummary's table of a copy of the model, in float32, so that looking leaves model and seeds alone.
+
+    torchsummary counts what is called weight or bias, each time that its module runs: where that is not all, says so.
+    """
+    model, table = copy_of(model).eval(), io.StringIO()
+    with torch.random.fork_rng(), torch.no_grad(), torch.device("cpu"), contextlib.redirect_stdout(table):
+        summary(model, input_size, device="cpu")
+    print(table.getvalue(), end="")
+    total = sum(p.numel() for p in model.parameters())
+    if f"Total params: {total:,}\n" not in table.getvalue():
+        print(f"The table counts weights and biases of modules that run; all parameters: {total:,}")

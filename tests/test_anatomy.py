@@ -348,3 +348,21 @@ def test_another_default_dtype_changes_no_summary_and_no_picture(dtype, capsys):
     finally:
         torch.set_default_dtype(torch.float32)
     assert capsys.readouterr().out == table
+
+
+def test_a_summary_says_where_it_does_not_count_all_parameters(monkeypatch, capsys):
+    class Scale(torch.nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.gamma = torch.nn.Parameter(torch.ones(channels, 1, 1))
+
+        def forward(self, x):
+            return x * self.gamma
+
+    monkeypatch.setitem(model.NORMS, "scale", lambda channels, num_groups: Scale(channels))
+    shared = model.Net()
+    shared.C9 = shared.C8  # which runs twice
+    for net, total in ((model.Net("scale"), 47_954), (shared, 38_866), (model.Net(), None)):
+        anatomy.summarize(net)
+        told = f"all parameters: {total:,}" if total else "Estimated Total Size"
+        assert told in capsys.readouterr().out.strip("-\n").splitlines()[-1]
