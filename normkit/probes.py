@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from matplotlib.lines import Line2D
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
+from torchvision.ops import DropBlock2d, StochasticDepth
 
 from normkit.checks import check_choice
 from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, styled, subplots
 from normkit.text import legend_below
+
+DROPPING = _DropoutNd, DropBlock2d, StochasticDepth  # the kinds of dropout that PyTorch and torchvision have
 
 
 def measure(model, images, labels, rates):
@@ -30,7 +34,7 @@ def in_training(model, images):
     """Returns a copy of the model, in training mode but without dropout, and of the images, in float32 on the CPU."""
     model = copy_of(model).train()
     for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout2d):
+        if isinstance(module, DROPPING):
             module.eval()
     return model, images.detach().to("cpu", torch.float32, copy=True)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
+from torchvision import ops
 
 import model
 from normkit import probes
@@ -85,6 +86,18 @@ def test_a_network_is_measured_within_its_wrappers(wrap, batch):
     expected = probes.measure(net, *batch, rates=[0.1])
     wrapper = wrap(nn.DataParallel(net))
     assert probes.measure(wrapper, *batch, rates=[0.1]) == expected
+
+
+@pytest.mark.parametrize(
+    "dropout",
+    [nn.Dropout(0.5), nn.Dropout3d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5),
+     ops.StochasticDepth(0.5, "row"), ops.DropBlock2d(0.5, 3)],
+)  # fmt: skip
+def test_no_kind_of_dropout_is_at_work(dropout, batch):
+    net = model.Net("group", dropout=0.0)
+    expected = probes.measure(net, *batch, rates=[0.1])
+    net.GAP = nn.Sequential(dropout, net.GAP)
+    assert probes.measure(net, *batch, rates=[0.1]) == expected
 
 
 def test_blocks_are_found_within_a_network_of_ones_own(batch):
