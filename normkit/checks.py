@@ -153,11 +153,16 @@ def check_model(model):
         raise TypeError(f"the model is {given}: expected a torch.nn.Module, such as model.Net('batch')")
 
 
-def check_split(split, images, labels):
-    """Raises ValueError unless images and labels are tensors as a data set keeps them."""
+def check_pixels(name, images):
+    """Raises ValueError unless images are a tensor as a data set keeps them."""
     shape = getattr(images, "shape", ())
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"{split}images is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255")
+        raise ValueError(f"{name} is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255")
+
+
+def check_split(split, images, labels):
+    """Raises ValueError unless images and labels are tensors as a data set keeps them."""
+    check_pixels(f"{split}images", images)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{split}labels is {describe(labels)}: expected a tensor int64 ({len(images)},), one label an image"

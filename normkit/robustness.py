@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from normkit.checks import whole_number
+from normkit.checks import check_pixels, whole_number
 from normkit.meter import classes_of
 from normkit.predictions import as_logits, logits_by_name
 from normkit.style import colors_of, styled, subplots
@@ -56,6 +56,7 @@ def plot_calibration(data, logits):
 
 def corruptions(images):
     """Returns images uint8 (N, 3, H, W), clean and corrupted in three ways, by name; the noise is always the same."""
+    check_pixels("images", images)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu").to(images.device)
     return {

@@ -99,6 +99,12 @@ def test_corruptions(data):
     assert (contrast.std((1, 2, 3)) / pixels.std((1, 2, 3))).median().item() == pytest.approx(0.4, abs=0.06)
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor.float, torch.Tensor.numpy, lambda images: images[0]])
+def test_corruptions_of_other_images_than_a_data_sets_are_refused(data, kind):
+    with pytest.raises(ValueError, match="expected a tensor uint8"):
+        robustness.corruptions(kind(data.test_images))
+
+
 @pytest.mark.parametrize("size", [8, 32])
 def test_pictures(data, size):
     logits = {name: torch.randn(len(data.test_labels), 10) for name in ("batch", "none")}
