@@ -4,15 +4,22 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 
 WRAPPED = ["model"], ["module"], ["_orig_mod"]  # the only child of Fused or Graphed, DataParallel, torch.compile's
 
 
 def unwrapped(network):
-    """Returns the network in wrappers of PyTorch and the kit, which compute what it computes."""
+    """Returns the network in wrappers of PyTorch and the kit, which compute what it computes.
+
+    What was traced or scripted is none: it computes what its own code says.
+    """
     while (
-        type(network).__module__.startswith(("torch.", "normkit.")) and list(dict(network.named_children())) in WRAPPED
+        type(network).__module__.startswith(("torch.", "normkit."))
+        and list(dict(network.named_children())) in WRAPPED
+        and not isinstance(network, GraphModule | ScriptModule)
     ):
         (network,) = network.children()
     return network
@@ -32,12 +39,16 @@ def copy_of(network):
     """Returns a copy of a network, without what is wrapped around it, in float32 on the CPU."""
     try:
         with Detached():
-            return copy.deepcopy(unwrapped(network)).cpu().float()
+            twin = copy.deepcopy(unwrapped(network))
     except TypeError as error:
         raise TypeError(
             f"a network is copied to be looked at, and this one cannot be: {error}. Remove the hook, or whatever else "
             "holds it, for that time"
         ) from error
+    for parameter in twin.parameters():
+        if not parameter.is_leaf:  # torch.jit copies weights as results of those that it copies
+            parameter.detach_().requires_grad_()
+    return twin.cpu().float()
 
 
 def blocks_of(network, prefix=""):

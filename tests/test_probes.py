@@ -88,6 +88,22 @@ def test_a_network_is_measured_within_its_wrappers(wrap, batch):
     assert probes.measure(wrapper, *batch, rates=[0.1]) == expected
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [torch.fx.symbolic_trace, torch.jit.script])
+def test_a_trace_of_a_network_around_another_is_measured_as_a_whole(trace, batch):
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 10))
+
+        def forward(self, images):
+            return 2 * self.model(images)
+
+    net = Doubled()
+    expected = list(probes.losses_along_gradient(net, *batch, [0.1]))
+    assert list(probes.losses_along_gradient(trace(net), *batch, [0.1])) == [pytest.approx(expected[0])]
+
+
 @pytest.mark.parametrize(
     "dropout",
     [nn.Dropout(0.5), nn.Dropout3d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5),
