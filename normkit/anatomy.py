@@ -160,7 +160,7 @@ def plot_network(model, size=32):
     """Draws the network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
     steps, skips = trace_network(model, size)
     figure, ax = subplots(figsize=(11, 3.4))
-    shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0"}
+    shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0", "other": "#ECEFF2"}
     colors = {step["kind"]: next(shades[word] for word in shades if word in step["kind"]) for step in steps}
     x, places = 0.0, {}
     for step in steps:
@@ -192,15 +192,23 @@ def plot_network(model, size=32):
 def trace_network(model, size):
     """Returns each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
     steps, skips, outputs = [], [], {}
-    field = jump = np.ones(2, int)  # rows, columns
+    field = np.ones(2, int)  # rows, columns
+    jumps = {(size, size): field}  # pixels from one value of a map to the next: branches meet in maps of one size
+
+    def widen(layer, args, output):
+        nonlocal field
+        before, after = (tuple(x.shape[2:]) for x in (args[0], output))
+        jump = jumps.get(before, np.array([size, size]) / before)
+        field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
+        jumps[after] = jump * layer.stride
 
     def record(name, module, args, keywords, output):
-        nonlocal field, jump
-        kind, side = "pooling", output.shape[2] if output.dim() == 4 else 1
+        nonlocal field
+        kind, side = "other", output.shape[2] if output.dim() == 4 else 1
+        last = steps[-1] if steps else {"channels": 3, "map": size}
+        if output.shape[1] == last["channels"] and side < last["map"]:
+            kind = "pooling"
         for layer in module.modules():
-            if hasattr(layer, "kernel_size"):
-                field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
-                jump = jump * layer.stride
             if isinstance(layer, nn.Conv2d | nn.Linear):  # a linear layer is a convolution of a 1×1 map
                 kind = "{}×{} convolution".format(*getattr(layer, "kernel_size", (1, 1)))
         if side == 1:  # after global pooling
@@ -219,6 +227,9 @@ def trace_network(model, size):
         )
 
     model = copy_of(model).eval()
+    for layer in model.modules():
+        if hasattr(layer, "kernel_size"):
+            layer.register_forward_hook(widen)
     for name, module in model.named_children():
         module.register_forward_hook(partial(record, name), with_kwargs=True)
     with torch.no_grad(), torch.device("cpu"):

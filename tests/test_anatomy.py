@@ -5,6 +5,7 @@ from helpers import THREE, drawn, study
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
 
 import model
 import utils
@@ -176,6 +177,23 @@ def test_a_network_with_other_layers_is_drawn_as_it_is():
     assert [steps[name]["kind"] for name in ("C7", "C10")] == ["1×5 convolution, norm, ReLU", "1×1 convolution"]
     assert [steps["C10"][key] for key in ("channels", "map", "parameters")] == [5, 1, 165]
     assert "1×5 convolution, norm, ReLU" in drawn(anatomy.plot_network(net))
+
+
+def test_a_network_of_ones_own_is_drawn_as_it_is():
+    steps, _ = anatomy.trace_network(resnet18(num_classes=10), 512)
+    fields = {step["name"]: step["field"] for step in steps}
+    expected = {"conv1": 7, "maxpool": 11, "layer1": 43, "layer2": 99, "layer3": 211, "layer4": 435, "fc": 512}
+    assert {name: fields[name] for name in expected} == expected  # of the longer branch; the others are 1×1
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 5), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.AvgPool2d(2),
+        torch.nn.Conv2d(6, 16, 5), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10),
+    )  # fmt: skip
+    steps, _ = anatomy.trace_network(net, 32)
+    assert [step["field"] for step in steps] == [5, 5, 5, 6, 14, 32, 32, 32]
+    assert [step["kind"].split()[-1] for step in steps] == [
+        "convolution", "other", "other", "pooling", "convolution", "pooling", "other", "convolution",
+    ]  # fmt: skip
+    assert "other" in drawn(anatomy.plot_network(net))
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 256])
