@@ -317,7 +317,10 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
     model = copy_of(model).train()
     kept = {name: each.norm for name, each in blocks_of(model) if getattr(each.norm, "running_mean", None) is not None}
     if not kept:
-        raise ValueError("the model keeps no running statistics: give one with batch norm, such as model.Net('batch')")
+        raise ValueError(
+            "no block of the model has a norm that keeps running statistics: give one with a batch norm called norm, "
+            "such as C9 of model.Net('batch')"
+        )
     check_choice("block", block, list(kept))
     norm = kept[block]
     channel = whole_number("channel", channel, 0, len(norm.running_mean) - 1)

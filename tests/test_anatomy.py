@@ -321,7 +321,7 @@ def test_running_statistics_settle_and_tiny_batches_scatter(results, data):
 
 def test_running_statistics_are_those_of_batch_norm(loaders):
     wrong = [
-        ("group", {}, "the model keeps no running statistics: give one with batch norm"),
+        ("group", {}, "no block of the model has a norm that keeps running statistics"),
         ("batch", {"block": "C10"}, "unknown block 'C10': choose C1, .* or C9"),
         ("batch", {"channel": 32}, "channel=32: expected a whole number from 0 to 31"),
         ("batch", {"channel": -1}, "channel=-1: expected a whole number"),
