@@ -189,21 +189,27 @@ def plot_network(model, size=32):
     return figure
 
 
+def first_of(given):
+    """Returns the first of several tensors, as modules take them and return them, or one as it is."""
+    return given[0] if isinstance(given, tuple | list) else given
+
+
 def trace_network(model, size):
     """Returns each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
     steps, skips, outputs = [], [], {}
     field = np.ones(2, int)  # rows, columns
     jumps = {(size, size): field}  # pixels from one value of a map to the next: branches meet in maps of one size
 
-    def widen(layer, args, output):
+    def widen(layer, args, keywords, output):
         nonlocal field
-        before, after = (tuple(x.shape[2:]) for x in (args[0], output))
+        before, after = (tuple(first_of(x).shape[2:]) for x in ([*args, *keywords.values()], output))
         jump = jumps.get(before, np.array([size, size]) / before)
         field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
         jumps[after] = jump * layer.stride
 
     def record(name, module, args, keywords, output):
         nonlocal field
+        output = first_of(output)
         kind, side = "other", output.shape[2] if output.dim() == 4 else 1
         last = steps[-1] if steps else {"channels": 3, "map": size}
         if output.shape[1] == last["channels"] and side < last["map"]:
@@ -229,7 +235,7 @@ def trace_network(model, size):
     model = copy_of(model).eval()
     for layer in model.modules():
         if hasattr(layer, "kernel_size"):
-            layer.register_forward_hook(widen)
+            layer.register_forward_hook(widen, with_kwargs=True)
     for name, module in model.named_children():
         module.register_forward_hook(partial(record, name), with_kwargs=True)
     with torch.no_grad(), torch.device("cpu"):

@@ -196,6 +196,21 @@ def test_a_network_of_ones_own_is_drawn_as_it_is():
     assert "other" in drawn(anatomy.plot_network(net))
 
 
+def test_a_step_may_return_more_than_one_tensor():
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = torch.nn.Conv2d(3, 8, 3), torch.nn.MaxPool2d(2, return_indices=True)
+
+        def forward(self, images):
+            return self.pool(self.conv(input=images))[0].mean((2, 3))
+
+    steps, _ = anatomy.trace_network(Pooled(), 32)
+    assert [(step["map"], step["field"], step["kind"]) for step in steps] == [
+        (30, 3, "3×3 convolution"), (15, 4, "pooling"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("size", [8, 32, 64, 256])
 def test_the_boxes_of_a_network_leave_room_for_its_text(size):
     (ax,) = anatomy.plot_network(model.Net(), size).axes
