@@ -148,7 +148,7 @@ class Checkpoint:
         try:
             with undone_on(Exception, self.parts):  # each kind of part has errors of its own
                 with groups_kept(self.parts):
-                    for name, part in self.parts.items():
+                    for name, part in from_within(self.parts):
                         if name not in state:
                             raise LookupError("it was made after the file was written")
                         load_state(part, state[name])
@@ -187,9 +187,17 @@ def undone_on(errors, parts):
         yield
     except errors:
         with groups_kept(parts):
-            for name, state in before.items():
-                load_state(parts[name], state)
+            for name, part in from_within(parts):
+                load_state(part, before[name])
         raise
+
+
+def from_within(parts):
+    """Returns parts with their names, what lies in another before that, whose load_state_dict has the last word.
+
+    Some bind again what they hold, such as an optimizer around another that keeps weights by parameter.
+    """
+    return reversed(parts.items())
 
 
 def load_state(part, state):

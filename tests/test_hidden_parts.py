@@ -108,6 +108,27 @@ class Averaging(torch.optim.SGD):
         self.average.update_parameters(self.net)
 
 
+class Anchored(torch.optim.SGD):
+    """SGD that pulls each weight to where it began, which it knows by the weight, and its states by number."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, 0.1, 0.9)
+        self.anchors = {}
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for each in self.param_groups[0]["params"]:
+                each.lerp_(self.anchors.setdefault(id(each), each.clone()), 0.1)
+
+    def state_dict(self):
+        return super().state_dict() | {"anchors": [each.clone() for each in self.anchors.values()]}
+
+    def load_state_dict(self, state):
+        super().load_state_dict({name: state[name] for name in ("state", "param_groups")})
+        self.anchors = dict(zip(map(id, self.param_groups[0]["params"]), state["anchors"]))
+
+
 def sharp(net):
     optimizer = Sharp(net.parameters())
     return optimizer, cross_entropy, lambda: momenta(optimizer.base_optimizer)
@@ -126,6 +147,16 @@ def sharp_of_a_library(net):
 def lookahead_of_a_library(net):
     optimizer = pytorch_optimizer.Lookahead(torch.optim.SGD(net.parameters(), 0.1, 0.9))
     return optimizer, cross_entropy, lambda: momenta(optimizer.optimizer)
+
+
+def tuner_of_a_library(net):
+    optimizer = pytorch_optimizer.TRAC(torch.optim.SGD(net.parameters(), 0.1, 0.9))
+    return optimizer, cross_entropy, list
+
+
+def anchored(net):
+    optimizer = Anchored(net.parameters())
+    return optimizer, cross_entropy, lambda: list(optimizer.anchors.values())
 
 
 def two(net):
@@ -178,7 +209,7 @@ def an_optimizer_for_each_parameter(net):
 
 KINDS = [
     scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own, sharp, sharp_again, sharp_of_a_library,
-    lookahead_of_a_library, two, averaging, teacher_in_a_list,
+    lookahead_of_a_library, tuner_of_a_library, anchored, two, averaging, teacher_in_a_list,
     an_optimizer_for_each_parameter,
 ]  # fmt: skip
 
