@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,15 +107,6 @@ def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_la
 # ------------------------------------------------------------------------------------ training
 
 
-class Metrics(NamedTuple):
-    """Of one pass over a loader: mean loss of an image, accuracy in percent, correct images, all images."""
-
-    loss: float
-    accuracy: float
-    correct: int
-    total: int
-
-
 def train(
     model, loader, optimizer, scheduler=None, *,
     criterion=F.cross_entropy, precision="auto", backend="auto", progress=True,
@@ -190,7 +180,7 @@ def train(
         if not meter.total:
             raise ValueError("the loader yields no images")
         read_metrics()
-    return Metrics(meter.loss_sum / meter.total, 100 * meter.correct / meter.total, meter.correct, meter.total)
+    return meter.metrics()
 
 
 def compute_logits(network, images, compute_dtype):
@@ -201,31 +191,40 @@ def compute_logits(network, images, compute_dtype):
 
 
 @torch.no_grad()
-def predict(model, loader, *, precision="auto", backend="auto"):
-    """Returns logits (N, classes) and labels over a loader; the model's mode and weights stay as they are."""
+def evaluate(model, loader, precision, backend, take):
+    """Calls take(logits, labels) after each batch; the model's mode and weights stay as they are."""
     network, _ = choose_backend(backend, model)
     device, dtype, compute_dtype = place_of(model, loader, precision)
     checks.check_iterable(loader)
-    batches = []
+    batch_id = None
     with evaluating(network), checks.oom_advice(loader):
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
             logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
-            labels = checks.check_labels(labels, logits, batch_id)
-            # Copies: a CUDA graph, and many a loader, writes what comes next to the same place.
-            batches.append((logits.clone(), labels.clone()))
-    if not batches:
+            take(logits, checks.check_labels(labels, logits, batch_id))
+    if batch_id is None:
         raise ValueError("the loader yields no images")
+
+
+def predict(model, loader, *, precision="auto", backend="auto"):
+    """Returns logits (N, classes) and labels over a loader; the model's mode and weights stay as they are."""
+    batches = []
+    # Copies: a CUDA graph, and many a loader, writes what comes next to the same place.
+    evaluate(model, loader, precision, backend, lambda *batch: batches.append([each.clone() for each in batch]))
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend="auto"):
-    """Returns Metrics of the model in evaluation mode, each image counted once."""
+    """Returns Metrics of the model in evaluation mode, each image counted once; for criterion see train."""
     checks.check_criterion(criterion)
-    logits, labels = predict(model, loader, precision=precision, backend=backend)
-    correct, total = int(count_correct(logits, labels)), len(labels)
-    loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
-    return Metrics(loss.item(), 100 * correct / total, correct, total)
+    meter = Meter()
+
+    def count(logits, labels):
+        loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
+        meter.add(loss, count_correct(logits, labels), len(labels))
+
+    evaluate(model, loader, precision, backend, count)
+    return meter.metrics()
 
 
 test.__test__ = False  # not a test of pytest's

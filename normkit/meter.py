@@ -1,11 +1,21 @@
 """What a pass over a loader adds up to, while it goes on."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
 EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
 MAX_WAITING = 1000  # batches, each of which keeps 512 bytes of a GPU's memory
+
+
+class Metrics(NamedTuple):
+    """Of one pass over a loader: mean loss of an image, accuracy in percent, correct images, all images."""
+
+    loss: float
+    accuracy: float
+    correct: int
+    total: int
 
 
 class Meter:
@@ -40,6 +50,11 @@ class Meter:
             self.first_unsound = self.batches
         self.loss, self.batches = loss, self.batches + 1
         self.loss_sum, self.correct, self.total = self.loss_sum + loss * size, self.correct + correct, self.total + size
+
+    def metrics(self):
+        """Returns the Metrics of all batches so far."""
+        self.read()
+        return Metrics(self.loss_sum / self.total, 100 * self.correct / self.total, self.correct, self.total)
 
 
 def classes_of(labels):

@@ -69,6 +69,25 @@ def test_models_without_parameters_are_evaluated(loaders, kind):
     assert metrics.total == 101 and 0 <= metrics.accuracy <= 100
 
 
+def test_a_criterion_has_a_batch_at_a_time(pairs):
+    """As one needs that looks at the images or activations of that batch, to distil a teacher's knowledge, say."""
+    net, teacher, seen = linear(), linear().requires_grad_(False), {}
+    net.register_forward_pre_hook(lambda module, args: seen.update(images=args[0], learns=torch.is_grad_enabled()))
+
+    def criterion(logits, labels):
+        assert torch.is_grad_enabled() == seen["learns"]
+        return nn.functional.cross_entropy(logits, teacher(seen["images"]).softmax(1))
+
+    loader = DataLoader(pairs, 30)  # a ragged last batch
+    metrics = utils.test(net, loader, criterion=criterion, precision="float32")
+    with torch.no_grad():
+        losses = [(criterion(net(images), labels).item(), len(labels)) for images, labels in loader]
+    assert len({size for _, size in losses}) == 2
+    assert metrics.loss == pytest.approx(sum(loss * size for loss, size in losses) / metrics.total, rel=1e-5)
+    (row,) = fit(net, (loader, loader), epochs=1, criterion=criterion)
+    assert row["test_loss"] == pytest.approx(utils.test(net, loader, criterion=criterion).loss)
+
+
 def test_a_model_on_two_devices_is_one_clear_error(loaders):
     net = nn.Sequential(linear(), nn.Linear(10, 10, device="meta"))
     for call in (lambda: utils.test(net, loaders[1]), lambda: fit(net, loaders)):
