@@ -267,7 +267,7 @@ def fit(
     loaders = {"loader": train_loader, "test_loader": test_loader}
     roots = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
     roots |= {"on_epoch": on_epoch, "hooks": optim.hooks_of(optimizer)}
-    parts = states_in(loaders, **roots)
+    parts = states_in(loaders, **roots) | optim.gradients_of(optimizer)
     history, source, with_epochs = History(), None, epoch_takers(train_loader)
     if checkpoint is not None:
         checks.check_weights(model)

@@ -129,6 +129,29 @@ def step_hooks(optimizer):
     return [hook for each in hooks for hook in each.values()]
 
 
+def gradients_of(optimizer):
+    """Returns the Gradients as a part by name, where a zero_grad of a user's may keep them for the next epoch."""
+    return {} if is_known_function(optimizer.zero_grad) else {"gradients": Gradients(optimizer)}
+
+
+class Gradients:
+    """The gradients that an optimizer's parameters have, such as those that add up over several batches, as a state."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def parameters(self):
+        return enumerate(parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def state_dict(self):
+        return {f"gradient {i}": each.grad for i, each in self.parameters() if each.grad is not None}
+
+    def load_state_dict(self, state):
+        for i, each in self.parameters():
+            gradient = state.get(f"gradient {i}")
+            each.grad = None if gradient is None else gradient.to(each.device, copy=True)
+
+
 def run_no_user_code(loader, optimizer, scheduler=None):
     """Whether loading a batch and stepping both runs no code but PyTorch's and the kit's.
 

@@ -129,6 +129,28 @@ class Anchored(torch.optim.SGD):
         self.anchors = dict(zip(map(id, self.param_groups[0]["params"]), state["anchors"]))
 
 
+class Accumulating(torch.optim.SGD):
+    """SGD that steps after each third batch, with the gradients of all three, wherever an epoch ends."""
+
+    batches = 0
+
+    def zero_grad(self, set_to_none=True):
+        if self.batches % 3 == 0:
+            super().zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        self.batches += 1
+        if self.batches % 3 == 0:
+            super().step(closure)
+
+    def state_dict(self):
+        return super().state_dict() | {"batches": self.batches}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.batches = state["batches"]
+
+
 def sharp(net):
     optimizer = Sharp(net.parameters())
     return optimizer, cross_entropy, lambda: momenta(optimizer.base_optimizer)
@@ -157,6 +179,11 @@ def tuner_of_a_library(net):
 def anchored(net):
     optimizer = Anchored(net.parameters())
     return optimizer, cross_entropy, lambda: list(optimizer.anchors.values())
+
+
+def accumulating(net):
+    optimizer = Accumulating(net.parameters(), 0.1, 0.9)
+    return optimizer, cross_entropy, lambda: [each.grad.clone() for each in net.parameters()]
 
 
 def two(net):
@@ -209,8 +236,8 @@ def an_optimizer_for_each_parameter(net):
 
 KINDS = [
     scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own, sharp, sharp_again, sharp_of_a_library,
-    lookahead_of_a_library, tuner_of_a_library, anchored, two, averaging, teacher_in_a_list,
-    an_optimizer_for_each_parameter,
+    lookahead_of_a_library, tuner_of_a_library, anchored, accumulating, two, averaging,
+    teacher_in_a_list, an_optimizer_for_each_parameter,
 ]  # fmt: skip
 
 
