@@ -273,9 +273,14 @@ def select(rows, **settings):
 
 
 def as_numbers(column):
-    """Returns a column of text as numbers where all of it is one."""
+    """Returns a column of text as numbers where all of it is one, and else as text alone.
+
+    Of files put together, of which only one has "channels" in a column, the others have numbers there.
+    """
     numbers = pd.to_numeric(column, errors="coerce")
-    return column if (numbers.isna() & column.notna()).any() else numbers
+    if not (numbers.isna() & column.notna()).any():
+        return numbers
+    return column.map(lambda cell: f"{cell:g}" if isinstance(cell, float) else str(cell), na_action="ignore")
 
 
 def telling_apart(table, by):

@@ -337,6 +337,17 @@ def test_rows_that_a_spreadsheet_or_pandas_changed(rows, tmp_path):
         assert tables.select(changed, seed=3)["epoch"].tolist() == [1, 2, 1, 2]
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_files_put_together_have_one_place_for_each_number_of_groups(kind):
+    """pandas reads a column as text where one of its cells is, and else as numbers."""
+    rows = study(norm=["group"], num_groups=[4, 16, "channels"], seed=range(3))
+    first = rows[(rows["seed"] == 0) & (rows["num_groups"] != "channels")].astype({"num_groups": kind})
+    rows = pd.concat([first, rows[rows["seed"] > 0].astype({"num_groups": str})])
+    ax = plots.plot_groups(rows).axes[0]
+    assert [tick.get_text().split("\n")[0] for tick in ax.get_xticklabels()] == ["4", "16", "one a channel"]
+    assert "2 to 3 seeds each" in ax.get_title() and len(ax.lines[0].get_xdata()) == 3
+
+
 def test_settings_are_chosen_as_numbers_truth_values_or_text(rows):
     ways = [rows.assign(settings=rows["settings"] + f" num_groups={n} skip={n == 4}") for n in (4, "channels")]
     rows = pd.concat(ways)
