@@ -73,7 +73,7 @@ def plot_curves(histories, title=None, until=None):
 def mark_learning_rates(ax, histories, high):
     """Marks each epoch that starts with another learning rate, where these are few, and the same in all runs.
 
-    high: whether the rates stand at the top.
+    Of rates that follow closely, as in a warm-up, the last alone is named. high: whether the names stand at the top.
     """
     longest = max(histories, key=lambda history: history[-1]["epoch"])
     changes = rate_changes(longest)
@@ -81,9 +81,12 @@ def mark_learning_rates(ax, histories, high):
         rate_changes(history) == {epoch: lr for epoch, lr in changes.items() if epoch <= history[-1]["epoch"]}
         for history in histories
     )
+    room = np.ptp(ax.get_xlim()) / 7
     if alike and len(changes) <= 4:
-        for epoch, lr in changes.items():
+        for (epoch, lr), following in zip(changes.items(), [*changes, math.inf][1:]):
             ax.axvline(epoch - 0.5, color="#999999", linewidth=1, linestyle=":")
+            if following - epoch < room:
+                continue
             ax.annotate(
                 f"lr {lr:.3g}",
                 (epoch - 0.5, 1 if high else 0),

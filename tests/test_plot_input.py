@@ -124,3 +124,10 @@ def test_logits_that_are_not_finite_are_told(data, value):
     for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes, plots.plot_disagreements):
         with pytest.raises(ValueError, match="has no finite logits of 2 images"):
             draw(data, logits)
+
+
+def test_rates_that_follow_closely_are_marked_and_the_last_alone_is_named():
+    history = [row(epoch=epoch, lr=min(epoch, 4) / 40) for epoch in range(1, 101)]
+    for ax in plots.plot_curves({"batch": history, "group": history}).axes:
+        assert len([line for line in ax.lines if line.get_linestyle() == ":"]) == 3
+        assert [text.get_text() for text in ax.texts if text.get_text().startswith("lr")] == ["lr 0.1"]
