@@ -108,11 +108,12 @@ def rate_changes(history):
 class LiveCurves:
     """Curves that grow while runs train, in one output of the notebook; outside of a notebook nothing is shown.
 
-    labels: the runs to come, in order. on_epoch=live.follow(label) has a run drawn, with the time that all still need.
+    labels: the runs to come, in order, or the only one. on_epoch=live.follow(label) has a run drawn, with the time that
+    all still need.
     """
 
     def __init__(self, labels, epochs, title=""):
-        self.labels, self.planned, self.title = list(labels), epochs, title
+        self.labels, self.planned, self.title = [labels] if isinstance(labels, str) else list(labels), epochs, title
         self.histories = {}
         self.handle = None
         if hasattr(get_ipython(), "kernel"):  # IPython's terminal has none, and shows no pictures

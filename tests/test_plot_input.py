@@ -131,3 +131,9 @@ def test_rates_that_follow_closely_are_marked_and_the_last_alone_is_named():
     for ax in plots.plot_curves({"batch": history, "group": history}).axes:
         assert len([line for line in ax.lines if line.get_linestyle() == ":"]) == 3
         assert [text.get_text() for text in ax.texts if text.get_text().startswith("lr")] == ["lr 0.1"]
+
+
+def test_a_live_picture_of_one_run_counts_it_once():
+    live = plots.LiveCurves("batch", 3)
+    live.follow("batch")([row(seconds=10.0)])
+    assert live.seconds_left() == 20
