@@ -259,8 +259,9 @@ def plot_confusions(data, logits):
     logits = logits_by_name(data, logits)
     names, colors = class_names(data, *logits.values()), colors_of(logits)
     step = math.ceil(len(names) / 25)  # of many classes, not all are named
-    rows = [broken(name, max(24, len(name) // 2 + 5)) for name in names[::step]]  # two lines, as rows have room for
-    columns = [shortened(name) for name in names[::step]]
+    columns = rows = [shortened(name) for name in names[::step]]
+    if len(rows) <= 10:  # which have room for two lines
+        rows = [broken(name, max(24, len(name) // 2 + 5)) for name in names]
     classes, spacing, longest = range(len(names)), min(0.16, 0.8 / len(logits)), max(map(len, columns))
     figure = new_figure((max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
     grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])

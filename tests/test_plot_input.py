@@ -13,6 +13,7 @@ from helpers import drawn, study
 from matplotlib import pyplot as plt
 
 from normkit import plots
+from normkit.data import Data
 from normkit.robustness import calibration, plot_calibration
 
 
@@ -137,3 +138,14 @@ def test_a_live_picture_of_one_run_counts_it_once():
     live = plots.LiveCurves("batch", 3)
     live.follow("batch")([row(seconds=10.0)])
     assert live.seconds_left() == 20
+
+
+def test_the_names_of_twenty_classes_keep_apart():
+    classes = tuple(f"superclass with a long name {i}" for i in range(20))
+    images, labels = torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.arange(40) % 20
+    own = Data("mine", classes, images, labels, images, labels)
+    figure = plots.plot_confusions(own, {name: torch.randn(40, 20) for name in ("batch", "group", "layer")})
+    drawn(figure)
+    beside = next(ax for ax in figure.axes if ax.get_ylabel() == "true")
+    boxes = [label.get_window_extent() for label in beside.get_yticklabels()]
+    assert len(boxes) == 20 and all(above.y0 > below.y1 - 2 for above, below in zip(boxes, boxes[1:]))
