@@ -329,6 +329,8 @@ def plot_seeds(rows, ax=None):
     ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions)
     ax.grid(axis="x", visible=False)
     ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))
+    left, right = ax.get_xlim()  # and room for the outer labels, which may be as wide as points are apart
+    ax.set_xlim(min(left, -0.5), max(right, (len(groups) - 1) * pitch + len(norms) - 0.5))
     ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
     return ax
 

@@ -149,3 +149,11 @@ def test_the_names_of_twenty_classes_keep_apart():
     beside = next(ax for ax in figure.axes if ax.get_ylabel() == "true")
     boxes = [label.get_window_extent() for label in beside.get_yticklabels()]
     assert len(boxes) == 20 and all(above.y0 > below.y1 - 2 for above, below in zip(boxes, boxes[1:]))
+
+
+def test_labels_of_seeds_lie_within_the_axes():
+    ax = plt.subplots(2, 2, figsize=(8, 6))[1][1, 1]
+    drawn(plots.plot_seeds(study(norm=["batch", "group", "layer"], seed=range(5)), ax))
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 3 and all(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 for box in boxes)
+    plt.close("all")
