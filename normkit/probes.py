@@ -122,7 +122,7 @@ def plot_by_layer(rows, quantity):
     """
     captions = {"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}
     check_choice("quantity", quantity, list(captions))
-    rows = rows[rows["quantity"] == quantity].sort_index(kind="stable")
+    rows = rows_of(rows, quantity).sort_index(kind="stable")
     colors = colors_of(rows["norm"])
     steps = sorted({rows["step"].min(), rows["step"].max()})
     figure, axes = subplots(1, len(steps), figsize=(5.5 * len(steps), 3.4), sharey=True, squeeze=False)
@@ -149,7 +149,7 @@ def plot_loss_ranges(rows):
     rows: a DataFrame with the columns norm, seed, step, quantity, rate, value. The first seed's are drawn; the median
     width in a heading is that of all. A column data is named above them.
     """
-    rows = rows[rows["quantity"] == "loss"]
+    rows = rows_of(rows, "loss")
     colors = colors_of(rows["norm"])
     figure, axes = subplots(1, len(colors), figsize=(11, 3), sharey=True, squeeze=False)
     for ax, norm in zip(axes[0], colors):
@@ -166,6 +166,14 @@ def plot_loss_ranges(rows):
     axes[0, 0].set_ylim(bottom=0)
     name_data(figure, rows)
     return figure
+
+
+def rows_of(rows, quantity):
+    """Returns the rows of a quantity, if there are some."""
+    rows = rows[rows["quantity"] == quantity]
+    if rows.empty:
+        raise ValueError(f"there are no rows of {quantity!r}: give those of measure, with norm, seed and step")
+    return rows
 
 
 def name_data(figure, rows):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import itertools
 import threading
 
 import numpy as np
@@ -232,3 +233,19 @@ def test_pictures(batch):
     assert names == CONVOLUTIONS
     figure = probes.plot_by_layer(rows.replace({"norm": {"batch": "mine", "layer": "yours"}}), "similarity")
     assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+
+
+@pytest.fixture
+def table():
+    """What two norms measured with three seeds, at the start and after 4 steps; no network is asked."""
+    grid = itertools.product(["batch", "layer"], range(3), (0, 4), ["similarity", "loss"], ("C1", "C2"), (0.1, 0.2))
+    rows = pd.DataFrame(grid, columns=["norm", "seed", "step", "quantity", "layer", "rate"])
+    return rows.assign(value=rows["rate"] + rows["seed"])
+
+
+def test_where_there_are_no_rows_of_a_quantity_the_pictures_say_so(table):
+    for rows in (table[table["norm"] == "no such norm"], table[table["quantity"] == "gradient norm"]):
+        with pytest.raises(ValueError, match="there are no rows of 'similarity': give those of measure"):
+            probes.plot_by_layer(rows, "similarity")
+        with pytest.raises(ValueError, match="there are no rows of 'loss': give those of measure"):
+            probes.plot_loss_ranges(rows)
