@@ -146,21 +146,22 @@ def plot_by_layer(rows, quantity):
 def plot_loss_ranges(rows):
     """Draws the range of the loss along the gradient during training, one panel a norm.
 
-    rows: a DataFrame with the columns norm, seed, step, quantity, rate, value. The first seed's are drawn; the median
-    width in a heading is that of all. A column data is named above them.
+    rows: a DataFrame with the columns norm, seed, step, quantity, rate, value. Each norm's first seed's are drawn; the
+    median width in a heading is that of all. A column data is named above them.
     """
     rows = rows_of(rows, "loss")
     colors = colors_of(rows["norm"])
     figure, axes = subplots(1, len(colors), figsize=(11, 3), sharey=True, squeeze=False)
     for ax, norm in zip(axes[0], colors):
-        by_step = rows[(rows["norm"] == norm) & (rows["seed"] == rows["seed"].min())].groupby("step")["value"]
+        own = rows[rows["norm"] == norm]
+        by_step = own[own["seed"] == own["seed"].min()].groupby("step")["value"]
         low, high = by_step.min(), by_step.max()
         ax.fill_between(low.index, low, high, color=colors[norm], alpha=0.35, linewidth=0)
         ax.plot(low.index, low, color=colors[norm], linewidth=1)
         if len(low) == 1:  # of which neither shows anything
             ax.errorbar(low.index, low, [0 * low, high - low], color=colors[norm], fmt="none", capsize=8)
             ax.set_xticks(low.index)
-        ranges = rows[rows["norm"] == norm].groupby(["seed", "step"])["value"].agg(np.ptp)
+        ranges = own.groupby(["seed", "step"])["value"].agg(np.ptp)
         ax.set(title=f"{norm}: {ranges.median():.2f} nats", xlabel="step")
     axes[0, 0].set_ylabel("loss, nats")
     axes[0, 0].set_ylim(bottom=0)

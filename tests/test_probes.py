@@ -249,3 +249,9 @@ def test_where_there_are_no_rows_of_a_quantity_the_pictures_say_so(table):
             probes.plot_by_layer(rows, "similarity")
         with pytest.raises(ValueError, match="there are no rows of 'loss': give those of measure"):
             probes.plot_loss_ranges(rows)
+
+
+def test_a_norm_that_lacks_the_first_seed_has_its_own_first_ones_range(table):
+    figure = probes.plot_loss_ranges(table[(table["norm"] != "layer") | (table["seed"] > 0)])
+    assert [ax.lines[0].get_ydata().tolist() for ax in figure.axes] == [[0.1, 0.1], [1.1, 1.1]]
+    assert [ax.get_title() for ax in figure.axes] == ["batch: 0.10 nats", "layer: 0.10 nats"]
