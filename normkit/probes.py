@@ -124,15 +124,18 @@ def plot_by_layer(rows, quantity):
     check_choice("quantity", quantity, list(captions))
     rows = rows_of(rows, quantity).sort_index(kind="stable")
     colors = colors_of(rows["norm"])
-    steps = sorted({rows["step"].min(), rows["step"].max()})
-    figure, axes = subplots(1, len(steps), figsize=(5.5 * len(steps), 3.4), sharey=True, squeeze=False)
+    start, last = rows["step"].min(), rows.groupby("norm")["step"].transform("max")  # each norm's own
+    panels = [rows[rows["step"] == start], rows[(rows["step"] == last) & (last > start)]]
+    panels = [panel for panel in panels if len(panel)]
+    figure, axes = subplots(1, len(panels), figsize=(5.5 * len(panels), 3.4), sharey=True, squeeze=False)
     orders = [each["layer"].unique() for _, each in rows.groupby("norm", sort=False)]
     layers = list(dict.fromkeys(itertools.chain(*sorted(orders, key=len, reverse=True))))  # some may lack some
-    for ax, step in zip(axes[0], steps):
-        for norm, each in rows[rows["step"] == step].groupby("norm", sort=False):
+    for ax, panel in zip(axes[0], panels):
+        for norm, each in panel.groupby("norm", sort=False):
             means = each.groupby("layer")["value"].mean().reindex(layers)  # a gap where a network has no such layer
             ax.plot(layers, means, "-o", color=colors[norm], markersize=5)
-        ax.set_title(f"after {step} steps" if step else "at the start")
+        steps = " to ".join(map(str, sorted({panel["step"].min(), panel["step"].max()})))
+        ax.set_title("at the start" if steps == "0" else f"after {steps} steps")
     if quantity == "gradient norm":
         axes[0, 0].set_yscale("log")
     axes[0, 0].set_ylabel(captions[quantity])

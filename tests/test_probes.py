@@ -255,3 +255,12 @@ def test_a_norm_that_lacks_the_first_seed_has_its_own_first_ones_range(table):
     figure = probes.plot_loss_ranges(table[(table["norm"] != "layer") | (table["seed"] > 0)])
     assert [ax.lines[0].get_ydata().tolist() for ax in figure.axes] == [[0.1, 0.1], [1.1, 1.1]]
     assert [ax.get_title() for ax in figure.axes] == ["batch: 0.10 nats", "layer: 0.10 nats"]
+
+
+def test_norms_that_end_after_other_steps_are_all_drawn_at_their_end(table):
+    longer = table.replace({"step": {4: 8}})[table["norm"] == "layer"]
+    start, end = probes.plot_by_layer(pd.concat([table[table["norm"] == "batch"], longer]), "similarity").axes
+    assert [len(ax.lines) for ax in (start, end)] == [2, 2]
+    assert [ax.get_title() for ax in (start, end)] == ["at the start", "after 4 to 8 steps"]
+    only_start = table[(table["norm"] == "batch") | (table["step"] == 0)]
+    assert [len(ax.lines) for ax in probes.plot_by_layer(only_start, "similarity").axes] == [2, 1]
