@@ -154,7 +154,7 @@ def plot_loss_ranges(rows):
     """
     rows = rows_of(rows, "loss")
     colors = colors_of(rows["norm"])
-    figure, axes = subplots(1, len(colors), figsize=(11, 3), sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(colors), figsize=(max(11, 2 * len(colors)), 3), sharey=True, squeeze=False)
     for ax, norm in zip(axes[0], colors):
         own = rows[rows["norm"] == norm]
         by_step = own[own["seed"] == own["seed"].min()].groupby("step")["value"]
