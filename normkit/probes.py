@@ -184,4 +184,5 @@ def name_data(figure, rows):
     """Writes the data and the number of seeds above a figure, if rows have columns of both."""
     if {"data", "seed"} <= {*rows}:
         seeds = rows["seed"].nunique()
-        figure.suptitle(f"{', '.join(rows['data'].unique())}: {seeds} seed{'s' * (seeds > 1)}")
+        names = [name if isinstance(name, str) and name else "data without a name" for name in rows["data"].unique()]
+        figure.suptitle(f"{', '.join(names)}: {seeds} seed{'s' * (seeds > 1)}")

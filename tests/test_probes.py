@@ -271,3 +271,12 @@ def test_headings_of_many_norms_keep_apart(table):
     figure = probes.plot_loss_ranges(pd.concat(rows))
     boxes = [ax.title.get_window_extent() for ax in figure.axes]
     assert len(boxes) == 10 and all(right.x0 > left.x1 for left, right in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("name", ["", np.nan])  # what a file has of it
+def test_data_may_lack_a_name(table, name):
+    for figure in (
+        probes.plot_by_layer(table.assign(data=name), "similarity"),
+        probes.plot_loss_ranges(table.assign(data=name)),
+    ):
+        assert figure.get_suptitle() == "data without a name: 3 seeds"
