@@ -37,9 +37,18 @@ LOCK = threading.RLock()  # rcParams are the whole process's
 
 @contextlib.contextmanager
 def in_style():
-    """Sets the style of pictures, whatever the user's says, and gives the user's back."""
-    with LOCK, matplotlib.style.context(["default", STYLE]):
-        yield
+    """Sets the style of pictures, whatever the user's says, and gives the user's back.
+
+    The user's fonts serve for letters that the style's own lacks, such as those of Chinese names.
+    """
+    from matplotlib.font_manager import get_font_names  # may take a while to import, and training draws nothing
+
+    with LOCK:
+        own = [*matplotlib.rcParams["font.family"], *matplotlib.rcParams["font.sans-serif"]]
+        further = {*get_font_names()}.difference(matplotlib.rcParamsDefault["font.sans-serif"])
+        fonts = ["sans-serif", *(name for name in dict.fromkeys(own) if name in further)]
+        with matplotlib.style.context(["default", STYLE | {"font.family": fonts}]):
+            yield
 
 
 def styled(plot):

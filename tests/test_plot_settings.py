@@ -41,6 +41,21 @@ def test_a_users_own_settings_change_no_picture(results, settings):
     assert np.array_equal(*pictures)
 
 
+@pytest.mark.parametrize("setting", [{"font.family": "STIXGeneral"}, {"font.sans-serif": ["STIXGeneral"]}])
+def test_a_users_font_serves_for_the_letters_that_the_pictures_own_lacks(results, recwarn, setting):
+    """As one with Chinese letters does; of the fonts that come with matplotlib only STIX's has this one."""
+    pictures = []
+    for own in ({}, setting):
+        with plt.rc_context(own):
+            canvas = FigureCanvasAgg(plots.plot_curves({"smile \u2323": results[0].history}))
+            canvas.draw()
+            pictures.append(np.asarray(canvas.buffer_rgba()))
+            missing = [str(each.message) for each in recwarn if "missing from" in str(each.message)]
+            recwarn.clear()
+            assert bool(missing) == (not own)
+    assert not np.array_equal(*pictures)
+
+
 @pytest.mark.parametrize("accuracy", [0.0, 100.0])
 def test_names_of_curves_that_end_alike_keep_apart_beside_the_axes(accuracy):
     row = {"epoch": 1, "lr": 0.01, "train_loss": 2.0, "train_acc": 40.0, "test_loss": 1.0}
