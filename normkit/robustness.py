@@ -1,16 +1,19 @@
 """What accuracy alone does not tell: calibration, and accuracy on images that were corrupted."""
 
+import itertools
 import math
 
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
-from normkit.checks import check_pixels, whole_number
+from normkit.checks import check_choice, check_pixels, whole_number
 from normkit.meter import classes_of
 from normkit.predictions import as_logits, logits_by_name
 from normkit.style import colors_of, styled, subplots
 from normkit.text import legend_below
+
+HATCHES = ("///", "...", "xxx", "\\\\\\", "ooo")
 
 
 def calibration(logits, labels, bins=10):
@@ -72,23 +75,27 @@ def plot_corruptions(rows, images, title=None):
     """Draws accuracy under each corruption, a bar a variant, and above it what the corruption makes of one image.
 
     rows: a DataFrame with the columns images (the corruption), norm, test_acc; of several runs the mean is drawn, and
-    of none a gap. A norm with something after a comma is hatched. images: of corruptions.
+    of none a gap. A norm with something after a comma is hatched, each of its variants in another way. images: of
+    corruptions.
     """
     if rows.empty:
         raise ValueError("there are no rows: give one for each corruption and variant, with images, norm and test_acc")
     accuracies = rows.astype({"test_acc": float}).groupby(["images", "norm"], observed=True)["test_acc"].mean()
     kinds, variants = list(dict.fromkeys(rows["images"])), list(dict.fromkeys(rows["norm"]))
     colors = colors_of(variant.split(",")[0] for variant in variants)
+    further = {norm: itertools.cycle(HATCHES) for norm in colors}
+    hatches = {variant: next(further[variant.split(",")[0]]) for variant in variants if "," in variant}
     size = (max(5, 2.75 * len(kinds)), 4.6)
     figure, axes = subplots(2, len(kinds), figsize=size, height_ratios=[1, 2], squeeze=False)
     for (above, ax), kind in zip(axes.T, kinds):
+        check_choice("corruption", kind, list(images))
         above.imshow(images[kind][0].permute(1, 2, 0).numpy())
         above.set_title(kind)
         above.axis("off")
         for place, variant in enumerate(variants):
             value = accuracies.get((kind, variant), math.nan)
-            norm, *changed = variant.split(",")
-            ax.bar(place, value, color=colors[norm], hatch="///" if changed else None, edgecolor="white", linewidth=0)
+            color, hatch = colors[variant.split(",")[0]], hatches.get(variant)
+            ax.bar(place, value, color=color, hatch=hatch, edgecolor="white", linewidth=0)
             if math.isfinite(value):
                 ax.text(place, value, f"{value:.0f}", ha="center", va="bottom", fontsize=10)
         ax.set(xticks=[], ylim=(0, 100), yticks=[0, 25, 50, 75, 100] if ax is axes[1, 0] else [])

@@ -137,3 +137,13 @@ def test_corruptions_one_alone_missing_or_measured_twice(data):
     assert [len(ax.texts) for ax in below] == [1, 2, 2, 2] and len({ax.get_xlim() for ax in below}) == 1
     with pytest.raises(ValueError, match="there are no rows"):
         robustness.plot_corruptions(pd.DataFrame([]), images)
+
+
+def test_variants_of_one_norm_are_told_apart(data):
+    images = robustness.corruptions(data.test_images[:1])
+    variants = ["batch", "batch, seed 0", "group, lr 0.1", "batch, seed 1", "group, lr 0.3"]
+    rows = pd.DataFrame({"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in variants)
+    bars = robustness.plot_corruptions(rows, images).axes[-1].patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 5
+    with pytest.raises(ValueError, match="unknown corruption 'fog': choose clean, noise, blur or contrast"):
+        robustness.plot_corruptions(rows.replace({"images": {"blur": "fog"}}), images)
