@@ -349,9 +349,10 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
                     model(images.cpu().float())
         hook.remove()
         ax.plot(range(1, len(means) + 1), means, ".", color="#9A9A9A", markersize=5)
-        ax.plot(range(1, len(running) + 1), running, color=color)
-        ax.set(xlabel="batches seen", title=f"batches of {max(sizes)}: ± {np.std(means):.2f}")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.plot(range(1, len(running) + 1), running, "-" if len(running) > 1 else "_", color=color, markersize=9)
+        spread = f": ± {np.std(means):.2f}" if len(means) > 1 else ""
+        ax.set(xlabel="batches seen", title=f"batches of {max(sizes)}{spread}")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0, 0].set_ylabel(f"mean of {block}, channel {channel}")
     handles = [Line2D([], [], color="#9A9A9A", marker=".", linestyle=""), Line2D([], [], color=color)]
     names = ["mean of one batch (used in training)", "running mean (used in evaluation)"]

@@ -355,6 +355,12 @@ def test_running_statistics_of_any_loader(small):
     assert "batches of 12:" in drawn(anatomy.plot_running_statistics(model.Net("batch"), batches))
 
 
+def test_the_running_statistics_of_one_batch_are_seen_and_have_no_deviation(small):
+    (ax,) = anatomy.plot_running_statistics(model.Net("batch"), utils.get_loaders(small, 200, device="cpu")[0]).axes
+    assert ax.get_title() == "batches of 101" and ax.lines[1].get_marker() == "_"
+    assert [tick for tick in ax.get_xticks() if tick % 1] == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_networks_in_another_dtype_are_looked_at_too(dtype, capsys):
     anatomy.summarize(model.Net())
