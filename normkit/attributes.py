@@ -57,7 +57,7 @@ class MovingAttributes:
             except TypeError:
                 if opened := self.was_opened(place, value):
                     packed[name] = OPENED
-                own, iterates = is_user_code(self.owners[place[0]]), hasattr(value, "__next__")
+                own, iterates = is_user_code(self.owners[place[0]]), hasattr(type(value), "__next__")
                 held = has_state(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
                 if iterates and not isinstance(value, io.IOBase) or not opened and (own or held):
                     lost.add(".".join(place))
@@ -133,7 +133,7 @@ def own_attributes(owner):
     for kind, common in COMMON.items():
         if isinstance(owner, kind):
             found = {name: value for name, value in found.items() if name not in common}
-    unsaved = getattr(owner, "_non_persistent_buffers_set", ())
+    unsaved = owner._non_persistent_buffers_set if isinstance(owner, torch.nn.Module) else ()
     found |= {name: owner._buffers[name] for name in unsaved}
     return {name: value for name, value in found.items() if not is_trained(value)}
 

@@ -194,7 +194,7 @@ def tensors_of(owner):
 def epoch_takers(loader):
     """Returns the parts of a loader, such as samplers, whose set_epoch(epoch) is to be called before each epoch."""
     objects = [each for _, each in objects_of(loader=loader) if not isinstance(each, type)]
-    return [each for each in objects if takes_one(getattr(each, "set_epoch", None))]
+    return [each for each in objects if has(each, "set_epoch") and takes_one(each.set_epoch)]
 
 
 def takes_one(method):
@@ -207,9 +207,13 @@ def takes_one(method):
 
 
 def is_stateful(owner):
-    """Whether an object has both methods; a mock, or a wrapper that hands on whatever is asked, has not."""
-    methods = [inspect.getattr_static(owner, name, None) for name in ("state_dict", "load_state_dict")]
-    return None not in methods and not isinstance(owner, type)
+    """Whether an object has both methods."""
+    return has(owner, "state_dict") and has(owner, "load_state_dict") and not isinstance(owner, type)
+
+
+def has(owner, name):
+    """Whether an object has an attribute, without asking it: a mock, or what hands on or looks up any name, has not."""
+    return inspect.getattr_static(owner, name, None) is not None
 
 
 def saves_all(owner):
@@ -242,7 +246,7 @@ def lost_in(owners):
     if len(owners) == MAX_OBJECTS:
         yield f"they hold more than {MAX_OBJECTS:,} objects, of which the rest was not looked at"
     for where, found in owners.items():
-        if hasattr(found, "__next__") and not hasattr(found, "__dict__"):
+        if has(found, "__next__") and not has(found, "__dict__"):
             yield f"{where} is a {type(found).__name__}, and where it stood cannot be kept"
         if isinstance(found, DataLoader) and found.persistent_workers:
             yield f"{where} has persistent workers: what they draw begins anew"

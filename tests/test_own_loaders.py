@@ -110,6 +110,30 @@ def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
     assert seen == [0, 1]
 
 
+class Settings(dict):
+    """Settings as attributes, as many write them: another name is a KeyError, or, of the next class, None."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Lenient(dict):
+    __getattr__ = dict.get
+
+
+@pytest.mark.parametrize("kind", [Settings, Lenient])
+def test_what_looks_up_any_name_is_not_asked(pairs, tmp_path, kind):
+    class Own(TensorDataset):
+        def __init__(self):
+            super().__init__(*pairs.tensors)
+            self.settings = kind(size=8, crop=kind(size=4))
+
+    histories = [
+        fit(linear(), (DataLoader(Own(), 32), DataLoader(pairs, 64)), epochs=epochs, checkpoint=tmp_path / "c")
+        for epochs in (1, 2)
+    ]
+    assert [len(each) for each in histories] == [1, 2]
+
+
 def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
     net = nn.Identity()
     assert is_stateful(net) and not is_stateful(type(net)) and not is_stateful(mock.MagicMock())
