@@ -54,7 +54,8 @@ class Loader:
         self.images, self.labels = images.to(self.device).contiguous(), labels.to(self.device)
         self.dataset = TensorDataset(self.images, self.labels)
         self.batch_size = checks.whole_number("batch_size", batch_size)
-        self.shuffle, self.augment, self.drop_last = shuffle, augment, drop_last
+        switches = checks.yes_or_no(shuffle=shuffle, augment=augment, drop_last=drop_last)
+        self.shuffle, self.augment, self.drop_last = switches
         self.seed, self.epoch = check_seed(seed), 0
         if not len(self):
             raise ValueError(f"batch_size={batch_size} with drop_last drops all of the {len(images)} images")
@@ -378,8 +379,7 @@ class Recipe:
             checks.number_between(name, getattr(self, name), least=0, below=1)
         checks.number_between("weight_decay", self.weight_decay, least=0)
         checks.number_between("dropout", self.dropout, least=0, most=1)
-        for name in ("nesterov", "skip", "augment"):
-            checks.check_choice(name, getattr(self, name), [False, True])
+        checks.yes_or_no(nesterov=self.nesterov, skip=self.skip, augment=self.augment)
 
     def __str__(self):
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())

@@ -19,6 +19,13 @@ def check_choice(name, value, choices):
         raise ValueError(f"unknown {name} {value!r}: choose {either}")
 
 
+def yes_or_no(**settings):
+    """Returns the values of settings by name, if each is True or False; 1 and 0, NumPy's and torch's are."""
+    for name, value in settings.items():
+        check_choice(name, value, [False, True])
+    return map(bool, settings.values())
+
+
 def whole_number(name, value, least=1, most=math.inf):
     """Returns value as an int, from least to most; NumPy's and torch's whole numbers count, True and 1.0 do not."""
     try:

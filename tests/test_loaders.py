@@ -117,6 +117,18 @@ def test_batch_size_is_checked(data, batch_size):
         utils.get_loaders(data, batch_size)
 
 
+@pytest.mark.parametrize("name", ["shuffle", "augment", "drop_last"])
+def test_what_is_neither_true_nor_false_switches_nothing_on(data, name):
+    """Such as a device in augment's place, or a text "False", which would augment, shuffle or drop."""
+    for value in ("cpu", "False", 2, torch.device("cpu")):
+        with pytest.raises(ValueError, match=f"unknown {name} .*: choose False or True"):
+            utils.Loader(data.train_images, data.train_labels, 64, device="cpu", **{name: value})
+    for value in (np.True_, torch.tensor(1), 1):
+        assert getattr(utils.Loader(data.train_images, data.train_labels, device="cpu", **{name: value}), name) is True
+    with pytest.raises(ValueError, match="unknown augment 'cpu'"):
+        utils.get_loaders(data, 64, "cpu")
+
+
 def test_numpys_whole_numbers_are_batch_sizes(data):
     train_loader, test_loader = utils.get_loaders(data, np.int64(50), device="cpu")
     assert [len(labels) for _, labels in train_loader] == [50] * 3 + [48] and len(test_loader) == 3
