@@ -34,8 +34,12 @@ class Data:
     def __post_init__(self):
         if not isinstance(self.name, str):
             raise TypeError(f"name is {self.name!r}: expected text, which tables and pictures will show")
-        if isinstance(self.classes, str) or not hasattr(self.classes, "__len__"):
-            raise TypeError(f"classes is {self.classes!r}: expected the names of the classes, such as ('cat', 'dog')")
+        if isinstance(self.classes, str | dict | set | frozenset) or not hasattr(self.classes, "__len__"):
+            raise TypeError(
+                f"classes is {self.classes!r}: expected the names of the classes in the order of their labels, "
+                "such as ('cat', 'dog')"
+            )
+        object.__setattr__(self, "classes", tuple(self.classes))  # of an array too, which == would compare by element
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             check_split(f"{split}_", images, labels)

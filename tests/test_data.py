@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,7 +105,12 @@ def test_a_name_is_text(small):
             dataclasses.replace(small, name=name)
 
 
-@pytest.mark.parametrize("classes", [None, 10, "cat"])
-def test_classes_are_their_names(small, classes):
-    with pytest.raises(TypeError, match=f"classes is {classes!r}: expected the names of the classes"):
+@pytest.mark.parametrize("classes", [None, 10, "cat", {"dog": 1, "cat": 0}, {1: "dog", 0: "cat"}, {"cat"}])
+def test_classes_are_their_names_in_order(small, classes):
+    with pytest.raises(TypeError, match=f"classes is {classes!r}: expected the names of the classes in the order"):
         Data("mine", classes, small.train_images, small.train_labels, small.test_images, small.test_labels)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, pd.Series])
+def test_classes_are_taken_from_a_list_or_an_array(small, kind):
+    assert dataclasses.replace(small, classes=kind(small.classes)) == small
