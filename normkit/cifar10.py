@@ -216,7 +216,8 @@ def read_official_files(root):
         raise ValueError(f"{root / FOLDER} is damaged or incomplete: delete it and run again") from error
     tensors = []
     for split in (train, test):
-        tensors += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)]
+        labels = torch.tensor(split.targets, device="cpu")  # whatever the default
+        tensors += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), labels]
     return Data("CIFAR-10", CLASSES, *tensors)
 
 
@@ -280,7 +281,7 @@ def read_image_folder(root):
         for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
             images[i] = read_image(path)
         suffixes |= {Path(path).suffix.lstrip(".").upper().replace("JPG", "JPEG") for path, _ in samples}
-        labels = torch.tensor([label for _, label in samples])
+        labels = torch.tensor([label for _, label in samples], device="cpu")  # whatever the default
         tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels]
     return Data(f"CIFAR-10, {' and '.join(sorted(suffixes))} copy", CLASSES, *tensors)
 

@@ -86,7 +86,7 @@ def train_val_split(data, size=5000):
     quotas = shares.floor().long()
     largest_remainders = (quotas - shares).argsort(stable=True)
     quotas[largest_remainders[: size - int(quotas.sum())]] += 1
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    held = torch.zeros_like(labels, dtype=torch.bool)
     for label, quota in enumerate(quotas.tolist()):
         members = (labels == label).nonzero().flatten()
         held[members[len(members) - quota :]] = True

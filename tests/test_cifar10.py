@@ -10,6 +10,7 @@ from torchvision import datasets
 
 import utils
 from normkit import cifar10, files
+from normkit.data import train_val_split
 
 
 def same(tensor, pixels):
@@ -46,6 +47,18 @@ def test_official_files_and_archive(tmp_path, official, monkeypatch):
         assert data.name == "CIFAR-10" and same(data.train_images, official.pixels["train"])
         assert data.train_labels.tolist() == official.labels["train"]
         assert data.test_labels.tolist() == official.labels["test"]
+
+
+@pytest.mark.parametrize("form", ["images", "official files"])
+def test_data_is_read_and_split_on_the_cpu_whatever_the_default_device(tmp_path, official, form):
+    if form == "images":
+        write_image_folder(tmp_path)
+    else:
+        shutil.unpack_archive(official.archive, tmp_path)
+    with torch.device("meta"):
+        first, cached = (train_val_split(utils.load_data("cifar10", tmp_path), 10) for _ in range(2))
+    assert first == cached == train_val_split(utils.load_data("cifar10", tmp_path), 10)
+    assert {part.device.type for part in vars(first).values() if torch.is_tensor(part)} == {"cpu"}
 
 
 def test_the_official_files_come_before_a_folder_of_images_and_that_before_the_archive(tmp_path, official):
