@@ -81,11 +81,16 @@ def load_data(name="auto", root="data"):
         return make_synthetic()
 
 
+def read_variable(name):
+    """Returns an environment variable's text, or "", without what files of settings leave around it."""
+    return os.environ.get(name, "").strip().strip("\"'")
+
+
 def data_root(root):
     """Returns the folder to look in: CIFAR10_ROOT's or else root's, also where they name what lies in it."""
     if not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is {root!r}: expected a folder, as text or Path, such as 'data'")
-    text = os.environ.get("CIFAR10_ROOT", "").strip().strip("\"'") or str(root)
+    text = read_variable("CIFAR10_ROOT") or str(root)
     if text.startswith("file://"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
     root = Path(os.path.expandvars(text)).expanduser()
@@ -160,7 +165,7 @@ def fetch_archive(root):
         make_folder(root)
     except OSError as error:
         raise DataUnavailable(f"CIFAR-10 is not in {root}, and cannot be put there: {error}.\n{by_hand}") from None
-    mirrors = ([os.environ["CIFAR10_URL"]] if os.environ.get("CIFAR10_URL") else []) + list(MIRRORS)
+    mirrors = [url for url in (read_variable("CIFAR10_URL"), *MIRRORS) if url]
     pooch.get_logger().setLevel("WARNING")
     failures = []
     for url in mirrors:

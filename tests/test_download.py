@@ -106,9 +106,10 @@ def test_a_dead_host_is_passed_over(server, tmp_path, monkeypatch):
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
 
 
-def test_the_users_mirror_comes_first(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("around", ["{}", "{} \r\n", "'{}'"])  # as a file of settings may leave it
+def test_the_users_mirror_comes_first(server, tmp_path, monkeypatch, around):
     mirrors(monkeypatch, server, "/404")
-    monkeypatch.setenv("CIFAR10_URL", f"{server.url}/good")
+    monkeypatch.setenv("CIFAR10_URL", around.format(f"{server.url}/good"))
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"
     assert server.asked == ["/good"]
 
