@@ -16,6 +16,8 @@ def logits_of(data, given, name="logits"):
     logits, labels = given, None
     if isinstance(given, tuple | list) and len(given) == 2 and getattr(given[1], "ndim", 0) == 1:
         logits, labels = given
+    elif isinstance(given, tuple) and len(given) == 2 and getattr(given[1], "ndim", 0) == 2:
+        logits, labels = given[0], given[1].argmax(1)  # of shares of classes
     if not hasattr(logits, "ndim") or logits.ndim != 2:
         raise TypeError(f"{name} is a {describe(logits)}: expected logits (N, classes); {NEXT_STEP}")
     if len(logits) != len(data.test_labels):

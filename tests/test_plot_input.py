@@ -12,6 +12,7 @@ import torch
 from helpers import drawn, study
 from matplotlib import pyplot as plt
 
+import utils
 from normkit import plots
 from normkit.data import Data
 from normkit.robustness import calibration, plot_calibration
@@ -116,6 +117,17 @@ def test_a_table_of_logits_is_as_good_as_an_array(data):
     assert calibration(table, data.test_labels) == calibration(logits, data.test_labels)
     for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes):
         assert drawn(draw(data, table)) == drawn(draw(data, (table, data.test_labels))) == drawn(draw(data, logits))
+
+
+def test_predictions_of_labels_as_shares_are_as_good_as_those_of_classes(data):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))
+    images = data.test_images.float() / 255
+    smooth = 0.9 * torch.nn.functional.one_hot(data.test_labels, 10) + 0.01
+    given, expected = (utils.predict(net, [(images, labels)]) for labels in (smooth, data.test_labels))
+    for draw in (plot_calibration, plots.plot_confusions, plots.plot_mistakes):
+        assert drawn(draw(data, given)) == drawn(draw(data, expected))
+        with pytest.raises(ValueError, match="predicted for other labels"):
+            draw(data, (given[0], smooth.roll(1, 0)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
