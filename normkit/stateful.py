@@ -70,6 +70,7 @@ class RandomState(GlobalGenerators):
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold
 SET_UP = (torch.nn.Module, torch.utils.data.Dataset, torch.utils.data.Sampler, DataLoader)
 PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, float, type(None))
+OF_THREADS = ("threading", "concurrent")  # pools and locks, which tell of a process's own threads
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
 CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
@@ -87,7 +88,8 @@ def objects_of(is_closed=lambda owner: False, **roots):
         empty = isinstance(owner, list | tuple | dict) and not owner
         librarys = isinstance(owner, type) and not is_foreign(owner)
         figure_or_file = is_within(where, CALLBACKS) and is_third_party(owner) and not is_stateful(owner)
-        if id(owner) in seen or empty or librarys or figure_or_file or isinstance(owner, PASSED_OVER):
+        passed_over = isinstance(owner, PASSED_OVER) or type(owner).__module__.partition(".")[0] in OF_THREADS
+        if id(owner) in seen or empty or librarys or figure_or_file or passed_over:
             continue
         seen.add(id(owner))
         yield where, owner

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -132,6 +133,22 @@ def test_what_looks_up_any_name_is_not_asked(pairs, tmp_path, kind):
         for epochs in (1, 2)
     ]
     assert [len(each) for each in histories] == [1, 2]
+
+
+def test_a_pool_of_threads_is_no_state_of_a_loader(pairs, tmp_path):
+    """Told that a thread of a run before is idle, a pool starts none, and what is waited for never comes."""
+
+    class Threaded(TensorDataset):
+        def __init__(self):
+            super().__init__(*pairs.tensors)
+            self.pool = ThreadPoolExecutor(2)
+
+        def __getitems__(self, indices):
+            return [each.result(timeout=20) for each in [self.pool.submit(self.__getitem__, i) for i in indices]]
+
+    for epochs in (1, 2):
+        loaders = DataLoader(Threaded(), 32), DataLoader(pairs, 64)
+        assert len(fit(linear(), loaders, epochs=epochs, checkpoint=tmp_path / "c")) == epochs
 
 
 def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
