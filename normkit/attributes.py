@@ -57,9 +57,10 @@ class MovingAttributes:
             except TypeError:
                 if opened := self.was_opened(place, value):
                     packed[name] = OPENED
-                own, iterates = is_user_code(self.owners[place[0]]), hasattr(type(value), "__next__")
+                own = is_user_code(self.owners[place[0]])
                 held = has_state(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
-                if iterates and not isinstance(value, io.IOBase) or not opened and (own or held):
+                iterates = hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
+                if iterates or not opened and (own or held):
                     lost.add(".".join(place))
                     if not own:
                         incomplete.add(place[0])  # a library's attributes hang together
