@@ -191,7 +191,7 @@ def test_a_norm_that_was_changed_is_run_anew_and_one_that_was_moved_is_not(small
     first = run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9))
     assert run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9)) == first
     others = [run(lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.5)), run(identity)]
-    others += [run(with_momentum(0.9)), run(with_momentum(0.5)), run(torch.nn.BatchNorm2d)]
+    others += [run(with_momentum(0.9)), run(with_momentum(0.5)), run(torch.nn.Identity)]
     assert len({first, *others}) == 6
     monkeypatch.setitem(model.NORMS, "batch", lambda channels, num_groups: torch.nn.BatchNorm2d(channels, momentum=0.9))
     changed = run_many([{"norm": "batch", "epochs": 1, "batch_size": 50}], small, tmp_path / "study.csv")
