@@ -181,9 +181,10 @@ def plot_network(model, size=32):
         ax.annotate("", (places[end], 0.95), (places[start], 0.95), arrowprops=arrow)
     ax.set(xlim=(-1.6, x), ylim=(-2.9, 1.8))
     ax.axis("off")
-    handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-    handles.append(Line2D([], [], color="#666666", linewidth=1.4))
-    legend_below(figure, handles, [*colors, "skip"])
+    legend = {kind: Rectangle((0, 0), 1, 1, color=color) for kind, color in colors.items()}
+    if skips:
+        legend["skip"] = Line2D([], [], color="#666666", linewidth=1.4)
+    legend_below(figure, [*legend.values()], [*legend])
     total = sum(p.numel() for p in model.parameters())
     ax.set_title(f"The network and its {total:,} parameters")
     return figure

@@ -145,7 +145,8 @@ def test_the_network_as_it_is(norm):
     assert skips == [("C3", "C5"), ("C7", "C9")]
     assert anatomy.trace_network(model.Net(norm, skip=False), 32)[1] == []
     text = drawn(anatomy.plot_network(model.Net(norm)))
-    assert "48,178" in text and "9,312" in text
+    assert "48,178" in text and "9,312" in text and "skip" in text
+    assert "skip" not in drawn(anatomy.plot_network(model.Net(norm, skip=False)))
 
 
 def test_the_receptive_field_is_how_far_a_pixel_reaches():
