@@ -191,7 +191,6 @@ def compute_logits(network, images, compute_dtype):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@torch.no_grad()
 def evaluate(model, loader, precision, backend, take):
     """Calls take(logits, labels) after each batch; the model's mode and weights stay as they are."""
     network, _ = choose_backend(backend, model)
@@ -201,8 +200,9 @@ def evaluate(model, loader, precision, backend, take):
     with evaluating(network), checks.oom_advice(loader):
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
-            logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
-            take(logits, checks.check_labels(labels, logits, batch_id))
+            with torch.no_grad():  # not around the loader, which may take gradients, as for adversarial images
+                logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
+                take(logits, checks.check_labels(labels, logits, batch_id))
     if batch_id is None:
         raise ValueError("the loader yields no images")
 

@@ -92,6 +92,28 @@ def test_a_loader_and_a_network_may_write_each_batch_into_the_same_tensors(pairs
     assert expected == utils.test(net, Reusing()) == utils.test(Keeping(), Reusing())
 
 
+def test_a_loader_may_take_gradients(pairs):
+    class Attacked:
+        def __init__(self, net):
+            self.net = net
+
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            for images, labels in DataLoader(pairs, 30):
+                images.requires_grad_()
+                (gradient,) = torch.autograd.grad(F.cross_entropy(self.net(images), labels), images)
+                yield images + 0.1 * gradient.sign(), labels
+
+    net = linear()
+    expected = list(Attacked(net))
+    logits, labels = utils.predict(net, Attacked(net))
+    assert torch.equal(logits, torch.cat([net(images) for images, _ in expected])) and not logits.requires_grad
+    assert utils.test(net, Attacked(net)) == utils.test(net, expected)
+    assert fit(net, (Attacked(net), Attacked(net)))[-1]["test_loss"] == utils.test(net, list(Attacked(net))).loss
+
+
 def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
     seen = []
 
