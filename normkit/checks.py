@@ -34,7 +34,7 @@ def whole_number(name, value, least=1, most=math.inf):
         number = None
     if number is None or not least <= number <= most:
         bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name}={value!r}: expected a whole number {bounds}")
+        raise ValueError(f"{name}={shown(value)}: expected a whole number {bounds}")
     return number
 
 
@@ -45,7 +45,7 @@ def number_between(name, value, *, above=-math.inf, least=-math.inf, below=math.
         bounds = (f"above {above:g}", above), (f"of at least {least:g}", least), (f"below {below:g}", below)
         bounds += ((f"of at most {most:g}", most),)
         said = " and ".join(text for text, bound in bounds if math.isfinite(bound))
-        raise ValueError(f"{name}={value!r}: expected a number {said}")
+        raise ValueError(f"{name}={shown(value)}: expected a number {said}")
 
 
 def check_epochs(epochs, limit=None):
@@ -64,6 +64,12 @@ def describe(value):
         return f"{value.dtype} {tuple(value.shape)}"
     shape = getattr(value, "shape", None)
     return type(value).__name__ + (f" {tuple(shape)}" if shape is not None else "")
+
+
+def shown(value):
+    """Returns a value as text; where that takes several lines, as of many images, names its kind."""
+    text = repr(value)
+    return describe(value) if "\n" in text else text
 
 
 def in_words(error, most=None):

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from normkit.checks import check_split, whole_number
+from normkit.checks import check_split, shown, whole_number
 from normkit.checksum import crc32_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """A data set, split in two: images uint8 (N, 3, H, W), labels int64 (N,), class names."""
+    """A data set's name and class names, and of each of its two splits images uint8 (N, 3, H, W), labels int64 (N,)."""
 
     name: str
     classes: tuple[str, ...]
@@ -33,10 +33,10 @@ class Data:
 
     def __post_init__(self):
         if not isinstance(self.name, str):
-            raise TypeError(f"name is {self.name!r}: expected text, which tables and pictures will show")
+            raise TypeError(f"name is {shown(self.name)}: expected text, which tables and pictures will show")
         if isinstance(self.classes, str | dict | set | frozenset) or not hasattr(self.classes, "__len__"):
             raise TypeError(
-                f"classes is {self.classes!r}: expected the names of the classes in the order of their labels, "
+                f"classes is {shown(self.classes)}: expected the names of the classes in the order of their labels, "
                 "such as ('cat', 'dog')"
             )
         object.__setattr__(self, "classes", tuple(self.classes))  # of an array too, which == would compare by element

@@ -103,6 +103,8 @@ def test_a_name_is_text(small):
     for name in (None, 3, Path("photos")):
         with pytest.raises(TypeError, match="name is .*: expected text"):
             dataclasses.replace(small, name=name)
+    with pytest.raises(TypeError, match=r"^name is torch.uint8 \(101, 3, 16, 16\): expected text"):
+        Data(small.train_images, small.train_labels, small.test_images, small.test_labels, small.classes, small.name)
 
 
 @pytest.mark.parametrize("classes", [None, 10, "cat", {"dog": 1, "cat": 0}, {1: "dog", 0: "cat"}, {"cat"}])

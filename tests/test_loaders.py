@@ -117,6 +117,11 @@ def test_batch_size_is_checked(data, batch_size):
         utils.get_loaders(data, batch_size)
 
 
+def test_splits_in_place_of_settings_are_named_in_a_line(data):
+    with pytest.raises(ValueError, match=r"^batch_size=torch.uint8 \(101, 3, 16, 16\): expected a whole number"):
+        utils.Loader(data.train_images, data.train_labels, data.test_images, data.test_labels, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["shuffle", "augment", "drop_last"])
 def test_what_is_neither_true_nor_false_switches_nothing_on(data, name):
     """Such as a device in augment's place, or a text "False", which would augment, shuffle or drop."""
