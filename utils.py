@@ -116,7 +116,7 @@ def train(
 
     loader: any iterable of (images, labels) with a length; labels are int64 (N,), or (N, classes) shares.
     criterion(logits, labels): the mean loss of a batch. scheduler, if given, is stepped after each batch.
-    backend: "auto", "eager", "fused" or "compile"; see normkit.backend.
+    backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
     A loss that is huge or not finite raises FloatingPointError.
     """
     network, backend_line = choose_backend(backend, model)
@@ -208,7 +208,7 @@ def evaluate(model, loader, precision, backend, take):
 
 
 def predict(model, loader, *, precision="auto", backend="auto"):
-    """Returns logits (N, classes) and labels over a loader; the model's mode and weights stay as they are."""
+    """Returns logits (N, classes) and labels over a loader; weights and mode stay as they are. precision: see run."""
     batches = []
     # Copies: a CUDA graph, and many a loader, writes what comes next to the same place.
     evaluate(model, loader, precision, backend, lambda *batch: batches.append([each.clone() for each in batch]))

@@ -81,8 +81,8 @@ def statistics_of(layer, x):
 def plot_norm_sets(layers, images=6, channels=16, size=2):
     """Draws the block of activations, images by channels by pixels, and the values in it that share a mean with one.
 
-    layers: a dict from a name to a norm layer of that many channels. What is coloured was found by asking the layer
-    which inputs move its output for the front image's last channel.
+    layers: a dict from a name to a norm layer of that many channels. What is coloured was found by asking the layer,
+    in float64, which inputs move its output for the front image's last channel.
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,8 @@ def norm_table(layers, x):
     """Returns what norm layers make of activations x (N, C, H, W), set by set: a DataFrame, one row a layer.
 
     layers: a dict from a name to a layer, as yet untrained, so that its scale and shift leave the values alone.
-    Which values share statistics, and how many, is found by asking the layer: set by set, so x has to be small.
+    Which values share statistics, and how many, is found by asking the layer, in float64: set by set, so x has to be
+    small.
     """
     rows = []
     for name, layer in layers.items():

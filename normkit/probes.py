@@ -118,7 +118,8 @@ def plot_by_layer(rows, quantity):
     """Draws a quantity through the depth of the network, at the start and after training, a line a norm.
 
     rows: a DataFrame with the columns norm, step, quantity, layer, value, of which the index tells the order in which
-    they were measured, layer by layer; the mean of the runs is drawn. Columns data and seed are for the heading.
+    they were measured, layer by layer; the mean of the runs is drawn. step: how many were done, 0 at the start.
+    Columns data and seed are for the heading.
     """
     captions = {"gradient norm": "norm of the gradient", "similarity": "cosine of two images"}
     check_choice("quantity", quantity, list(captions))
