@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from normkit.files import is_whole, make_folder, read_state, to_bytes, write_state, write_whole
 
-VERSION = 8  # of the file
+VERSION = 9  # of the file
 
 
 class CheckpointRefused(ValueError):
@@ -22,7 +22,8 @@ class Checkpoint:
     """A file for the state of a run, written after each epoch.
 
     path: the file. The one before it is kept as "<name>.previous", and takes over when the last turns out damaged.
-    parts: a dict from a name to an object with state_dict and load_state_dict.
+    parts: a dict from a name to an object with state_dict and load_state_dict. They are loaded from the last to the
+    first: what others may change on the way, such as a random state, has to be the first.
     settings: a function that returns a dict from a name to text; a file of other settings is refused. A line of a
     setting that has changed between the run's start and the file tells where the run stood, and does not count.
     """
@@ -64,7 +65,7 @@ class Checkpoint:
     def save(self, history):
         """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
         self.settings_left = self.current_settings()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: part.state_dict() for name, part in from_within(self.parts)}
         state |= {"version": VERSION, "settings": self.settings, "history": list(history)}
         state["settings_now"] = state["settings_left"] = self.settings_left
         content = readable_bytes(state)

@@ -20,9 +20,9 @@ from normkit.randomness import GENERATORS, GlobalGenerators, get_state, set_stat
 class RandomState(GlobalGenerators):
     """What is random about training, as state_dict and load_state_dict.
 
-    That is the state of the global generators, of a device's, and what moves in parts that are given by name: loaders
-    and whatever else a user has written, with generators, samplers and counters in them. saved: the names of parts
-    whose state_dict is kept beside this.
+    That is the state of the global generators, of a device's, and of generators and samplers in parts that are given by
+    name: loaders and whatever else a user has written. saved: the names of parts whose state_dict is kept beside this.
+    attributes: what else moves in these parts, such as counters, with a state of its own.
     """
 
     def __init__(self, device=None, saved=(), **parts):
@@ -53,18 +53,17 @@ class RandomState(GlobalGenerators):
                     yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
-        state = super().state_dict() | {"attributes": self.attributes.state_dict()}
+        state = super().state_dict()
         state["workers"] = [where for where, owner in self.owners.items() if has_lasting_workers(owner)]
         return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
     def load_state_dict(self, state):
-        for where in state["workers"]:  # first, as to start them draws a number
+        for where in state["workers"]:
             start_workers(self.owners.get(where))
-        super().load_state_dict(state)
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
                 write_state(state[f"state of {where}"])
-        self.attributes.load_state_dict(state["attributes"])
+        super().load_state_dict(state)  # last, as a sampler may draw in load_state_dict
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold

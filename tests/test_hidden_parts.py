@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from normkit.stateful import states_in
 
@@ -281,6 +281,42 @@ def test_what_a_hook_keeps_goes_on(pairs, tmp_path, hook):
 
     trained(build, pairs, 2, checkpoint=tmp_path / "c")
     assert same(trained(build, pairs, 4, checkpoint=tmp_path / "c"), trained(build, pairs, 4))
+
+
+class Growing:
+    """Keeps a network that it makes anew to load it, as what has a state may, and that draws random numbers."""
+
+    def __init__(self):
+        self.net = nn.Linear(2, 2)
+
+    def state_dict(self):
+        return self.net.state_dict()
+
+    def load_state_dict(self, state):
+        self.net = nn.Linear(2, 2)
+        self.net.load_state_dict(state)
+
+    def __call__(self, history):
+        pass
+
+
+class Drawing(RandomSampler, Growing):
+    def __init__(self, data):
+        RandomSampler.__init__(self, data)
+        Growing.__init__(self)
+
+
+@pytest.mark.parametrize("drawing", ["callback", "sampler"])
+def test_what_draws_random_numbers_while_it_is_loaded_changes_none_of_the_run(pairs, tmp_path, drawing):
+    def train(path, epochs):
+        net, sampler = linear(), (Drawing if drawing == "sampler" else RandomSampler)(pairs)
+        loaders = DataLoader(pairs, 32, sampler=sampler), DataLoader(pairs, 64)
+        on_epoch = Growing() if drawing == "callback" else None
+        torch.manual_seed(0)
+        return list(fit(net, loaders, epochs=epochs, checkpoint=path, on_epoch=on_epoch))
+
+    train(tmp_path / "parts", 1)
+    assert same(train(tmp_path / "parts", 3), train(tmp_path / "whole", 3))
 
 
 @pytest.mark.parametrize("kind", [Sharp, SharpAgain])
