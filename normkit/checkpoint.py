@@ -194,9 +194,9 @@ def undone_on(errors, parts):
 
 
 def from_within(parts):
-    """Returns parts with their names, what lies in another before that, whose load_state_dict has the last word.
+    """Returns the pairs of name and part from the last to the first: what was found within a part comes before it.
 
-    Some bind again what they hold, such as an optimizer around another that keeps weights by parameter.
+    So each load_state_dict has the last word about what its part holds, such as weights that are kept by parameter.
     """
     return reversed(parts.items())
 

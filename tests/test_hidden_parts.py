@@ -129,6 +129,27 @@ class Anchored(torch.optim.SGD):
         self.anchors = dict(zip(map(id, self.param_groups[0]["params"]), state["anchors"]))
 
 
+class Copying(torch.optim.SGD):
+    """SGD that moves copies of the weights, as in half precision, which it takes anew when it is loaded."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, 0.1, 0.9)
+        self.copies = self.copied()
+
+    def copied(self):
+        return [each.detach().clone() for each in self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        torch._foreach_copy_(self.param_groups[0]["params"], self.copies)
+        super().step()
+        torch._foreach_copy_(self.copies, self.param_groups[0]["params"])
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.copies = self.copied()
+
+
 class Accumulating(torch.optim.SGD):
     """SGD that steps after each third batch, with the gradients of all three, wherever an epoch ends."""
 
@@ -179,6 +200,11 @@ def tuner_of_a_library(net):
 def anchored(net):
     optimizer = Anchored(net.parameters())
     return optimizer, cross_entropy, lambda: list(optimizer.anchors.values())
+
+
+def copying(net):
+    optimizer = Copying(net.parameters())
+    return optimizer, cross_entropy, lambda: optimizer.copies
 
 
 def accumulating(net):
@@ -236,8 +262,8 @@ def an_optimizer_for_each_parameter(net):
 
 KINDS = [
     scale_in_a_criterion, scale_in_a_hook, scale_with_an_optimizer_of_its_own, sharp, sharp_again, sharp_of_a_library,
-    lookahead_of_a_library, tuner_of_a_library, anchored, accumulating, two, averaging,
-    teacher_in_a_list, an_optimizer_for_each_parameter,
+    lookahead_of_a_library, tuner_of_a_library, anchored, copying, accumulating, two,
+    averaging, teacher_in_a_list, an_optimizer_for_each_parameter,
 ]  # fmt: skip
 
 
@@ -332,4 +358,4 @@ def test_what_a_state_dict_has_is_kept_once():
     net = nn.Sequential(linear(), nn.ReLU(), nn.Dropout())
     net.others = [net[0], nn.Identity(), nn.DataParallel(net)]
     kept = states_in({}, model=net, optimizer=Sharp(net.parameters()))
-    assert list(kept) == ["model", "optimizer", "optimizer.base_optimizer"]
+    assert list(kept) == ["optimizer", "optimizer.base_optimizer", "model"]
