@@ -196,7 +196,9 @@ def tensors_of(owner):
 def epoch_takers(loader):
     """Returns the parts of a loader, such as samplers, whose set_epoch(epoch) is to be called before each epoch."""
     objects = [each for _, each in objects_of(loader=loader) if not isinstance(each, type)]
-    return [each for each in objects if has(each, "set_epoch") and takes_one(each.set_epoch)]
+    # Of a proxy, such as weakref's, __class__ is that of what it stands for.
+    having = [each for each in objects if has(each, "set_epoch") or has(each.__class__, "set_epoch")]
+    return [each for each in having if takes_one(each.set_epoch)]
 
 
 def takes_one(method):

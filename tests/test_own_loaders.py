@@ -3,6 +3,7 @@
 import functools
 import itertools
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -131,6 +132,23 @@ def test_set_epoch_is_called_where_it_takes_an_epoch(pairs):
     for kind in (Epochs, Other):
         fit(linear(), (DataLoader(kind(*pairs.tensors), 32), DataLoader(pairs, 64)), epochs=2)
     assert seen == [0, 1]
+
+
+def test_set_epoch_is_called_through_attributes_wrappers_and_proxies(pairs):
+    class Epochs(RandomSampler):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+
+    class Handing(RandomSampler):
+        def __getattr__(self, name):
+            return getattr(self.data_source, name)
+
+    own, epochs = RandomSampler(pairs), Epochs(pairs)
+    own.set_epoch = lambda epoch: seen.append(epoch)
+    for sampler in (own, Handing(epochs), weakref.proxy(epochs)):
+        seen = []
+        fit(linear(), (DataLoader(pairs, 32, sampler=sampler), DataLoader(pairs, 64)), epochs=2)
+        assert seen == [0, 1]
 
 
 class Settings(dict):
