@@ -44,7 +44,8 @@ def in_style():
     from matplotlib.font_manager import get_font_names  # may take a while to import, and training draws nothing
 
     with LOCK:
-        own = [*matplotlib.rcParams["font.family"], *matplotlib.rcParams["font.sans-serif"]]
+        families = [*matplotlib.rcParams["font.family"], "sans-serif"]  # fonts, and kinds that have a list of their own
+        own = [*families, *(name for each in families for name in matplotlib.rcParams.get(f"font.{each}", ()))]
         further = {*get_font_names()}.difference(matplotlib.rcParamsDefault["font.sans-serif"])
         fonts = ["sans-serif", *(name for name in dict.fromkeys(own) if name in further)]
         with matplotlib.style.context(["default", STYLE | {"font.family": fonts}]):

@@ -41,7 +41,14 @@ def test_a_users_own_settings_change_no_picture(results, settings):
     assert np.array_equal(*pictures)
 
 
-@pytest.mark.parametrize("setting", [{"font.family": "STIXGeneral"}, {"font.sans-serif": ["STIXGeneral"]}])
+FONTS = [
+    {"font.family": "STIXGeneral"},
+    {"font.sans-serif": ["STIXGeneral"]},
+    {"font.family": "serif", "font.serif": ["STIXGeneral"]},
+]
+
+
+@pytest.mark.parametrize("setting", FONTS)
 def test_a_users_font_serves_for_the_letters_that_the_pictures_own_lacks(results, recwarn, setting):
     """As one with Chinese letters does; of the fonts that come with matplotlib only STIX's has this one."""
     pictures = []
