@@ -17,7 +17,8 @@ from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, styled, subplots
 from normkit.text import legend_below
 
-DROPPING = _DropoutNd, DropBlock2d, StochasticDepth  # the kinds of dropout that PyTorch and torchvision have
+# The modules of PyTorch and torchvision that drop something, the last two within.
+DROPPING = _DropoutNd, DropBlock2d, StochasticDepth, nn.MultiheadAttention, nn.RNNBase
 
 
 def measure(model, images, labels, rates):

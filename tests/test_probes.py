@@ -117,6 +117,17 @@ def test_no_kind_of_dropout_is_at_work(dropout, batch):
     assert probes.measure(net, *batch, rates=[0.1]) == expected
 
 
+def test_nor_is_that_within_attention(batch):
+    class Attending(nn.MultiheadAttention):
+        def forward(self, x):
+            sequence = x.flatten(2).transpose(1, 2)
+            return super().forward(sequence, sequence, sequence)[0].transpose(1, 2).view_as(x)
+
+    net = model.Net("group", dropout=0.0)
+    net.GAP = nn.Sequential(Attending(32, 4, dropout=0.5, batch_first=True), net.GAP)
+    assert probes.measure(net, *batch, rates=[0.1]) == probes.measure(net, *batch, rates=[0.1])
+
+
 def test_blocks_are_found_within_a_network_of_ones_own(batch):
     net = nn.Sequential(collections.OrderedDict(scale=nn.AvgPool2d(1), model=model.Net("batch")))
     found, expected = (dict(probes.similarities(each, batch[0])) for each in (net, net.model))
