@@ -20,7 +20,7 @@ def check_choice(name, value, choices):
 
 
 def yes_or_no(**settings):
-    """Returns the values of settings by name, if each is True or False; 1 and 0, NumPy's and torch's are."""
+    """Returns the values of settings by name as True or False; raises unless each is that, 1 or 0, Python's or not."""
     for name, value in settings.items():
         check_choice(name, value, [False, True])
     return map(bool, settings.values())

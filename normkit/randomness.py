@@ -104,7 +104,7 @@ def set_state(generator, state):
 
 
 def new_generator(kind, state, device):
-    """Returns a generator of a kind in a state; raises LookupError where that is of a bit generator not NumPy's."""
+    """Returns a generator of a kind in a state; raises LookupError where its bit generator is none of NumPy's."""
     if kind is torch.Generator:
         generator = kind(device)
     elif kind is random.Random:

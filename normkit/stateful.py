@@ -137,7 +137,7 @@ def function_of(member):
 
 
 def named_in(function):
-    """Yields (step, object) for generators that a function names; in user code, also for what is it or has a state."""
+    """Yields (step, object): generators that a function names and, of user code, user code and what has a state."""
     names, own = function.__globals__, is_foreign(function)
     for name in globals_in(function.__code__):
         value = names.get(name)
@@ -211,7 +211,7 @@ def takes_one(method):
 
 
 def is_stateful(owner):
-    """Whether an object has both methods."""
+    """Whether an object, which is no class, has both state_dict and load_state_dict."""
     return has(owner, "state_dict") and has(owner, "load_state_dict") and not isinstance(owner, type)
 
 
