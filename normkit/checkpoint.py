@@ -22,8 +22,8 @@ class Checkpoint:
     """A file for the state of a run, written after each epoch.
 
     path: the file. The one before it is kept as "<name>.previous", and takes over when the last turns out damaged.
-    parts: a dict from a name to an object with state_dict and load_state_dict. They are loaded from the last to the
-    first: what others may change on the way, such as a random state, has to be the first.
+    parts: a dict from a name to an object with state_dict and load_state_dict, in the order in which they are loaded:
+    what holds another comes after it, and a random state, from which others may draw on the way, is the last.
     settings: a function that returns a dict from a name to text; a file of other settings is refused. A line of a
     setting that has changed between the run's start and the file tells where the run stood, and does not count.
     """
@@ -65,7 +65,7 @@ class Checkpoint:
     def save(self, history):
         """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
         self.settings_left = self.current_settings()
-        state = {name: part.state_dict() for name, part in from_within(self.parts)}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"version": VERSION, "settings": self.settings, "history": list(history)}
         state["settings_now"] = state["settings_left"] = self.settings_left
         content = readable_bytes(state)
@@ -149,7 +149,7 @@ class Checkpoint:
         try:
             with undone_on(Exception, self.parts):  # each kind of part has errors of its own
                 with groups_kept(self.parts):
-                    for name, part in from_within(self.parts):
+                    for name, part in self.parts.items():
                         if name not in state:
                             raise LookupError("it was made after the file was written")
                         load_state(part, state[name])
@@ -188,17 +188,9 @@ def undone_on(errors, parts):
         yield
     except errors:
         with groups_kept(parts):
-            for name, part in from_within(parts):
+            for name, part in parts.items():
                 load_state(part, before[name])
         raise
-
-
-def from_within(parts):
-    """Returns the pairs of name and part from the last to the first: what was found within a part comes before it.
-
-    So each load_state_dict has the last word about what its part holds, such as weights that are kept by parameter.
-    """
-    return reversed(parts.items())
 
 
 def load_state(part, state):

@@ -156,7 +156,8 @@ def states_in(known, **roots):
 
     So a callback's schedulers and averaged weights are found, too, and tensors that an optimizer changes and no module
     has. known: objects by name that are left out. So are modules that share all their tensors with one found before,
-    such as a wrapper around the model. Modules are the last: they are loaded before what may copy their weights.
+    such as a wrapper around the model. The order is one in which they can be loaded: modules, whose weights others
+    may copy, and what lies in another before that, whose load_state_dict has the last word about what it holds.
     """
     tensors, found, passed_over = set(), {}, set(map(id, known.values()))
     for where, owner in objects_of(lambda each: saves_all(each) or id(each) in passed_over, **roots):
@@ -170,7 +171,7 @@ def states_in(known, **roots):
     trained = [tensor for each in optimizers for group in each.param_groups for tensor in group["params"]]
     loose = {id(tensor): tensor for tensor in trained if id(tensor) not in tensors}
     found |= {"tensors": LooseTensors([*loose.values()])} if loose else {}
-    return dict(sorted(found.items(), key=lambda item: isinstance(item[1], torch.nn.Module)))
+    return dict(sorted(reversed(found.items()), key=lambda item: not isinstance(item[1], torch.nn.Module)))
 
 
 class LooseTensors:
