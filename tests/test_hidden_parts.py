@@ -313,13 +313,13 @@ class Growing:
     """Keeps a network that it makes anew to load it, as what has a state may, and that draws random numbers."""
 
     def __init__(self):
-        self.net = nn.Linear(2, 2)
+        self.net = nn.Linear(5, 5)
 
     def state_dict(self):
         return self.net.state_dict()
 
     def load_state_dict(self, state):
-        self.net = nn.Linear(2, 2)
+        self.net = nn.Linear(5, 5)
         self.net.load_state_dict(state)
 
     def __call__(self, history):

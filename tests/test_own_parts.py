@@ -75,11 +75,12 @@ def test_a_criterion_has_a_batch_at_a_time(pairs):
     net.register_forward_pre_hook(lambda module, args: seen.update(images=args[0], learns=torch.is_grad_enabled()))
 
     def criterion(logits, labels):
-        assert torch.is_grad_enabled() == seen["learns"]
+        assert torch.is_grad_enabled() == seen["learns"] == net.training
         return nn.functional.cross_entropy(logits, teacher(seen["images"]).softmax(1))
 
     loader = DataLoader(pairs, 30)  # a ragged last batch
     metrics = utils.test(net, loader, criterion=criterion, precision="float32")
+    net.eval()
     with torch.no_grad():
         losses = [(criterion(net(images), labels).item(), len(labels)) for images, labels in loader]
     assert len({size for _, size in losses}) == 2
