@@ -2,7 +2,6 @@
 
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 import model as networks  # a notebook may have loaded another since
 from normkit import checks, optim
@@ -26,6 +24,7 @@ from normkit.identity import seed_in, settings_of
 from normkit.meter import Meter, count_correct
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
+from normkit.progress import progress_bar
 from normkit.randomness import check_seed, generators_preserved, seed_everything
 from normkit.stateful import RandomState, epoch_takers, states_in
 from normkit.stepper import Stepper
@@ -155,7 +154,7 @@ def train(
         return backward(criterion(compute_logits(network, images, compute_dtype), labels.to(device)))
 
     with (
-        tqdm(total=checks.length_of(loader), desc="Train", file=sys.stdout, disable=not progress) as bar,
+        progress_bar(total=checks.length_of(loader), desc="Train", disable=not progress) as bar,
         checks.oom_advice(loader),
     ):
         for batch_id, batch in enumerate(loader):

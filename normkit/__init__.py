@@ -25,6 +25,7 @@ graph        Graphed: on a GPU, training steps that are started in one call
 fused        fuse(): the kernel for CPUs; see fused/README.md
 gpu          Triton kernels for training steps on a GPU, and the step that they make up
 meter        Meter, Metrics: what a pass over a loader adds up to
+progress     progress bars
 environment  check_setup: what the kit runs on, and what is missing
 engine       compute: many tasks on whatever joblib is set to, a dask cluster too
 network      marks of norms and of the network, by which a study tells edited ones apart

@@ -15,11 +15,11 @@ import numpy as np
 import pooch
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from normkit.checks import check_choice
 from normkit.data import Data
 from normkit.files import make_folder, read_state, write_state
+from normkit.progress import progress_bar
 from normkit.synthetic import make_synthetic
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -172,7 +172,7 @@ def fetch_archive(root):
         print(f"Fetching CIFAR-10 (170 MB) from {url}", flush=True)
         try:
             # pooch writes to a temporary name, and renames it only once the checksum holds.
-            download = pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT)
+            download = pooch.HTTPDownloader(progressbar=sys.stderr is not None, timeout=TIMEOUT)
             return Path(pooch.retrieve(url, f"sha256:{ARCHIVE_SHA256}", ARCHIVE, root, downloader=download))
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             failures.append(f"    {url}: {type(error).__name__}")
@@ -283,7 +283,7 @@ def read_image_folder(root):
             raise ValueError(f"{root} has no folder {split}: expected train/<class>/* and test/<class>/*")
         samples = sorted(list_images(root / split), key=lambda sample: Path(sample[0]).name)
         images = np.empty((len(samples), 32, 32, 3), np.uint8)
-        for i, (path, _) in enumerate(tqdm(samples, desc=f"Reading {split} images", file=sys.stdout, leave=False)):
+        for i, (path, _) in enumerate(progress_bar(samples, desc=f"Reading {split} images", leave=False)):
             images[i] = read_image(path)
         suffixes |= {Path(path).suffix.lstrip(".").upper().replace("JPG", "JPEG") for path, _ in samples}
         labels = torch.tensor([label for _, label in samples], device="cpu")  # whatever the default

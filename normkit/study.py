@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import model
 from normkit.backend import choose_backend
@@ -24,6 +23,7 @@ from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
 from normkit.network import mark_of_network, marks_of
 from normkit.placement import choose_device
+from normkit.progress import progress_bar
 from normkit.randomness import check_seed, generators_preserved
 from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, number, read_rows, table_of
 from utils import Recipe, get_recipe, run
@@ -133,7 +133,7 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
         for turn, (key, each) in enumerate(todo.items())
     }
     with (
-        tqdm(total=len(planned), initial=len(done), desc=file.stem, unit="run", file=sys.stdout) as bar,
+        progress_bar(total=len(planned), initial=len(done), desc=file.stem, unit="run") as bar,
         contextlib.closing(compute(run_one, tasks, data, processes)) as outcomes,
     ):
         for key, outcome, error in outcomes:

@@ -86,6 +86,13 @@ def test_a_slow_mirror_is_waited_for(server, tmp_path, monkeypatch):
     assert utils.load_data("auto", tmp_path).name == "CIFAR-10"  # longer in all than the timeout for the next bytes
 
 
+def test_a_process_without_output_fetches_as_any(server, tmp_path, monkeypatch):
+    mirrors(monkeypatch, server, "/good")
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert utils.load_data("cifar10", tmp_path).name == "CIFAR-10"
+
+
 @pytest.mark.parametrize("bad", ["/truncated", "/wrong", "/404", "/html", "/stalled"])
 def test_a_bad_mirror_leaves_nothing_behind(server, tmp_path, monkeypatch, bad):
     mirrors(monkeypatch, server, bad)

@@ -1,11 +1,12 @@
 """The promises of the README: nothing changes by looking, and what goes wrong is said."""
 
 import signal
+import sys
 import threading
 
 import pytest
 import torch
-from helpers import NORMS, everything, run, same
+from helpers import NORMS, everything, run, same, write_image_folder
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,7 @@ from normkit import anatomy, plots
 from normkit.checks import first_non_finite
 from normkit.files import read_state
 from normkit.randomness import check_seed, seed_everything
+from normkit.study import grid, run_many
 
 # ------------------------------------------------------------------------------- interrupt
 
@@ -229,3 +231,13 @@ def test_seeds_are_those_that_torch_takes():
     for seed in (-(2**63) - 1, 2**64):
         with pytest.raises(ValueError, match="expected a whole number from"):
             check_seed(seed)
+
+
+def test_a_process_without_output_trains_and_reads_as_any(data, tmp_path, monkeypatch):
+    """As pythonw starts it, and many a service."""
+    write_image_folder(tmp_path)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(utils.run("batch", data, 1, device="cpu").history) == 1
+    assert len(run_many(grid(norm=["batch"], epochs=[1]), data, tmp_path / "study.csv")) == 1
+    assert len(utils.load_data("cifar10", tmp_path).train_labels) == 20

@@ -304,7 +304,7 @@ def test_where_the_studys_folder_cannot_be_seen_a_run_has_no_checkpoint(small, t
 
 
 def test_progress_counts_runs_that_fail_and_tells_the_time_left(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "tqdm", functools.partial(study.tqdm, mininterval=0, miniters=1))
+    monkeypatch.setattr(study, "progress_bar", functools.partial(study.progress_bar, mininterval=0, miniters=1))
     run_many(ONE | {"seed": 3}, small, tmp_path / "study.csv")
     capsys.readouterr()
     runs = [ONE | {"seed": seed} for seed in range(4)]
