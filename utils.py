@@ -118,6 +118,7 @@ def train(
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
     A loss that is huge or not finite raises FloatingPointError.
     """
+    checks.check_grad_enabled()
     network, backend_line = choose_backend(backend, model)
     checks.check_criterion(criterion)
     optim.check_optimizer(optimizer, network)

@@ -122,6 +122,12 @@ def check_iterable(loader):
         )
 
 
+def check_grad_enabled():
+    """Raises RuntimeError where gradients are switched off."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")
+
+
 def check_criterion(criterion):
     """Raises TypeError unless a criterion can be called with logits and labels."""
     if isinstance(criterion, type) or not callable(criterion):
@@ -189,8 +195,6 @@ def check_loss(loss, criterion, needs_grad=True):
     given = getattr(criterion, "keywords", {}).get("reduction") or getattr(criterion, "reduction", None)
     if given == "sum":  # "batchmean" is a mean; with "none" a class takes its own
         raise ValueError("the criterion has reduction='sum': expected 'mean', the mean loss of the batch")
-    if needs_grad and not loss.requires_grad and not torch.is_grad_enabled():
-        raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")
     if needs_grad and not loss.requires_grad:
         raise ValueError("the loss does not depend on any parameter that is trained: are all of them frozen?")
     return loss

@@ -1,6 +1,7 @@
 """What is no model, optimizer, scheduler, criterion, data or setting is told so before training."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -90,9 +91,9 @@ def test_a_loader_may_be_its_own_iterator(loaders):
 
 
 def test_gradients_that_are_switched_off_are_told(loaders):
-    for off in (torch.no_grad, torch.inference_mode):
+    for off, network in itertools.product((torch.no_grad, torch.inference_mode), (linear, model.Net)):
         with off(), pytest.raises(RuntimeError, match="gradients are switched off here: call this outside"):
-            fit(linear(), loaders)
+            fit(network(), loaders)
 
 
 def test_what_yields_no_batches_is_told(data):
