@@ -203,7 +203,7 @@ def test_unknown_norm(name):
 @pytest.mark.parametrize("num_groups", [1, 4, "channels"])
 def test_a_class_in_place_of_a_builder_does_not_take_the_groups_for_its_epsilon(builder, num_groups, monkeypatch):
     monkeypatch.setitem(model.NORMS, "mine", builder)
-    with pytest.raises(ValueError, match="NORMS\\['mine'\\] takes num_groups for its eps"):
+    with pytest.raises(ValueError, match="NORMS\\['mine'\\] took num_groups for eps"):
         model.Net("mine", num_groups)
 
 
