@@ -293,7 +293,7 @@ def plot_confusions(data, logits):
     below.grid(axis="x", visible=False)
     below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
     legend_beside(below, logits)
-    figure.get_layout_engine().set(w_pad=0.08)
+    figure.get_layout_engine().set(w_pad=0.08, hspace=0.06)
     return figure
 
 
