@@ -31,17 +31,18 @@ class MovingAttributes:
     """The attributes of objects that change after they were first looked at, as state_dict and load_state_dict.
 
     owners: objects by name. known: objects by name to which attributes may refer.
-    lost: names of what moved and no file can hold, as of the state that was loaded.
+    A place is (owner's name, attribute's name), in files too. moved: those of what has changed.
+    lost: those of what has changed and no file can hold, as of the state that was loaded.
     """
 
     def __init__(self, owners, known):
-        self.owners, self.moved, self.lost = owners, set(), []
+        self.owners, self.moved, self.lost = owners, set(), set()
         self.known = {where: each for where, each in known.items() if not isinstance(each, CONTAINERS)}
         self.first = self.found()  # the objects themselves
         self.start = {place: fingerprint(value) for place, value in self.first.items()}
 
     def found(self):
-        """Returns the attributes by (owner's name, name)."""
+        """Returns the attributes by place."""
         items = ((where, own_attributes(owner) | learning_in(owner)) for where, owner in self.owners.items())
         return {(where, name): value for where, attributes in items for name, value in attributes.items()}
 
@@ -49,25 +50,24 @@ class MovingAttributes:
         found, names = self.found(), {id(each): where for where, each in self.known.items()}
         self.moved |= {place for place, value in found.items() if fingerprint(value) != self.start.get(place)}
         packed, lost, incomplete = {}, set(self.lost), set()
-        for place in sorted(self.moved & set(found)):
-            value, name = found[place], " ".join(place)
+        for place in sorted(self.moved & found.keys()):
+            value = found[place]
             try:
-                packed[name] = pack(value, names)
-                names.setdefault(id(value), name)  # another place may hold it too
+                packed[place] = pack(value, names)
+                names.setdefault(id(value), place)  # another place may hold it too
             except TypeError:
                 if opened := self.was_opened(place, value):
-                    packed[name] = OPENED
+                    packed[place] = OPENED
                 own = is_user_code(self.owners[place[0]])
                 held = has_state(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
                 iterates = hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
                 if iterates or not opened and (own or held):
-                    lost.add(".".join(place))
+                    lost.add(place)
                     if not own:
                         incomplete.add(place[0])  # a library's attributes hang together
-        packed = {name: value for name, value in packed.items() if name.rpartition(" ")[0] not in incomplete}
-        others = {" ".join(place) for place, value in found.items() if value is not self.first.get(place)}
-        state = {"started": self.shared_at_start(found), "lost": sorted(lost)}
-        return state | {"replaced": sorted(others.intersection(packed))} | packed
+        packed = {place: value for place, value in packed.items() if place[0] not in incomplete}
+        replaced = [place for place in packed if found[place] is not self.first.get(place)]
+        return {"started": self.shared_at_start(found), "lost": sorted(lost), "replaced": replaced, "moved": packed}
 
     def was_opened(self, place, value):
         """Whether a value that cannot be packed is one that was opened on the way, in place of None or False."""
@@ -78,36 +78,34 @@ class MovingAttributes:
         """Returns, under the mark of this process, what moved variables that its other code uses, too, began with."""
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
-        return {PROCESS: {" ".join(place): repr(self.start.get(place)) for place in shared}} if shared else {}
+        return {PROCESS: {place: repr(self.start.get(place)) for place in shared}} if shared else {}
 
     def load_state_dict(self, state):
         lost, found, known = set(state["lost"]), self.found(), dict(self.known)
-        values, reopened = {}, set()
-        started = state["started"].get(PROCESS, {})
-        for name, packed in state.items():
-            where, _, attribute = name.rpartition(" ")
-            place, now = (where, attribute), found.get((where, attribute))
+        values, reopened, started = {}, set(), state["started"].get(PROCESS, {})
+        for place, packed in state["moved"].items():
+            now = found.get(place)
             # In the process that wrote it, what others use too goes on from where it is, unless it began anew.
-            if where not in self.owners or name in started and started[name] != repr(fingerprint(now)):
+            if place[0] not in self.owners or place in started and started[place] != repr(fingerprint(now)):
                 continue
             self.moved.add(place)
             try:
                 value = unpack(packed, now, known)
-                if name not in state["replaced"]:  # others may hold the object of the start: as it was, if it was
+                if place not in state["replaced"]:  # others may hold the object of the start: as it was, if it was
                     value = put_into(self.first.get(place), value)
-                values[place] = known[name] = value
+                values[place] = known[place] = value
             except LookupError:
                 if packed != OPENED:
-                    lost.add(".".join(place))
+                    lost.add(place)
                 if is_unset(now):
-                    reopened.add(where)
+                    reopened.add(place[0])
         for place, value in values.items():
             # What was opened on the way is opened again, if what was made along with it is made again too.
             if not (place[0] in reopened and is_unset(found.get(place))):
                 self.put(*place, value)
             elif not isinstance(value, bool):
-                lost.add(".".join(place))
-        self.lost = sorted(lost)
+                lost.add(place)
+        self.lost = lost
 
     def put(self, where, name, value):
         """Sets what was found under these names."""

@@ -36,8 +36,9 @@ class RandomState(GlobalGenerators):
     @property
     def note(self):
         """Says what a resumed run may have lost, in words, or ""."""
-        lost = "; ".join([*lost_in(self.owners), *(f"{each} cannot be kept" for each in self.attributes.lost)])
-        return f". It may differ from an uninterrupted run: {lost}" if lost else ""
+        lost = sorted(map(".".join, self.attributes.lost))
+        lost = [*lost_in(self.owners), *(f"{each} cannot be kept" for each in lost)]
+        return f". It may differ from an uninterrupted run: {'; '.join(lost)}" if lost else ""
 
     def stateful(self):
         """Yields (where, function that reads a state, function that writes it) for generators and samplers."""

@@ -422,7 +422,7 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
         holder.inferred = torch.zeros(MAX_BYTES)
     holder.trained = [torch.nn.Parameter(torch.zeros(2))]
     attributes = MovingAttributes({"holder": holder}, {"holder": holder})
-    assert attributes.state_dict().keys() == {"started", "lost", "replaced"} and not attributes.state_dict()["lost"]
+    assert not any(attributes.state_dict().values())
     assert fingerprint(torch.zeros(2)) != fingerprint(torch.zeros(2, dtype=torch.int32))
     assert fingerprint(torch.zeros(2, 2)) != fingerprint(torch.zeros(4))  # an attribute that was given another shape
     holder.steps = [Step(1)]
@@ -430,9 +430,9 @@ def test_whatever_an_attribute_holds_it_can_be_looked_at():
     with torch.no_grad():
         holder.trained[0].add_(1)
     assert attributes.state_dict()["lost"] == [
-        "holder.images",
-        "holder.me",
-        "holder.steps",
+        ("holder", "images"),
+        ("holder", "me"),
+        ("holder", "steps"),
     ]  # which would come back as tuples
 
 

@@ -1,6 +1,7 @@
 """A value that two places hold is changed in both, or put in the place of one, as it was before the stop."""
 
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from helpers import fit, linear, same
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from normkit.attributes import MovingAttributes
 
 
 class Pairs(Dataset):
@@ -101,3 +104,25 @@ def test_what_begins_as_a_weight_is_not_written_into_it(build, loaders, tmp_path
 
     whole, once = trained(2, tmp_path / "whole"), trained(1, tmp_path / "parts")
     assert same(trained(1, tmp_path / "parts"), once) and same(trained(2, tmp_path / "parts"), whole)
+
+
+class Count:
+    def __init__(self, number):
+        self.number = number
+
+
+def test_a_global_that_is_replaced_is_told_from_what_it_began_as():
+    """Both are found under the function and the global's name."""
+
+    def begun():
+        function = types.FunctionType((lambda: best).__code__, {"best": Count(1)})  # noqa: F821
+        holder, first = types.SimpleNamespace(count=None), function()
+        owners = {"on_epoch": function, "on_epoch best": first, "other": holder}
+        return function, holder, first, MovingAttributes(owners, owners)
+
+    function, holder, first, attributes = begun()
+    holder.count, function.__globals__["best"] = first, Count(2)
+    state = attributes.state_dict()
+    function, holder, first, attributes = begun()
+    attributes.load_state_dict(state | {"started": {}})  # as in another process
+    assert holder.count is first and (first.number, function().number) == (1, 2)
