@@ -95,9 +95,8 @@ def text_of(value, told):
         yield f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value.__name__
     elif isinstance(value, types.FunctionType):
         told[id(value)] = "again"
-        yield from text_of([value.__code__, value.__defaults__, [*closed_over(value).values()]], told)
-        yield from text_of(value.__kwdefaults__ or (), told)
-        yield from text_of(list(named_in(value).values()), told)
+        closed, named = closed_over(value).values(), named_in(value).values()
+        yield from text_of([value.__code__, value.__defaults__, *closed, value.__kwdefaults__ or (), *named], told)
     elif isinstance(value, types.MethodType):
         yield from text_of([value.__func__, value.__self__], told)
     elif isinstance(value, staticmethod | classmethod | property):

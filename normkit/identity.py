@@ -124,7 +124,7 @@ def describe_value(value, with_tensors, seen):
         return None, {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if isinstance(value, types.MethodType):
         return None, {".__self__": value.__self__, "": value.__func__}
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and is_from_library(value):
+    if is_from_library(value):
         return f"{value.__module__}.{value.__qualname__}", {}
     if isinstance(value, types.FunctionType):
         return f"{value.__name__}, code {code_of([value])}", used_by([value])
