@@ -162,9 +162,10 @@ def states_in(known, **roots):
     """
     tensors, found, passed_over = set(), {}, set(map(id, known.values()))
     for where, owner in objects_of(lambda each: saves_all(each) or id(each) in passed_over, **roots):
-        own = {id(tensor) for tensor in tensors_of(owner)}
+        is_module = isinstance(owner, torch.nn.Module)
+        own = {id(tensor) for tensor in (*owner.parameters(), *owner.buffers())} if is_module else set()
         # Of a module without tensors, as most of those in others are, there is nothing to keep.
-        is_new = own - tensors if own else where in roots or not isinstance(owner, torch.nn.Module)
+        is_new = own - tensors if own else where in roots or not is_module
         if is_new and is_stateful(owner) and id(owner) not in passed_over and (where in roots or gives_state(owner)):
             found[where] = owner
             tensors |= own
@@ -188,11 +189,6 @@ class LooseTensors:
     def load_state_dict(self, state):
         for i, tensor in enumerate(self.tensors):
             tensor.copy_(state[f"tensor {i}"].reshape(tensor.shape))  # rather than stretched
-
-
-def tensors_of(owner):
-    """Returns a module's parameters and buffers; of anything else none."""
-    return [*owner.parameters(), *owner.buffers()] if isinstance(owner, torch.nn.Module) else []
 
 
 def epoch_takers(loader):
