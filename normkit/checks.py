@@ -294,7 +294,7 @@ def oom_advice(loader):
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is the CPU's
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "can't allocate memory" not in str(error):
+        if not known and "tried to allocate" not in str(error).lower():  # each platform's says so, and little else
             raise
         size = getattr(loader, "batch_size", None)
         advice = f"out of memory at batch size {size}: try {max(1, size // 2)}" if size else "out of memory: try less"
