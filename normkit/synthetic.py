@@ -33,7 +33,7 @@ def make_synthetic(train_size=5000, test_size=1000, seed=0):
     rng = np.random.default_rng(seed)
     tensors = []
     for size in (train_size, test_size):
-        labels = np.arange(size) % len(SHAPES)
+        labels = np.arange(size, dtype=np.int64) % len(SHAPES)
         tensors += [torch.from_numpy(draw_shapes(labels, rng)), torch.from_numpy(labels)]
     return Data("synthetic stand-in", tuple(SHAPES), *tensors)
 

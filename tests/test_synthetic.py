@@ -13,6 +13,13 @@ def test_stand_in_is_marked_seeded_and_balanced():
     assert not torch.equal(make_synthetic(10, 10).train_images, make_synthetic(10, 10, seed=1).train_images)
 
 
+def test_labels_are_int64_where_numpys_whole_numbers_have_32_bits(monkeypatch):
+    """As those of NumPy 1 have on Windows."""
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *args, dtype=np.int32: arange(*args, dtype=dtype))
+    assert make_synthetic(10, 10).train_labels.tolist() == list(range(10))
+
+
 def test_a_picture_depends_on_its_own_label_alone():
     labels = np.arange(100) % 10
     others = np.random.default_rng(0).permutation(labels)
