@@ -18,7 +18,7 @@ from PIL import Image
 
 from normkit.checks import check_choice
 from normkit.data import Data
-from normkit.files import make_folder, read_state, write_state
+from normkit.files import make_folder, once_free, read_state, write_state
 from normkit.progress import progress_bar
 from normkit.synthetic import make_synthetic
 
@@ -134,7 +134,7 @@ def load_cifar10(root):
         unpack(archive, root)
     except OSError as error:
         print(f"{archive} cannot be unpacked into {root} ({error}): it is read, and nothing is kept", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             unpack(archive, Path(folder))
             return read_official_files(Path(folder))
     return read_through_cache(root, (FOLDER,), read_official_files)
@@ -205,7 +205,7 @@ def unpack(archive, root):
         with contextlib.suppress(OSError):
             (root / FOLDER).rmdir()  # where it is there, and empty
         try:
-            os.rename(folder, root / FOLDER)
+            once_free(os.rename, folder, root / FOLDER)
         except OSError:
             if not (root / FOLDER).is_dir():  # else another process was first
                 raise

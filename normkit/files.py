@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import time
 import zipfile
 
 import numpy as np
@@ -86,6 +87,18 @@ def write_state(path, state):
     write_whole(path, to_bytes(state))
 
 
+def once_free(action, *arguments):
+    """Renames or deletes a file; on Windows waits some seconds for who has it open, such as a virus scanner."""
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6):
+        try:
+            return action(*arguments)
+        except PermissionError as error:
+            if not hasattr(error, "winerror"):  # elsewhere it is not open files that are refused
+                raise
+            time.sleep(pause)
+    return action(*arguments)
+
+
 def write_whole(path, content, previous=None):
     """Writes bytes beside the file and renames, so that it is whole at any moment; what was there moves to previous.
 
@@ -100,8 +113,8 @@ def write_whole(path, content, previous=None):
         if path.exists():
             shutil.copymode(path, written)
             if previous is not None:
-                os.replace(path, previous)
-        os.replace(written, path)
+                once_free(os.replace, path, previous)
+        once_free(os.replace, written, path)
     except OSError:
         written.unlink(missing_ok=True)
         raise

@@ -21,6 +21,7 @@ from normkit.checkpoint import CheckpointRefused, files_of
 from normkit.checks import check_epochs, check_notes, describe, in_words, whole_number
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
+from normkit.files import once_free
 from normkit.network import mark_of_network, marks_of
 from normkit.placement import choose_device
 from normkit.progress import progress_bar
@@ -156,7 +157,7 @@ def run_many(runs, data, file, processes=1, *, keep_diverged=False):
 def forget(checkpoint):
     """Deletes a checkpoint, and the one before it."""
     for path in files_of(checkpoint):
-        path.unlink(missing_ok=True)
+        once_free(path.unlink, True)  # also where it is not there
 
 
 def describe_error(error):
