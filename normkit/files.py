@@ -1,6 +1,7 @@
 """Files written atomically, and those of tensors, arrays and plain values."""
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -111,7 +112,8 @@ def write_whole(path, content, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, written)
+            with contextlib.suppress(OSError):  # of a share or a stick that is mounted as another user's
+                shutil.copymode(path, written)
             if previous is not None:
                 once_free(os.replace, path, previous)
         once_free(os.replace, written, path)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 
 import pytest
@@ -68,3 +69,15 @@ def test_an_archive_is_unpacked_and_a_checkpoint_deleted_once_nobody_holds_them(
     monkeypatch.setattr(type(file), "unlink", lambda *args, **options: unlink(*args, **options))
     forget(file)
     assert not file.exists() and len(pauses) == 4
+
+
+def test_a_file_whose_mode_cannot_be_kept_is_written(tmp_path, monkeypatch):
+    """As of a share or a stick that is mounted for all as somebody else's."""
+
+    def refuse(*args, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "copymode", refuse)
+    for content in (b"old", b"new"):
+        files.write_whole(tmp_path / "file", content)
+    assert (tmp_path / "file").read_bytes() == b"new"
