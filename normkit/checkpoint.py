@@ -88,11 +88,11 @@ class Checkpoint:
 
     def note_settings(self):
         """Notes in the file what has moved since, in on_epoch or an unfinished epoch: that makes no other run."""
-        state = read_state(self.path) if self.path.is_file() else None
-        if state is not None and state["settings"] == self.settings:
-            moved = {"settings_now": self.current_settings(), "settings_left": self.settings_left}
-            if any(state[name] != settings for name, settings in moved.items()):
-                with contextlib.suppress(OSError):  # of a full disk: what was written stays
+        with contextlib.suppress(OSError):  # of a full disk, or of a file that may not be read: what was written stays
+            state = read_state(self.path) if self.path.is_file() else None
+            if state is not None and state["settings"] == self.settings:
+                moved = {"settings_now": self.current_settings(), "settings_left": self.settings_left}
+                if any(state[name] != settings for name, settings in moved.items()):
                     write_state(self.path, state | moved)
 
     def restore(self, epochs):

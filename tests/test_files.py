@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from normkit import cifar10, files
+from normkit import checkpoint, cifar10, files
+from normkit.checkpoint import Checkpoint
 from normkit.study import forget
 
 
@@ -81,3 +82,11 @@ def test_a_file_whose_mode_cannot_be_kept_is_written(tmp_path, monkeypatch):
     for content in (b"old", b"new"):
         files.write_whole(tmp_path / "file", content)
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_checkpoint_that_cannot_be_read_after_training_costs_no_result(tmp_path, monkeypatch):
+    """As only what has moved since was to be noted."""
+    kept = Checkpoint(tmp_path / "file", {}, dict)
+    kept.save([])
+    monkeypatch.setattr(checkpoint, "read_state", refusing(checkpoint.read_state))
+    kept.note_settings()
