@@ -35,11 +35,13 @@ def check_setup(root="data"):
     if form:
         print(f"CIFAR-10: {form}, in {root}")
         return
-    existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free / 1e9
+    whole = root.absolute()
+    existing = next((folder for folder in (whole, *whole.parents) if folder.exists()), None)
     print(
         f"CIFAR-10: not in {root} yet. To be fetched: 170 MB, from a minute to an hour by the mirror that answers; "
         "without a network a synthetic stand-in takes its place."
     )
-    if free < 0.5:
+    if existing is None:
+        print(f"TO FIX: {whole.anchor} is not there: is a disk missing? Point CIFAR10_ROOT elsewhere.")
+    elif (free := shutil.disk_usage(existing).free / 1e9) < 0.5:
         print(f"TO FIX: {free:.1f} GB are free at {existing}, 0.5 needed. Make room, or point CIFAR10_ROOT elsewhere.")

@@ -28,6 +28,13 @@ def test_check_setup_names_what_to_mend(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_check_setup_names_a_drive_that_is_not_there(tmp_path, monkeypatch, capsys):
+    """As E: on Windows, when its disk is not plugged in: nothing of the folder's name exists."""
+    monkeypatch.setattr(type(tmp_path), "exists", lambda path: False)
+    check_setup(tmp_path / "data")
+    assert f"TO FIX: {tmp_path.anchor} is not there: is a disk missing?" in capsys.readouterr().out
+
+
 def test_check_setup_names_the_kernel_or_why_there_is_none(tmp_path, monkeypatch, capsys):
     for device, reason, said in (
         ("cpu", None, "Fused kernel: ready\nCIFAR-10"),
