@@ -161,11 +161,13 @@ def forget(checkpoint):
 
 
 def describe_error(error):
-    """Returns an error in one line, with the next step where something cannot be sent to a process."""
+    """Returns an error in one line, with the next step where processes cannot be started or something not be sent."""
     text = in_words(error)
     if isinstance(error, pickle.PicklingError):
         cause = str(error.__cause__ or "").strip('\n"').splitlines()[-1:]  # the last line of a traceback
         text = ". ".join(part.rstrip(".") for part in [text, *cause, "Ask for processes=1, where nothing is sent"])
+    if isinstance(error, UnicodeEncodeError) and "joblib" in error.object:  # in the name of the folder that it makes
+        text += ". Set JOBLIB_TEMP_FOLDER to a folder whose name is in ASCII, or ask for processes=1"
     return text
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_study import FEW, ONE, names
 
-from normkit.study import run_many
+from normkit.study import describe_error, run_many
 
 
 def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
@@ -36,6 +36,16 @@ def test_the_stop_button_in_the_last_epochs_callback_stops_the_study_and_the_not
         run_many(runs, small, tmp_path / "study.csv")
     rows = run_many(runs, small, tmp_path / "study.csv")
     assert calls == [1, 2, 2, 1, 2] and rows["note"].tolist() == [1, 2, 1, 2]
+
+
+def test_a_temporary_folder_that_joblib_cannot_name_is_told_with_the_next_step():
+    """As that of a user called Jürgen on Windows; Pythons of late can name it."""
+    with pytest.raises(UnicodeEncodeError) as failed:
+        "REGISTER:C:\\Users\\Jürgen\\joblib_memmapping_folder_1:folder".encode("ascii")
+    assert "Set JOBLIB_TEMP_FOLDER to" in describe_error(failed.value)
+    with pytest.raises(UnicodeEncodeError) as failed:
+        "Jürgen".encode("ascii")
+    assert "JOBLIB" not in describe_error(failed.value)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
