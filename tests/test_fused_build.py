@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -246,7 +247,7 @@ def test_other_platforms_are_told_apart(cache, monkeypatch):
     assert "no fused kernel for Windows AMD64" in build.library().reason
     monkeypatch.setattr(build.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(build.platform, "machine", lambda: "arm64")
-    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("CXX", shlex.quote(sys.executable))
     assert build.compile_command()[-1] == "-mcpu=apple-m1" and "dynamic_lookup" in build.LINK["Darwin"]
 
 

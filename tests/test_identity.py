@@ -154,7 +154,8 @@ def test_other_files_are_refused_and_the_same_elsewhere_are_not(tmp_path):
         tmp_path / "deeper" / "down", v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     )
     assert len(run(tmp_path / "c", data=moved, epochs=2)) == 2
-    assert text_of_name(str(tmp_path / "one" / "gone")) == text_of_name("/elsewhere/gone") != text_of_name("/a/other")
+    gone, elsewhere, other = (tmp_path / "one" / "gone", tmp_path / "elsewhere" / "gone", tmp_path / "a" / "other")
+    assert text_of_name(str(gone)) == text_of_name(str(elsewhere)) != text_of_name(str(other))
 
 
 class Counting(Own):

@@ -300,8 +300,9 @@ def test_a_link_to_a_studys_file_stays_one(small, tmp_path):
     link.symlink_to(file)
     run_many(grid(norm="layer", **ONE), small, file)
     file.chmod(0o600)
+    mode = file.stat().st_mode  # on Windows not quite that
     run_many(grid(norm=["layer", "batch"], **ONE), small, link)
-    assert link.is_symlink() and len(read_rows(file)) == 2 and file.stat().st_mode & 0o777 == 0o600
+    assert link.is_symlink() and len(read_rows(file)) == 2 and file.stat().st_mode == mode
 
 
 @pytest.mark.parametrize("refuse", ["folder", "lock", "file"])
