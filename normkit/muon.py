@@ -80,7 +80,7 @@ def orthogonalise(matrices, coefficients, scales, eps=1e-7):
     rows = [X.shape[0] for X in wide]
     A = wide[0].new_zeros(len(wide), max(rows), max(rows))
     for square, X, n in zip(A.unbind(), wide, rows):
-        torch.mm(X, X.mT, out=square[:n, :n])
+        square[:n, :n] = X @ X.mT
     norms = A.diagonal(dim1=1, dim2=2).sum(1).sqrt_().clamp_min_(eps).view(-1, 1, 1)
     A /= norms.square()
     product = A.new_tensor(scales).view(-1, 1, 1) / norms * torch.eye(max(rows), dtype=A.dtype, device=A.device)

@@ -8,6 +8,7 @@ import pytest
 import pytorch_optimizer
 import torch
 from helpers import QUIET, same, scramble
+from torch.overrides import TorchFunctionMode
 
 import model
 import utils
@@ -118,6 +119,18 @@ def iterate(matrix, steps=5):
         A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
     return X
+
+
+def test_no_product_is_written_into_a_part_of_a_tensor():
+    """On Apple's GPU, up to torch 2.13, that left the part as it was, or was an error (pytorch pull 193385, 187255)."""
+
+    class Refusing(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert "out" not in (kwargs or {}), function
+            return function(*args, **(kwargs or {}))
+
+    with Refusing():
+        muon.orthogonalise([torch.randn(4, 9), torch.randn(8, 3)], [COEFFICIENTS], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-11)])
