@@ -25,7 +25,7 @@ def check_place(file):
             raise PermissionError(f"{file.name} is read-only")
         with lock_of(file):
             pass
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise OSError(f"no study can be kept as {file}: {error}. Name a file in a folder of your own") from error
 
 

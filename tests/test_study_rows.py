@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -305,7 +306,7 @@ def test_a_link_to_a_studys_file_stays_one(small, tmp_path):
     assert link.is_symlink() and len(read_rows(file)) == 2 and file.stat().st_mode == mode
 
 
-@pytest.mark.parametrize("refuse", ["folder", "lock", "file"])
+@pytest.mark.parametrize("refuse", ["folder", "lock", "locks", "file"])
 def test_a_place_that_cannot_be_written_is_told_before_training(small, tmp_path, monkeypatch, refuse):
     def denied(*args, **options):
         raise PermissionError(13, "Permission denied")
@@ -316,6 +317,8 @@ def test_a_place_that_cannot_be_written_is_told_before_training(small, tmp_path,
         monkeypatch.setattr("tempfile.TemporaryFile", denied)
     elif refuse == "lock":
         monkeypatch.setattr("normkit.rows.FileLock", denied)
+    elif refuse == "locks":  # as older versions of filelock say of a file system without
+        monkeypatch.setattr("normkit.rows.FileLock", mock.Mock(side_effect=NotImplementedError("no flock")))
     else:
         access = os.access
         monkeypatch.setattr(os, "access", lambda path, mode: path != file and access(path, mode))
