@@ -37,16 +37,19 @@ def marks():
 
 @pytest.fixture(scope="module")
 def fresh():
-    """A process with another order of sets, which imports the kit and then tells the marks."""
+    """A process with another order of sets and no bars, which imports the kit, then tells the marks and draws a bar."""
     script = f"""
 import sys
 sys.path[:0] = {sys.path!r}
 import model, utils
 print("imported", *{LATE} & set(sys.modules))
 import test_processes
+from normkit.progress import progress_bar
 print(test_processes.marks())
+for _ in progress_bar("ab", desc="a bar", disable=False):
+    pass
 """
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    environment = os.environ | {"PYTHONHASHSEED": "1", "TQDM_DISABLE": "1"}
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
@@ -57,3 +60,7 @@ def test_importing_prints_nothing_and_brings_nothing_slow(fresh):
 def test_marks_are_the_same_in_every_process(fresh):
     said = ast.literal_eval(fresh.stdout.splitlines()[1])
     assert said == marks() and len(set(said)) == len(said)
+
+
+def test_bars_that_the_environment_switches_off_are_not_drawn(fresh):
+    assert "a bar" not in fresh.stdout
