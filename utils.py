@@ -118,8 +118,8 @@ def train(
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
     A loss that is huge or not finite raises FloatingPointError.
     """
-    checks.check_grad_enabled()
     network, backend_line = choose_backend(backend, model)
+    checks.check_grad_enabled(network)
     checks.check_criterion(criterion)
     optim.check_optimizer(optimizer, network)
     optim.check_schedule(scheduler, optimizer, "batch", epochs=0, batches=0)

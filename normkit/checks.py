@@ -122,10 +122,14 @@ def check_iterable(loader):
         )
 
 
-def check_grad_enabled():
-    """Raises RuntimeError where gradients are switched off."""
+def check_grad_enabled(model):
+    """Raises RuntimeError where gradients are switched off, or were where the model's parameters were made."""
     if not torch.is_grad_enabled():
         raise RuntimeError("gradients are switched off here: call this outside of torch.no_grad() and inference_mode()")
+    made = [each for each in model.parameters() if each.requires_grad and not is_lazy(each)]
+    if any(each.is_inference() for each in made):
+        where = "inside of torch.inference_mode()"
+        raise RuntimeError(f"parameters that were made {where} have no gradients: build the model outside of it")
 
 
 def check_criterion(criterion):

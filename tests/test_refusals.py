@@ -96,6 +96,15 @@ def test_gradients_that_are_switched_off_are_told(loaders):
             fit(network(), loaders)
 
 
+@pytest.mark.parametrize("network", [linear, model.Net])
+def test_a_network_made_in_inference_mode_is_told_and_predicts(loaders, network):
+    with torch.inference_mode():
+        made = network()
+    with pytest.raises(RuntimeError, match="made inside of torch.inference_mode.*build the model outside"):
+        fit(made, loaders)
+    assert utils.predict(made, loaders[1])[0].shape[1] == 10
+
+
 def test_what_yields_no_batches_is_told(data):
     with pytest.raises(TypeError, match="the loader is a Data, which yields no batches: give a DataLoader"):
         utils.test(linear(), data)
