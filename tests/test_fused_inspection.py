@@ -263,3 +263,19 @@ def test_copies_and_pickles_are_networks_of_their_own():
         torch.testing.assert_close(twin(IMAGES), twin.model(IMAGES), rtol=1e-3, atol=1e-4)
         assert not torch.allclose(twin(IMAGES), expected)
     torch.testing.assert_close(fused(IMAGES), expected)
+
+
+def test_code_that_is_changed_in_place_is_computed(monkeypatch):
+    """As by IPython's autoreload, when model.py is edited."""
+
+    def forward(self, x, skip=None):
+        return self.dropout(nn.functional.gelu(self.norm(self.conv(x) if skip is None else self.conv(x) + skip)))
+
+    network = fuse(model.Net("group").eval())
+    assert network.reason is None
+    monkeypatch.setattr(model.ConvBlock.forward, "__code__", forward.__code__)
+    assert torch.equal(network(IMAGES), network.model(IMAGES))
+    other = "ConvBlock.forward in model.py is another one than the kernel was written for"
+    assert network.reason == fuse(network.model).reason == other
+    monkeypatch.undo()
+    assert fuse(network.model).reason is None
