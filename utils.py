@@ -34,14 +34,14 @@ from normkit.tables import results_table  # noqa: F401
 
 
 class Loader:
-    """Batches (images, labels) on the device: float32 (B, 3, H, W), normalised, and int64 (B,).
+    """Yields batches on the device: normalised images float32 (B, 3, H, W), and labels int64 (B,).
 
     The whole split is moved to the device once, as uint8; batches are cut, augmented and normalised there.
-    What is random about an epoch depends on (seed, epoch) alone: looking at a batch changes nothing, and
-    every network sees the same batches. A pass that got to its last batch moves on to the next epoch.
+    Shuffling and augmentation depend on (seed, epoch) alone: inspecting a batch changes nothing, and every
+    network sees the same batches. A pass that reaches its last batch advances the epoch.
     """
 
-    generator = None  # as a DataLoader without one has
+    generator = None  # the attribute of a DataLoader, which has None by default
 
     def __init__(
         self, images, labels, batch_size=64, shuffle=False, augment=False, device=None, seed=0, drop_last=False
@@ -71,12 +71,12 @@ class Loader:
 
     def __iter__(self):
         N, B, epoch, left = len(self.labels), self.batch_size, self.epoch, len(self)
-        # Drawn on the CPU for the whole epoch: the same on every device, and no small transfers on the way.
+        # Drawn on the CPU, once an epoch: equal on every device, and no small transfer per batch.
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {epoch}").getrandbits(63))
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
         order, views = (each[: len(self) * B].to(self.device) for each in (order, views))
-        # Gathered for several small batches at once, as far as a processor's cache reaches.
+        # Small batches are gathered several at a time, as many as fit a CPU's cache.
         some = max(1, (64 if self.device.type == "cpu" else 1024) * 32 * 32 // self.views.shape[1] // B) * B
         try:
             for chosen, seen in zip(order.split(some), views.split(some)) if len(order) else ():
@@ -86,19 +86,18 @@ class Loader:
                 for pixels, classes in zip(images.split(B), labels.split(B)):
                     left -= 1
                     yield pixels.float().sub_(self.mean).mul_(self.scale), classes
-        finally:  # also where a loop stops with the last batch, without asking for one more
+        finally:  # also when the caller breaks at the last batch
             self.epoch += left == 0 and self.epoch == epoch
 
     def set_epoch(self, epoch):
-        """Chooses the epoch, counted from 0, whose order and augmentation the next pass has, as samplers' does."""
+        """Sets the epoch, from 0, whose order and augmentation the next pass uses, as DistributedSampler's does."""
         self.epoch = epoch
 
 
 def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_last=False):
-    """Returns train_loader, test_loader.
+    """Returns (train_loader, test_loader); the latter never shuffles, augments or drops.
 
-    augment flips and shifts training images, drop_last leaves out a ragged last batch of them. The test loader never
-    shuffles, augments or drops.
+    augment: flip and shift training images. drop_last: drop an incomplete last training batch.
     """
     train_loader = Loader(data.train_images, data.train_labels, batch_size, True, augment, device, seed, drop_last)
     return train_loader, Loader(data.test_images, data.test_labels, batch_size, False, False, device, seed)
@@ -111,12 +110,12 @@ def train(
     model, loader, optimizer, scheduler=None, *,
     criterion=F.cross_entropy, precision="auto", backend="auto", progress=True,
 ):  # fmt: skip
-    """Trains for one epoch on the device the model is on; returns Metrics, measured while the weights move.
+    """Trains for one epoch on the model's device; returns Metrics, each batch measured before its step.
 
-    loader: any iterable of (images, labels) with a length; labels are int64 (N,), or (N, classes) shares.
-    criterion(logits, labels): the mean loss of a batch. scheduler, if given, is stepped after each batch.
+    loader: any iterable of (images, labels) with a length; labels int64 (N,), or class probabilities (N, classes).
+    criterion(logits, labels): returns the mean loss of a batch. scheduler, if given, is stepped after each batch.
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
-    A loss that is huge or not finite raises FloatingPointError.
+    Raises FloatingPointError if a loss is not finite or reaches 1e12.
     """
     network, backend_line = choose_backend(backend, model)
     checks.check_grad_enabled(network)
@@ -126,7 +125,7 @@ def train(
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    meter = Meter()  # which on a GPU is read when the bar redraws
+    meter = Meter()  # read on a GPU only when the bar redraws, as each read synchronises
     undisturbed = type(loader) is Loader and optim.run_no_user_code(loader, optimizer, scheduler)
     stepper = Stepper(optimizer, undisturbed)
     fast = fast_loss(network, criterion, compute_dtype, undisturbed)
@@ -137,7 +136,7 @@ def train(
         if (first := meter.first_unsound) is not None:
             kind = "huge or not finite"
             rate, place = optim.rate_of(optimizer.param_groups[0]), f"batch {batch_id}, as it is read now and then"
-            if first == batch_id:  # else, on a GPU, where it began can no longer be seen
+            if first == batch_id:  # else a GPU was read too late to find the module
                 kind = "huge" if math.isfinite(meter.loss) else "not finite"
                 place = checks.first_non_finite(plain_model(network), images)
             message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
@@ -163,13 +162,13 @@ def train(
             images = checks.check_images(images, device, dtype)
             loss, correct = fast.forward(images, labels)
             if loss is None:
-                stepper.forget()  # as a module, a hook or a criterion of a user's may run
+                stepper.forget()  # user code may run: a module, a hook, the criterion
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)
                 correct = count_correct(logits, labels)
             meter.add(loss, correct, len(labels))
-            if meter.first_unsound is not None:  # on a CPU before the weights are spoilt
+            if meter.first_unsound is not None:  # on a CPU: raise before the step changes the weights
                 read_metrics()
             backward(loss)
             stepper.step(loss, closure)
@@ -185,7 +184,7 @@ def train(
 
 
 def compute_logits(network, images, compute_dtype):
-    """Returns checked logits (N, classes), in float32 or, of a float64 network, in float64."""
+    """Returns checked logits (N, classes): float64 from a float64 network, else float32."""
     with autocast(images.device, compute_dtype):
         logits = checks.check_logits(network(images), images)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -200,7 +199,7 @@ def evaluate(model, loader, precision, backend, take):
     with evaluating(network), checks.oom_advice(loader):
         for batch_id, batch in enumerate(loader):
             images, labels = checks.check_batch(batch)
-            with torch.no_grad():  # not around the loader, which may take gradients, as for adversarial images
+            with torch.no_grad():  # not around the loader: it may need gradients, as for adversarial images
                 logits = compute_logits(network, checks.check_images(images, device, dtype), compute_dtype)
                 take(logits, checks.check_labels(labels, logits, batch_id))
     if batch_id is None:
@@ -210,13 +209,13 @@ def evaluate(model, loader, precision, backend, take):
 def predict(model, loader, *, precision="auto", backend="auto"):
     """Returns logits (N, classes) and labels over a loader; weights and mode stay as they are. precision: see run."""
     batches = []
-    # Copies: a CUDA graph, and many a loader, writes what comes next to the same place.
+    # Cloned, as CUDA graphs and some loaders write every batch to the same memory.
     evaluate(model, loader, precision, backend, lambda *batch: batches.append([each.clone() for each in batch]))
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend="auto"):
-    """Returns Metrics of the model in evaluation mode, each image counted once; for criterion see train."""
+    """Returns the model's Metrics in evaluation mode, averaged over images. criterion: see train."""
     checks.check_criterion(criterion)
     meter = Meter()
 
@@ -232,7 +231,7 @@ test.__test__ = False  # not a test of pytest's
 
 
 class History(list):
-    """One row (a dict) for each finished epoch; unfinished is the number of an epoch that was interrupted, or None."""
+    """Lists one row (a dict) per finished epoch. unfinished: the number of an interrupted epoch, or None."""
 
     unfinished = None
 
@@ -244,15 +243,16 @@ def fit(
     model, train_loader, test_loader, optimizer, scheduler=None, epochs=20, *, scheduler_step="epoch",
     criterion=F.cross_entropy, precision="auto", backend="auto", progress=True, checkpoint=None, on_epoch=None,
 ):  # fmt: skip
-    """Trains for some epochs, with a block of log lines for each; returns the History.
+    """Trains for some epochs and logs each; returns the History.
 
-    scheduler: any of torch's, stepped once an epoch, or once a batch with scheduler_step="batch"; ReduceLROnPlateau
-    gets the training loss, or with mode="max" the training accuracy.
-    checkpoint: a file (and "….previous"), written at the start and after each epoch; the same call goes on from it, to
-    the very numbers of a run that never stopped, on_epoch's averages of weights included. Without one, each call begins
-    with the loader's first epoch: equal calls see equal batches. An interrupt returns the history so far, a huge or not
-    finite loss raises FloatingPointError; both leave what has a state_dict as the last finished epoch left it.
-    on_epoch(history) is called after each finished epoch, and with those that a checkpoint held. backend: see train.
+    scheduler: any of torch's, stepped per epoch, or per batch with scheduler_step="batch"; ReduceLROnPlateau gets the
+    training loss, or with mode="max" the training accuracy.
+    checkpoint: a file, written at the start and after each epoch, its predecessor kept as "….previous". The same call
+    resumes from it, with the numbers of an uninterrupted run, weight averages kept by on_epoch included. Without one,
+    each call starts at the loader's first epoch, so equal calls see equal batches.
+    on_epoch(history): called after each finished epoch, and once with the rows that a checkpoint held.
+    An interrupt returns the history so far; a loss that is not finite or reaches 1e12 raises FloatingPointError. Both
+    restore everything with a state_dict to the end of the last finished epoch. backend, precision: see train.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     epochs = checks.check_epochs(epochs)
@@ -283,12 +283,12 @@ def fit(
     if source is not None:
         log(f"Going on after epoch {len(history)}, from {source}{random_state.note}\n")
     elif checkpoint is not None:
-        checkpoint.save(history)  # the start, so that a run stopped in its first epoch begins there again
+        checkpoint.save(history)  # so that a run stopped in its first epoch restarts from the same state
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
         for each in with_epochs:
-            each.set_epoch(epoch - 1)  # whatever passes were made over it before
+            each.set_epoch(epoch - 1)  # regardless of earlier passes over the loader
         for i, group in enumerate(optimizer.param_groups):
             log(f"Adjusting learning rate of group {i} to {optim.rate_of(group):.4e}.")
         log(f"Epoch {epoch}", flush=True)
@@ -336,13 +336,13 @@ def fit(
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a run beside its norm, seed and epochs; the defaults are the classic recipe, the assignment's.
+    """Holds a run's settings other than norm, seed and epochs; the defaults are the assignment's classic recipe.
 
     optimizer: "sgd", or "muon", which steps along the nearest orthogonal matrix to each weight's momentum (Jordan et
     al. 2024) and leaves biases and the norms' scales and shifts to AdamW at adamw_lr.
-    weight_decay: of the weights; biases, scales and shifts have none.
-    schedule: "step" multiplies lr by gamma every step_size epochs; "onecycle" raises it to lr over the warmup's share
-    of the training, then lowers it to zero, both in a straight line.
+    weight_decay: for weights only, not for biases, scales and shifts.
+    schedule: "step" multiplies lr by gamma every step_size epochs; "onecycle" raises it linearly to lr over the
+    fraction warmup of all steps, then lowers it linearly to zero.
     num_groups, dropout, skip, head_gain: see model.Net. augment: see get_loaders.
     """
 
@@ -364,7 +364,7 @@ class Recipe:
     head_gain: float = 3.0
 
     def __post_init__(self):
-        for each in fields(self):  # one text for one recipe: 1, 1.0 and NumPy's or torch's 1 are the same rate
+        for each in fields(self):  # normalised: 1, 1.0 and NumPy's or torch's 1 give the same text
             value, kind = getattr(self, each.name), type(each.default)
             value = value.item() if getattr(value, "shape", None) == () else value
             if type(value) is int and (kind is float or kind is bool and value in (0, 1)):
@@ -386,7 +386,7 @@ class Recipe:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
     def replace(self, **changes):
-        """Returns the recipe with changes, except where they are None."""
+        """Returns a copy with the changes that are not None; raises ValueError for an unknown setting."""
         names = [each.name for each in fields(self)]
         for name in changes:
             checks.check_choice("setting", name, names)
@@ -404,7 +404,7 @@ RECIPES = {
 
 
 def get_recipe(recipe="classic", **changes):
-    """Returns a Recipe, given itself or by name, with changes; those that are None change nothing."""
+    """Returns a Recipe, or the one of that name in RECIPES, with the changes that are not None."""
     if not isinstance(recipe, Recipe):
         checks.check_choice("recipe", recipe, list(RECIPES))
         recipe = RECIPES[recipe]
@@ -412,7 +412,7 @@ def get_recipe(recipe="classic", **changes):
 
 
 def build_optimizer(model, recipe):
-    """Returns the optimizer of a recipe for the model's parameters."""
+    """Returns the recipe's optimizer for the model's parameters."""
     weights = {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay}
     others = {"params": [p for p in model.parameters() if p.dim() <= 1]}
     settings = {"lr": recipe.lr, "momentum": recipe.momentum, "nesterov": recipe.nesterov}
@@ -426,16 +426,16 @@ def build_optimizer(model, recipe):
 
 
 def build_scheduler(optimizer, recipe, epochs, batches):
-    """Returns the scheduler of a recipe, and when it is to be stepped: after each "epoch" or "batch"."""
+    """Returns the recipe's scheduler, and the interval at which to step it: "epoch" or "batch"."""
     if recipe.schedule == "step":
         return StepLR(optimizer, recipe.step_size, recipe.gamma), "epoch"
     return one_cycle(optimizer, epochs * batches, recipe.warmup), "batch"
 
 
 def one_cycle(optimizer, steps, warmup):
-    """Raises each group's learning rate to the one it has, then lowers it to zero; to be stepped after each batch."""
+    """Returns a per-batch schedule that raises each group's rate linearly to its present one, then lowers it to 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    total = steps + 1  # the last rate is zero: it falls after the last step, which would otherwise be lost
+    total = steps + 1  # the last rate is zero: it comes one step later, so that no step is lost on it
     # The first phase has to end after a step, or OneCycleLR divides by zero.
     return OneCycleLR(
         optimizer, rates, total, pct_start=max(warmup, 2 / total), anneal_strategy="linear", cycle_momentum=False
@@ -444,7 +444,7 @@ def one_cycle(optimizer, steps, warmup):
 
 @dataclass
 class Result:
-    """One finished run: what was run, on what, the trained model and its history."""
+    """Holds a finished run: its settings, the name of its data, the trained model and its history."""
 
     norm: str
     seed: int
@@ -458,13 +458,13 @@ def run(
     norm, data, epochs=20, batch_size=None, seed=0, device=None, *, recipe="classic", precision="auto",
     memory_format="auto", backend="auto", progress=True, checkpoint=None, on_epoch=None, self_check=None, **changes,
 ):  # fmt: skip
-    """Does one whole experiment, everything built from the seed; returns a Result.
+    """Trains a new network, everything built from the seed; returns a Result.
 
     recipe: a name in RECIPES, or a Recipe; batch_size and changes (lr=0.1, ...) replace its settings.
-    device; precision, "float32" or "bfloat16"; memory_format of the modules, "contiguous" or "channels_last": each is
-    chosen for the machine unless named. backend: see train. checkpoint, on_epoch: see fit.
-    self_check: compare the norms' results on the device with the CPU's first; on for Apple's MPS.
-    The model that is returned is in PyTorch's ordinary memory format, and the random generators are left as they were.
+    device, precision ("float32" or "bfloat16") and memory_format of the modules ("contiguous" or "channels_last") are
+    chosen for the machine unless given. backend: see train. checkpoint, on_epoch: see fit.
+    self_check: first compare the norms on the device with the CPU's; None does so on Apple's MPS only.
+    The returned model is contiguous, and the global random generators are left as they were.
     """
     recipe = get_recipe(recipe, batch_size=batch_size, **changes)
     if seed is None and checkpoint is not None:
@@ -479,11 +479,11 @@ def run(
         dtype = choose_precision(precision, device)
         model.to(device)
         memory_format = choose_memory_format(memory_format, model, device, dtype)
-        if backend in ("eager", "compile") or fuse(model).reason is not None:  # the kernel takes either
+        if backend in ("eager", "compile") or fuse(model).reason is not None:  # the fused kernel reads either format
             model.to(memory_format=memory_format)
         batch_size = recipe.batch_size
         train_loader, test_loader = get_loaders(data, batch_size, recipe.augment, device, seed)
-        test_loader.batch_size = max(batch_size, 64 if device.type == "cpu" else 2000)  # small batches take long
+        test_loader.batch_size = max(batch_size, 64 if device.type == "cpu" else 2000)  # small batches are slow
         if self_check or (self_check is None and device.type == "mps"):
             check_norms(model, (batch_size, len(data.train_labels) % batch_size or batch_size))
         optimizer = build_optimizer(model, recipe)
