@@ -22,7 +22,7 @@ from normkit.text import legend_below
 
 
 class Function(nn.Module):
-    """A function as a layer: model.NORMS may have norms that are no more."""
+    """Wraps a function as a module: a norm in model.NORMS may be a plain function."""
 
     def __init__(self, function):
         super().__init__()
@@ -44,9 +44,9 @@ def doubles(x):
 
 @torch.inference_mode(False)  # with gradients, wherever it is called
 def moved_by(layer, x, *place):
-    """Returns the mask of the inputs (N, C, H, W) that move a layer's output at a place: image, channel, row, column.
+    """Returns a bool mask (N, C, H, W) of the inputs with a nonzero gradient on the output at place (n, c, h, w).
 
-    Asked in float64: in float32, one run in sixty met a gradient that rounding had made zero.
+    Computed in float64: in float32, rounding made a gradient zero in one run of sixty.
     """
     layer, x = copy_of(layer).double(), doubles(x).requires_grad_()
     layer(x)[place].backward()
@@ -54,7 +54,7 @@ def moved_by(layer, x, *place):
 
 
 def sets_of(layer, x):
-    """Yields the masks of the sets of values that share what a layer normalises by, until each value was in one."""
+    """Yields a bool mask, shaped like x, of each set of values that share statistics, until the sets cover x."""
     missing = torch.ones(x.shape, dtype=torch.bool, device="cpu")
     while missing.any():
         place = tuple(missing.nonzero()[0].tolist())
@@ -66,23 +66,23 @@ def sets_of(layer, x):
 
 @torch.no_grad()
 def statistics_of(layer, x):
-    """Returns how many statistics a layer takes out of each set: 2 if mean and deviation.
+    """Returns how many statistics a layer removes from each set: 2 for mean and deviation, 1 for one of them.
 
-    Where it takes out the mean, its output stays as its inputs are shifted, and as they are doubled where it takes out
-    their deviation or root mean square.
+    Removing the mean makes the output invariant to shifting x; removing the deviation or root mean square, to
+    doubling it.
     """
     layer, x = copy_of(layer).double(), doubles(x)
-    x = x / x.std()  # so that hardly a set is so narrow that the epsilon counts
+    x = x / x.std()  # so that the norm's eps is negligible in nearly every set
     y = layer(x)
     return sum(int((layer(moved) - y).norm() <= 0.1 * y.norm()) for moved in (x + 1, 2 * x))
 
 
 @styled
 def plot_norm_sets(layers, images=6, channels=16, size=2):
-    """Draws the block of activations, images by channels by pixels, and the values in it that share a mean with one.
+    """Draws activations as a block, images × channels × pixels, and colours the values that share a mean with one.
 
-    layers: a dict from a name to a norm layer of that many channels. What is coloured was found by asking the layer,
-    in float64, which inputs move its output for the front image's last channel.
+    layers: a dict from a name to a norm layer for `channels` channels. The coloured set is measured: it has a nonzero
+    gradient on one output of the front image's last channel.
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     generator = torch.Generator().manual_seed(0)
@@ -125,11 +125,10 @@ def draw_block(ax, shared, color):
 
 
 def norm_table(layers, x):
-    """Returns what norm layers make of activations x (N, C, H, W), set by set: a DataFrame, one row a layer.
+    """Returns a DataFrame, one row per norm layer: its sets, and the mean and variance of its output in each.
 
-    layers: a dict from a name to a layer, as yet untrained, so that its scale and shift leave the values alone.
-    Which values share statistics, and how many, is found by asking the layer, in float64: set by set, so x has to be
-    small.
+    layers: a dict from a name to an untrained layer, whose scale and shift are the identity. x: (N, C, H, W), small,
+    as the sets of values that share statistics are measured, with a backward pass in float64 for each.
     """
     rows = []
     for name, layer in layers.items():
@@ -192,15 +191,15 @@ def plot_network(model, size=32):
 
 
 def first_of(given):
-    """Returns the first of several tensors, as modules take them and return them, or one as it is."""
+    """Returns a tensor as it is, or the first of a tuple or list."""
     return given[0] if isinstance(given, tuple | list) else given
 
 
 def trace_network(model, size):
-    """Returns each step of the network, in the order in which it runs, and the pairs of steps that a skip connects."""
+    """Returns (steps, skips): a dict per child module, in execution order, and name pairs (start, end) of skips."""
     steps, skips, outputs = [], [], {}
     field = np.ones(2, int)  # rows, columns
-    jumps = {(size, size): field}  # pixels from one value of a map to the next: branches meet in maps of one size
+    jumps = {(size, size): field}  # map size -> its stride in input pixels: branches that meet have maps of one size
 
     def widen(layer, args, keywords, output):
         nonlocal field
@@ -247,7 +246,7 @@ def trace_network(model, size):
 
 @styled
 def plot_activations(stages, images, title=None):
-    """Draws where the activations lie through the depth of networks, before and after each norm.
+    """Draws quantiles of the activations before and after each norm, through the depth of networks.
 
     stages: a dict from a caption ("at the start") to a dict from a variant to its network. images: (N, 3, H, W).
     A thick bar holds the middle half of the values, a thin one 98 %.
@@ -285,7 +284,10 @@ def plot_activations(stages, images, title=None):
 
 
 def thinned(x):
-    """Returns every seventh of the values or fewer, of all rows and columns alike; torch.quantile takes 16 million."""
+    """Returns at most every seventh value, flat: torch.quantile takes 16 million.
+
+    The step is coprime to an image's size, so that every row, column and channel is sampled alike.
+    """
     step = next(step for step in itertools.count(7) if math.gcd(step, x[0].numel()) == 1)
     return x.flatten()[::step]
 
@@ -311,16 +313,16 @@ def norm_quantiles(model, images):
 
 
 def is_batch(item):
-    """Whether an item of a list is a batch of its, rather than a loader."""
+    """Returns whether an item is a batch, a list or tuple that begins with a tensor, rather than a loader."""
     return isinstance(item, list | tuple) and isinstance(item[0], torch.Tensor)
 
 
 @styled
 def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, title=None):
-    """Draws what batch norm keeps: the mean of one channel in each batch, and the running mean, at several batch sizes.
+    """Draws one channel's batch means, and batch norm's running mean, in a panel per loader.
 
-    model: with batch norm; a copy in training mode sees the batches, and nothing is learnt. loaders: one training
-    loader, which may be a list of batches, or a list of loaders. block: the name of a block of the model with a norm.
+    model: has batch norm; a copy in training mode runs the batches, without optimizer steps. loaders: a training
+    loader or list of batches, or a list of these. block: the name of a block with batch norm.
     """
     model = copy_of(model).train()
     kept = {name: each.norm for name, each in blocks_of(model) if getattr(each.norm, "running_mean", None) is not None}
@@ -364,9 +366,10 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
 
 
 def summarize(model, input_size=(3, 32, 32)):
-    """Prints torchsummary's table of a copy of the model, in float32, so that looking leaves model and seeds alone.
+    """Prints torchsummary's table of a float32 copy of the model; model and random state stay as they are.
 
-    torchsummary counts what is called weight or bias, each time that its module runs: where that is not all, says so.
+    torchsummary counts only parameters named weight or bias, once per call of their module; if its total is wrong, a
+    last line has the right one.
     """
     model, table = copy_of(model).eval(), io.StringIO()
     with torch.random.fork_rng(), torch.no_grad(), torch.device("cpu"), contextlib.redirect_stdout(table):

@@ -1,4 +1,4 @@
-"""What moves, while training goes on, in user-defined objects: counters, orders, weights."""
+"""Saves the attributes of user-defined objects that change during training: counters, orders, weights."""
 
 import enum
 import io
@@ -14,7 +14,7 @@ from normkit.checksum import crc32_of
 from normkit.objects import attributes_of, is_user_code, put
 from normkit.packing import CONTAINERS, MAX_BYTES, leaves_of, pack, put_into, size_of, unpack
 
-# Of these a state_dict has what is to be kept, or nothing has.
+# class -> attributes that are not saved here: its state_dict has them, or they need no saving.
 COMMON = {
     torch.nn.Module: {*vars(torch.nn.Module()), "_is_torch_compile"},  # which torch.compile sets in passing
     torch.optim.Optimizer: {"defaults", "state", "param_groups"},
@@ -22,17 +22,17 @@ COMMON = {
 }
 PROCESS = secrets.token_hex(8)  # tells this process
 ARRAYS = (torch.Tensor, np.ndarray)
-SHARED = (type, types.FunctionType)  # whose variables other code of a process uses, too
+SHARED = (type, types.FunctionType)  # their variables are shared with other code of the process
 LEARNING = "requires_grad"  # as an attribute of a module: that of each of its own parameters
-OPENED = ("opened",)  # instead of what was opened on the way: a file, a connection
+OPENED = ("opened",)  # stands for a file or connection that was opened during training
 
 
 class MovingAttributes:
-    """The attributes of objects that change after they were first looked at, as state_dict and load_state_dict.
+    """Saves the attributes of objects that changed since construction, by state_dict and load_state_dict.
 
     owners: objects by name. known: objects by name to which attributes may refer.
-    A place is (owner's name, attribute's name), in files too. moved: those of what has changed.
-    lost: those of what has changed and no file can hold, as of the state that was loaded.
+    A place is (owner's name, attribute's name), in files too. moved: places that have changed.
+    lost: places that changed and could not be saved, as of the loaded state.
     """
 
     def __init__(self, owners, known):
@@ -70,12 +70,12 @@ class MovingAttributes:
         return {"started": self.shared_at_start(found), "lost": sorted(lost), "replaced": replaced, "moved": packed}
 
     def was_opened(self, place, value):
-        """Whether a value that cannot be packed is one that was opened on the way, in place of None or False."""
+        """Returns whether an unpackable value replaced None or False during training, as an opened file does."""
         was_unset = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
         return was_unset and not has_state(value) and not isinstance(value, (*SHARED, *ARRAYS))
 
     def shared_at_start(self, found):
-        """Returns, under the mark of this process, what moved variables that its other code uses, too, began with."""
+        """Returns {PROCESS: {place: repr of its first fingerprint}} for moved places of SHARED owners, or {}."""
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
         shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
         return {PROCESS: {place: repr(self.start.get(place)) for place in shared}} if shared else {}
@@ -85,7 +85,7 @@ class MovingAttributes:
         values, reopened, started = {}, set(), state["started"].get(PROCESS, {})
         for place, packed in state["moved"].items():
             now = found.get(place)
-            # In the process that wrote it, what others use too goes on from where it is, unless it began anew.
+            # In the process that saved them, shared variables keep their present values, unless initialised anew.
             if place[0] not in self.owners or place in started and started[place] != repr(fingerprint(now)):
                 continue
             self.moved.add(place)
@@ -122,7 +122,7 @@ def is_unset(value):
 
 
 def has_state(value):
-    """Whether a value is of a kind that can be given a state, as networks and optimizers can."""
+    """Returns whether a value's class has load_state_dict, as those of networks and optimizers do."""
     return hasattr(type(value), "load_state_dict")
 
 
@@ -138,7 +138,7 @@ def own_attributes(owner):
 
 
 def learning_in(owner):
-    """Returns which of a module's own parameters are trained, as if that were an attribute."""
+    """Returns {LEARNING: {name: requires_grad}} for a module's own parameters, or {}."""
     own = owner._parameters if isinstance(owner, torch.nn.Module) else {}
     learning = {name: each.requires_grad for name, each in own.items() if each is not None}
     return {LEARNING: learning} if learning else {}
@@ -158,7 +158,7 @@ def holds_arrays(value):
 
 
 def fingerprint(value):
-    """Returns a mark that changes with a value, and takes no copy of it."""
+    """Returns a fingerprint that changes with the value, without copying it."""
     if isinstance(value, CONTAINERS):
         leaves = list(leaves_of(value))
         mark = mark_of_one if sum(map(size_of, leaves)) <= MAX_BYTES else mark_of_leaf
@@ -174,7 +174,7 @@ def mark_of_one(value):
 
 
 def mark_of_leaf(value):
-    """Returns the text of a number, else which object it is: to read large arrays would take too long."""
+    """Returns a scalar's repr, else (id, version): reading large arrays would take too long."""
     if value is None or isinstance(value, bool | int | float | str | np.generic | enum.Enum):
         return repr(value)
     changes = value._version if torch.is_tensor(value) and not value.is_inference() else 0

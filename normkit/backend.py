@@ -14,12 +14,12 @@ BACKENDS = ("auto", "eager", "fused", "compile")
 
 
 def choose_backend(backend, model):
-    """Returns a callable that computes the model, and a line that says which it is and why not a faster one.
+    """Returns (network, line): a callable that computes the model, and which it is or why no faster one runs.
 
-    "auto": the fused kernel on a CPU, CUDA graphs on a GPU, where they can be, else the model itself. "fused": raises
-    ValueError where it cannot be. "compile": torch.compile, on a GPU in CUDA graphs.
-    Of what an earlier call returned, the model in it counts; but a compiled one is kept by "auto" and "compile".
-    backend None: what was chosen before, and is called as it is.
+    "auto": the fused kernel on a CPU, CUDA graphs on a GPU, where supported, else the model itself. "fused": the
+    kernel; raises ValueError where it is not supported. "compile": torch.compile, on a GPU in CUDA graphs.
+    None: model is an earlier call's network, returned as it is. The others unwrap such a network first, except that
+    "auto" and "compile" keep a compiled one.
     """
     if backend is None:
         return model, ""
@@ -75,19 +75,19 @@ def plain_model(network):
 
 @contextlib.contextmanager
 def evaluating(network):
-    """Puts a network into evaluation mode, and each module back into its own, by what train() of its class does."""
+    """Puts a network into evaluation mode; on exit, restores each module's mode by its own train()."""
     modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
     network.eval()
     try:
         yield
     finally:
-        for module, mode in modes:  # parents before what they hold
+        for module, mode in modes:  # parents before children
             if module.training != mode:
                 module.train(mode)
 
 
 def fast_loss(network, criterion, dtype, undisturbed):
-    """Returns what computes the loss of a batch and its gradients without autograd's detours, where it can.
+    """Returns a GraphedLoss or a FusedLoss, which computes a batch's loss and gradients without autograd where it can.
 
     undisturbed: see FusedLoss.
     """
@@ -97,10 +97,10 @@ def fast_loss(network, criterion, dtype, undisturbed):
 
 
 class Compiled(nn.Module):
-    """Calls what torch.compile makes of the model, on CUDA as graphs that are launched whole.
+    """Calls the model as compiled by torch.compile, on CUDA in CUDA graphs.
 
-    in_graphs: it becomes part of larger graphs. Where it cannot be compiled, says so once and calls the model itself;
-    reason is then what went wrong.
+    in_graphs: the caller records it in larger graphs, so it makes none. If compiling fails, prints so once and calls
+    the model itself; reason is then the error in words, else None.
     """
 
     def __init__(self, model, in_graphs=False):
@@ -108,7 +108,7 @@ class Compiled(nn.Module):
         self.model = model
         self.training = getattr(model, "training", False)  # a frozen ScriptModule has no mode
         self.reason = None
-        torch.compiler.reset()  # what it keeps of earlier models would soon fill its limit, and then it stops compiling
+        torch.compiler.reset()  # else earlier models count against Dynamo's limit, past which it stops compiling
         device = device_of(model)
         own_graphs = device is not None and device.type == "cuda" and not in_graphs
         mode = "reduce-overhead" if own_graphs else "default"
@@ -120,7 +120,7 @@ class Compiled(nn.Module):
         try:
             return self.compiled[0](images)
         except Exception as error:  # Dynamo, Inductor, Triton, the C++ compiler and CUDA each have errors of their own
-            output = self.model(images)  # an error of the images or the model comes again here
+            output = self.model(images)  # raises again if images or model are at fault
             self.reason = in_words(error, 200)
             print(f"Not compiled, goes on with PyTorch's modules. {self.reason}", flush=True)
             return output

@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had never stopped, in one file of tensors and plain values."""
+"""Saves the whole state of a run in one file of tensors and plain values, so that it resumes as if never stopped."""
 
 import contextlib
 import copy
@@ -15,17 +15,17 @@ VERSION = 10  # of the file
 
 
 class CheckpointRefused(ValueError):
-    """There is a checkpoint, and the run cannot go on from it: it is damaged, or of another run or version."""
+    """Raised for a checkpoint that the run cannot resume from: damaged, or of another run or version."""
 
 
 class Checkpoint:
     """A file for the state of a run, written after each epoch.
 
-    path: the file. The one before it is kept as "<name>.previous", and takes over when the last turns out damaged.
-    parts: a dict from a name to an object with state_dict and load_state_dict, in the order in which they are loaded:
-    what holds another comes after it, and a random state, from which others may draw on the way, is the last.
-    settings: a function that returns a dict from a name to text; a file of other settings is refused. A line of a
-    setting that has changed between the run's start and the file tells where the run stood, and does not count.
+    path: the file. Its predecessor is kept as "<name>.previous", and is loaded if the file is damaged.
+    parts: a dict from a name to an object with state_dict and load_state_dict, in loading order: containers after what
+    they contain, and the random state last, as loading the others may draw from it.
+    settings: a function that returns a dict from a name to text; a file with other settings is refused. A line that
+    changed between the run's start and the save shows progress, not another run, and is not compared.
     """
 
     def __init__(self, path, parts, settings):
@@ -41,7 +41,7 @@ class Checkpoint:
         self.check_state()
 
     def check_place(self):
-        """Raises OSError where no file can be written: now, rather than after the first epoch."""
+        """Raises OSError if path cannot be written: now, rather than after the first epoch."""
         try:
             make_folder(self.path.parent)
         except OSError as error:
@@ -49,7 +49,7 @@ class Checkpoint:
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder: name a file for the checkpoint")
         if self.path.exists() and not self.path.is_file():
-            raise OSError(f"{self.path} is no ordinary file: name another for the checkpoint")
+            raise OSError(f"{self.path} is not a regular file: name another for the checkpoint")
 
     def check_state(self):
         """Raises TypeError where a part's state could not be read again."""
@@ -63,7 +63,7 @@ class Checkpoint:
                 )
 
     def save(self, history):
-        """Writes the state after an epoch; where the disk refuses, says so and leaves the last file as it is."""
+        """Writes the state after an epoch; if that fails, prints so and leaves the last file as it is."""
         self.settings_left = self.current_settings()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"version": VERSION, "settings": self.settings, "history": list(history)}
@@ -80,15 +80,15 @@ class Checkpoint:
             print(f"NO CHECKPOINT of epoch {len(history)}: {error}. Training goes on without.", flush=True)
 
     def finish_epoch(self, history, on_epoch):
-        """Writes the state after an epoch, calls on_epoch, if there is one, and notes what that has moved."""
+        """Writes the state after an epoch, calls on_epoch unless it is None, and notes the settings it leaves."""
         self.save(history)
         if on_epoch is not None:
             on_epoch(history)
             self.settings_left = self.current_settings()
 
     def note_settings(self):
-        """Notes in the file what has moved since, in on_epoch or an unfinished epoch: that makes no other run."""
-        with contextlib.suppress(OSError):  # of a full disk, or of a file that may not be read: what was written stays
+        """Updates the file's settings with changes by on_epoch or an unfinished epoch, which make no other run."""
+        with contextlib.suppress(OSError):  # a full disk or an unreadable file: what was written stays
             state = read_state(self.path) if self.path.is_file() else None
             if state is not None and state["settings"] == self.settings:
                 moved = {"settings_now": self.current_settings(), "settings_left": self.settings_left}
@@ -96,9 +96,9 @@ class Checkpoint:
                     write_state(self.path, state | moved)
 
     def restore(self, epochs):
-        """Brings every part to the state of the newest whole file; returns its history and the file, or [] and None.
+        """Loads every part from the newest intact file; returns (history, path), or ([], None) if there is no file.
 
-        Raises CheckpointRefused where none is whole, or the newest has other settings or more epochs.
+        Raises CheckpointRefused if files exist and none is intact, or the newest has other settings or more epochs.
         """
         damaged = []
         for path in files_of(self.path):
@@ -126,21 +126,21 @@ class Checkpoint:
         return [], None
 
     def call_again(self, on_epoch, history):
-        """Calls on_epoch, if there is one, with the restored epochs; returns what is unlike before and after."""
+        """Calls on_epoch with the restored epochs; returns the differences that were there before and stay."""
         before = self.unlike()
         if history and on_epoch is not None:
             on_epoch(history)
         return before and [each for each in self.unlike() if each in before]
 
     def unlike(self):
-        """Returns what is not as the checkpoint left it, one text for each line of the settings that differs."""
+        """Returns the differences from the checkpoint's settings, one text per differing line."""
         now, left = self.current_settings(), self.settings_left
         sides = {name: (left[name].splitlines(), now[name].splitlines()) for name in now if name in left}
         return [
             f"{name} was {was.strip()!r} and is {found.strip()!r}"
             for name, lines in sides.items()
             for was, found in itertools.zip_longest(*lines, fillvalue="")
-            # A generator has its state, whatever its seed was; what was opened on the way is opened again.
+            # A generator's state is restored, whatever its seed; files opened during training are opened again.
             if was != found and not was.startswith("seed ") and found != "None"
         ]
 
@@ -205,9 +205,9 @@ def load_state(part, state):
 
 @contextlib.contextmanager
 def groups_kept(parts):
-    """Has optimizers among parts load a state into the groups that they have, which others may hold, too.
+    """Makes optimizers among parts load states into their existing param_groups, which wrappers may share.
 
-    torch's load_state_dict replaces them: a rate that is set for an optimizer would no longer reach one that it wraps.
+    torch's load_state_dict replaces the groups: a rate set on a wrapper would no longer reach the optimizer inside.
     """
     with contextlib.ExitStack() as hooks:
         for part in parts.values():
@@ -217,7 +217,7 @@ def groups_kept(parts):
 
 
 def keep_groups(optimizer):
-    """Returns a hook that gives an optimizer its groups and its state of now back, with the values that it has then."""
+    """Returns a post-hook that keeps an optimizer's present group and state dicts, and fills in the loaded values."""
     own = vars(optimizer)
     groups, state, each = own["param_groups"], own["state"], list(own["param_groups"])
 
@@ -238,7 +238,7 @@ def files_of(path):
 
 
 def readable_bytes(state):
-    """Returns the contents of a file of a state; None where it holds more than tensors, arrays and plain values."""
+    """Returns a state as a file's bytes, or None if it holds more than tensors, arrays and plain values."""
     try:
         content = to_bytes(state)
         return content if read_state(io.BytesIO(content)) is not None else None

@@ -20,7 +20,7 @@ def check_choice(name, value, choices):
 
 
 def yes_or_no(**settings):
-    """Returns the values of settings by name as True or False; raises unless each is that, 1 or 0, Python's or not."""
+    """Returns an iterator of the settings' values as bools; raises ValueError unless each equals True or False."""
     for name, value in settings.items():
         check_choice(name, value, [False, True])
     return map(bool, settings.values())
@@ -59,7 +59,7 @@ def check_epochs(epochs, limit=None):
 
 
 def describe(value):
-    """Names a value that was given in place of something else."""
+    """Returns a value's dtype or type, and its shape if it has one, for error messages."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
     shape = getattr(value, "shape", None)
@@ -67,20 +67,20 @@ def describe(value):
 
 
 def shown(value):
-    """Returns a value as text; where that takes several lines, as of many images, names its kind."""
+    """Returns a value's repr, or describe(value) if that has several lines."""
     text = repr(value)
     return describe(value) if "\n" in text else text
 
 
 def in_words(error, most=None):
-    """Returns an error's kind and message in one line, of the message at most so many characters."""
+    """Returns "Kind: message" of an error in one line, the message cut to most characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
 def by_name(given):
-    """Returns a dict with its keys as names in a picture: of a tuple, such as groupby gives, its parts.
+    """Returns a dict with its keys as text, a tuple's (as groupby gives) parts joined by commas.
 
-    Raises ValueError where two keys, such as 1 and "1", read alike: one would stand for both.
+    Raises ValueError if two keys, such as 1 and "1", give the same text.
     """
     names = [", ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in given]
     twice = [name for name in names if names.count(name) > 1]
@@ -140,31 +140,31 @@ def check_criterion(criterion):
 
 
 def check_callback(name, function):
-    """Raises TypeError unless what is to be called on the way can be called, or is None."""
+    """Raises TypeError unless a callback is callable or None."""
     if function is not None and not callable(function):
         raise TypeError(f"{name} is {function!r}: expected a function, or None; for several, one that calls them all")
 
 
 def check_notes(row, columns):
-    """Raises ValueError where a row of a history would hide one of these columns of a table."""
+    """Raises ValueError if a row of a history has a key that is one of a table's own columns."""
     taken = [name for name in row if name in columns]
     if taken:
         raise ValueError(f"on_epoch notes {', '.join(taken)}, and the table has that of its own: take another name")
 
 
 def lazy_in(part):
-    """Returns the names of a module's parameters that get their shapes with the first batch."""
+    """Returns the names of a module's lazy parameters, whose shapes the first batch sets."""
     named = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
     return [name for name, parameter in named if is_lazy(parameter)]
 
 
 def not_lazy(parts):
-    """Returns those of the parts, by name, whose parameters all have their shapes."""
+    """Returns the parts, by name, without lazy parameters."""
     return {name: part for name, part in parts.items() if not lazy_in(part)}
 
 
 def check_weights(model):
-    """Raises ValueError where a model has no weights yet that a checkpoint could keep."""
+    """Raises ValueError if a model has lazy parameters, which a checkpoint cannot keep."""
     if lazy := lazy_in(model):
         raise ValueError(f"{lazy[0]} has no shape before the first batch: call the model once, then use checkpoint=")
 
@@ -177,14 +177,14 @@ def check_model(model):
 
 
 def check_pixels(name, images):
-    """Raises ValueError unless images are a tensor as a data set keeps them."""
+    """Raises ValueError unless images are a tensor uint8 (N, 3, H, W)."""
     shape = getattr(images, "shape", ())
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
         raise ValueError(f"{name} is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255")
 
 
 def check_split(split, images, labels):
-    """Raises ValueError unless images and labels are tensors as a data set keeps them."""
+    """Raises ValueError unless images are a tensor uint8 (N, 3, H, W), and labels one int64 (N,)."""
     check_pixels(f"{split}images", images)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -193,7 +193,7 @@ def check_split(split, images, labels):
 
 
 def check_loss(loss, criterion, needs_grad=True):
-    """Returns a criterion's loss, if it is the mean over a batch as one number."""
+    """Returns the loss; raises TypeError unless it is a scalar, ValueError if it is a sum or lacks a needed grad."""
     if not isinstance(loss, Tensor) or loss.dim():
         raise TypeError(f"the criterion returns {describe(loss)}: expected one number, the mean loss of the batch")
     given = getattr(criterion, "keywords", {}).get("reduction") or getattr(criterion, "reduction", None)
@@ -205,7 +205,7 @@ def check_loss(loss, criterion, needs_grad=True):
 
 
 def check_batch(batch):
-    """Returns the images and labels of what a loader yields."""
+    """Returns a loader's batch; raises TypeError unless it is a pair (images, labels)."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         keys = f" of {', '.join(str(key)[:40] for key in batch)}" if isinstance(batch, dict) else ""
         size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
@@ -217,7 +217,7 @@ def check_batch(batch):
 
 
 def check_images(images, device, dtype):
-    """Returns the images on the device in dtype, if they are what a network can take."""
+    """Returns the images on device, in dtype; raises ValueError unless they are floats (N, C, H, W), N at least 1."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
         message = f"the loader yields images of {describe(images)}: expected normalised floats (N, 3, H, W)"
         if isinstance(images, Tensor) and images.dtype == torch.uint8:
@@ -230,7 +230,7 @@ def check_images(images, device, dtype):
 
 
 def check_logits(logits, images):
-    """Returns a model's output, if it is one row of logits for each image."""
+    """Returns a model's output; raises TypeError unless it is logits (N, classes)."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images) or logits.is_complex():
         raise TypeError(
             f"the model returns {describe(logits)}: expected logits ({len(images)}, classes). "
@@ -240,9 +240,10 @@ def check_logits(logits, images):
 
 
 def check_labels(labels, logits, batch_id=0):
-    """Returns labels on the logits' device: int64 (N,), or (N, classes) shares that add up to 1, as MixUp makes them.
+    """Returns labels on the logits' device; raises ValueError unless they are classes or class probabilities.
 
-    On a GPU their values are checked in the first batch alone, as each check waits for the device.
+    These are int64 (N,), or floats (N, classes) whose rows add up to 1, as MixUp makes them. On a GPU their values are
+    checked in the first batch alone, as each check synchronises.
     """
     N, classes = logits.shape
     shares = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape
@@ -267,7 +268,7 @@ def check_labels(labels, logits, batch_id=0):
 
 
 def first_non_finite(model, images):
-    """Returns the first module whose output for these images is not finite, in words, as far as it can be told."""
+    """Returns, in words, the first module whose output for the images is not finite, as far as hooks can tell."""
     if not images.isfinite().all():
         return "the images themselves"
     found = []
@@ -292,7 +293,7 @@ def first_non_finite(model, images):
 
 @contextlib.contextmanager
 def oom_advice(loader):
-    """Turns an allocator's failure into a MemoryError with advice, and gives the memory back."""
+    """Turns an allocator's error into a MemoryError with advice, and frees the activations."""
     advice = None
     try:
         yield

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import torch
 
-ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions and images in a text, another in each process
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in its repr; another in each process
 
 
 def crc32_of(array, checksum=0):
@@ -19,7 +19,7 @@ def crc32_of(array, checksum=0):
 
 
 def bytes_of(array):
-    """Returns the values of a tensor, sparse ones too, or of an array, that of objects too, as a buffer."""
+    """Returns the values of a tensor (dense or sparse) or of an array (objects included) as a buffer."""
     if torch.is_tensor(array):
         array = array.detach().resolve_conj().resolve_neg()
         array = array if array.layout == torch.strided else array.to_dense()
@@ -31,7 +31,7 @@ def bytes_of(array):
 
 
 def crc32_of_file(path, size, pieces=16, length=2**14):
-    """Returns the CRC-32 of a small file, of a larger one that of some pieces of it, evenly spaced."""
+    """Returns the CRC-32 of a file, or of evenly spaced pieces of a larger one."""
     checksum = 0
     with open(path, "rb") as file:
         for start in range(0, size, max(length, size // pieces)):

@@ -54,14 +54,14 @@ LITTER = {
 
 
 class DataUnavailable(OSError):
-    """CIFAR-10 is neither on disk nor to be fetched."""
+    """Raised if CIFAR-10 is not on disk and cannot be fetched."""
 
 
 def load_data(name="auto", root="data"):
     """Returns the data set called name; root is where CIFAR-10 lies or is put.
 
-    "cifar10": read from root, or fetched into it; raises DataUnavailable where neither can be done.
-    "synthetic": the built-in stand-in. "auto": CIFAR-10 if it can be had, else, loudly, the stand-in.
+    "cifar10": read from root, or fetched into it; raises DataUnavailable if neither works.
+    "synthetic": the built-in stand-in. "auto": CIFAR-10 if available, else the stand-in, with a notice.
     The environment variable CIFAR10_ROOT overrides root; CIFAR10_URL names a mirror to try first.
     """
     check_choice("data set", name, ["auto", "cifar10", "synthetic"])
@@ -82,12 +82,12 @@ def load_data(name="auto", root="data"):
 
 
 def read_variable(name):
-    """Returns an environment variable's text, or "", without what files of settings leave around it."""
+    """Returns an environment variable, or "", without the spaces and quotes that .env files may leave around it."""
     return os.environ.get(name, "").strip().strip("\"'")
 
 
 def data_root(root):
-    """Returns the folder to look in: CIFAR10_ROOT's or else root's, also where they name what lies in it."""
+    """Returns the folder to look in: CIFAR10_ROOT, else root; its parent if that names the data or archive itself."""
     if not isinstance(root, str | os.PathLike):
         raise TypeError(f"root is {root!r}: expected a folder, as text or Path, such as 'data'")
     text = read_variable("CIFAR10_ROOT") or str(root)
@@ -156,7 +156,10 @@ def find_elsewhere():
 
 
 def fetch_archive(root):
-    """Fetches the archive into root from the first mirror that gives the right bytes; returns its path."""
+    """Fetches the archive into root from the first mirror whose file has the right SHA-256; returns its path.
+
+    Raises DataUnavailable if none has, or root cannot be written.
+    """
     by_hand = (
         f"  By hand: put {ARCHIVE} into {root}, or set CIFAR10_ROOT to the folder that holds it, "
         "or CIFAR10_URL to a mirror that you can reach."
@@ -182,7 +185,7 @@ def fetch_archive(root):
 
 
 def unpack(archive, root):
-    """Unpacks beside the final place and renames, so that a half-written folder is never taken for good.
+    """Unpacks beside the final folder and renames, so that a partial folder is never taken for the whole.
 
     The archive holds one folder of plain files; anything else in it is refused. (tarfile's own filters would do the
     same, but Python 3.10.11, 3.11.3 and earlier have none.)
@@ -231,7 +234,7 @@ def is_litter(name):
 
 
 def walk(folder, above=()):
-    """Yields the files in a folder and in those below, by name, links followed; none of litter, nor by a link back."""
+    """Yields the paths of files under folder, sorted, without litter; follows links, except to a folder above."""
     real = folder.resolve()
     if folder.is_dir() and not any(each.is_relative_to(real) for each in above):
         for name in sorted(os.listdir(folder)):
@@ -243,7 +246,7 @@ def walk(folder, above=()):
 
 
 def list_images(folder):
-    """Returns (path, label) for each image of a split, without litter and without what a link leads back to."""
+    """Returns (path, label) for each image of a split; raises ValueError unless its folders are the classes."""
     from torchvision import datasets  # takes as long to import as torch, and is needed until there is a cache
 
     found = {path.name for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)}
@@ -292,9 +295,9 @@ def read_image_folder(root):
 
 
 def read_through_cache(root, folders, read):
-    """Returns what read(root) gives, from a file of tensors in root where one was made of the folders as they are now.
+    """Returns read(root), from a cache in root if one was made of the folders as they are now.
 
-    A second reading takes a second or so. A cache that is damaged, foreign or out of date is made anew.
+    Reading the cache takes about a second. One that is damaged, foreign or out of date is made anew.
     """
     files = [path for folder in folders for path in walk(root / folder)]
     stats = (os.stat(path) if os.path.exists(path) else os.lstat(path) for path in files)

@@ -1,4 +1,4 @@
-"""Copies of networks to look at, so that looking leaves them as they were."""
+"""Unwrapped copies of networks, so that inspecting one leaves the original as it was."""
 
 import copy
 
@@ -12,9 +12,9 @@ WRAPPED = ["model"], ["module"], ["_orig_mod"]  # the only child of Fused or Gra
 
 
 def unwrapped(network):
-    """Returns the network in wrappers of PyTorch and the kit, which compute what it computes.
+    """Returns the network inside wrappers of PyTorch and the kit, which compute the same.
 
-    What was traced or scripted is none: it computes what its own code says.
+    A traced or scripted module is no wrapper: it has code of its own.
     """
     while (
         type(network).__module__.startswith(("torch.", "normkit."))
@@ -36,7 +36,7 @@ class Detached(TorchFunctionMode):
 
 @torch.inference_mode(False)  # what is copied there takes no gradients
 def copy_of(network):
-    """Returns a copy of a network, without what is wrapped around it, in float32 on the CPU."""
+    """Returns an unwrapped copy of a network, in float32 on the CPU; raises TypeError if it cannot be copied."""
     try:
         with Detached():
             twin = copy.deepcopy(unwrapped(network))

@@ -11,7 +11,7 @@ from normkit.checksum import crc32_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """A data set's name and class names, and of each of its two splits images uint8 (N, 3, H, W), labels int64 (N,)."""
+    """Holds a data set: name, class names, and per split images uint8 (N, 3, H, W) and labels int64 (N,)."""
 
     name: str
     classes: tuple[str, ...]
@@ -61,7 +61,7 @@ class Data:
         return f"{checksum:#010x}"
 
     def first(self, train_size, test_size=None):
-        """Returns the first training images alone, and as many test images as are asked for, or all."""
+        """Returns a Data of the first train_size training images and the first test_size test images, or all."""
         train_images, test_images = len(self.train_labels), len(self.test_labels)
         train_size = whole_number("train_size", train_size, most=train_images)
         test_size = whole_number("test_size", test_images if test_size is None else test_size, most=test_images)
@@ -76,9 +76,9 @@ class Data:
 
 
 def train_val_split(data, size=5000):
-    """Returns the training images alone, some of them in place of the test images: to choose settings by.
+    """Returns a Data in which `size` held-out training images replace the test images, for choosing settings.
 
-    They are the last ones of each class, as many as its share of all, whatever order the data lies in.
+    Held out are the last images of each class, in proportion to its size, whatever the order of the data.
     """
     labels = data.train_labels
     size = whole_number("size", size, most=len(labels) - 1)

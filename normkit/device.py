@@ -59,10 +59,10 @@ def dtype_of(model):
 
 
 def place_of(model, loader, precision):
-    """Returns the device and the dtype of a model's images, and the dtype that autocast computes in."""
+    """Returns the device and dtype to move images to, and the dtype for autocast."""
     device = device_of(model) or getattr(loader, "device", torch.device("cpu"))
     dtype = dtype_of(model)
-    # Autocast is for networks in float32: those in another dtype compute in their own.
+    # Autocast only for float32 networks: others compute in their own dtype.
     compute_dtype = choose_precision(precision, device)
     return device, dtype, compute_dtype if dtype == torch.float32 else torch.float32
 

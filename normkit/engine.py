@@ -1,4 +1,4 @@
-"""Many tasks on whatever engine joblib is set to: processes of this machine, a dask cluster, Ray."""
+"""Runs many tasks on joblib's active backend: processes of this machine, a dask cluster, Ray."""
 
 import contextlib
 import functools
@@ -18,10 +18,10 @@ from normkit.objects import is_library
 def compute(function, tasks, data, processes=1):
     """Yields (key, result, error) of each task as it ends: the result of function(data, *arguments), or the error.
 
-    tasks: a dict from a key to arguments. processes: as many of this machine, unless joblib.parallel_config names
-    another engine. data goes to each worker once, rather than with each task, which is all that Ray can do.
-    A task whose process dies may take others with it. All that is lost is tried again in two halves, and so on, so
-    that a task that kills its process is in the end alone: it alone has an error.
+    tasks: a dict from a key to arguments. processes: how many on this machine, unless joblib.parallel_config names
+    another backend. data is sent once per worker; on Ray, once per task.
+    A task that kills its process may take others with it. Lost tasks are retried in halves, until the one at fault
+    is alone: it alone has an error.
     """
     left = dict(tasks)
     backend, _ = get_active_backend()
@@ -43,11 +43,11 @@ def compute(function, tasks, data, processes=1):
 def on_dask(backend, function, tasks, data):
     """Yields (key, result) of each task on the cluster of a dask.distributed client; then raises, if any was lost.
 
-    joblib's own way waits for ever where a task has killed its workers, computes in this process where the cluster has
-    one worker, and loses the data with the one worker that it was sent to.
+    joblib's own dask backend hangs if a task kills its workers, computes in this process if the cluster has one
+    worker, and loses the data with the only worker that holds it.
     """
     client = backend.client
-    with warnings.catch_warnings():  # as a task, rather than scattered, the data can be had again when a worker dies
+    with warnings.catch_warnings():  # the data is a task's result, not scattered, so dask remakes it if a worker dies
         warnings.filterwarnings("ignore", "Sending large graph")
         data = client.submit(pickle.loads, pickle.dumps(data), pure=False)
     waiting, ended, lost = set(), queue.SimpleQueue(), None
@@ -92,15 +92,15 @@ def on_joblib(backend, function, tasks, data, processes):
 
 
 def call(key, function, data, arguments):
-    """Returns the key and the result of a task; its data may have come packed."""
+    """Returns (key, function(data, *arguments)); data may be an array of its pickle's bytes."""
     return key, function(pickle.loads(data) if isinstance(data, np.ndarray) else data, *arguments)
 
 
 class ByValue:
-    """Holds a function or class: sent to another process it takes its code along, and that of its module.
+    """Wraps a function or class so that it is pickled by value, with its code and that of its module.
 
-    Sent by name, as is usual, it would be what that process read from its file, or there would be no such name.
-    content: what was sent. The value is made of it anew each time it is asked for, with the modules loaded by then.
+    Pickled by name, as is usual, it would be what the other process read from its file, or missing there.
+    content: the pickle, loaded each time that value is read, against the modules loaded by then.
     """
 
     def __init__(self, value=None, content=None):

@@ -7,9 +7,9 @@ from torch import nn
 
 
 def exercise(check):
-    """Decorates a check, which returns what is off in an answer, or None where it is right.
+    """Decorates a check, which returns what is wrong with an answer in words, or None if it is right.
 
-    An empty answer (... or None, or a function that returns one of them) and an error in it are each reported.
+    Also reports an error in the answer, and an empty one: ... or None, or a function that returns one of these.
     """
 
     @functools.wraps(check)

@@ -89,7 +89,7 @@ def write_state(path, state):
 
 
 def once_free(action, *arguments):
-    """Renames or deletes a file; on Windows waits some seconds for who has it open, such as a virus scanner."""
+    """Renames or deletes a file; on Windows retries for three seconds while another program has it open."""
     for pause in (0.1, 0.2, 0.4, 0.8, 1.6):
         try:
             return action(*arguments)
@@ -101,18 +101,18 @@ def once_free(action, *arguments):
 
 
 def write_whole(path, content, previous=None):
-    """Writes bytes beside the file and renames, so that it is whole at any moment; what was there moves to previous.
+    """Writes a file atomically, beside it and then renamed; the old file moves to previous, if given.
 
-    Raises OSError where the disk refuses: what was there is then in the file, or in previous.
+    Raises OSError if that fails: the old contents are then still in the file, or in previous.
     """
-    written = path.with_name(f"{path.name}.writing")  # one name, so that what a killed process left is written over
+    written = path.with_name(f"{path.name}.writing")  # a fixed name: a killed process's leftover is overwritten
     try:
         with open(written, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            with contextlib.suppress(OSError):  # of a share or a stick that is mounted as another user's
+            with contextlib.suppress(OSError):  # refused on shares and sticks mounted as another user's
                 shutil.copymode(path, written)
             if previous is not None:
                 once_free(os.replace, path, previous)
@@ -123,7 +123,7 @@ def write_whole(path, content, previous=None):
 
 
 def is_whole(file):
-    """Whether a file is an archive as torch.save writes it, each entry with the right checksum."""
+    """Returns whether a file is an archive of torch.save in which each entry has the right checksum."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None

@@ -1,7 +1,7 @@
-"""A training step on CUDA in one launch: forward pass, loss and backward pass, kept as a CUDA graph.
+"""Runs a training step on CUDA in one launch: forward pass, loss and backward pass, recorded as a CUDA graph.
 
 A step of the kit's network is some 300 small operations by PyTorch's modules, or 60 Triton kernels. Python takes seven
-times as long to start the former one by one as an H200 to do them; a graph is started at once, by one call.
+times as long to launch the former one by one as an H200 to run them.
 """
 
 import collections
@@ -23,14 +23,14 @@ from normkit.gpu.step import reason_against, training_step
 from normkit.meter import count_correct
 
 DEVICE = "cuda"  # the kind of device that graphs are for
-MAX_GRAPHS = 4  # that are kept, each with the memory of its activations
+MAX_GRAPHS = 4  # kept at a time, each with the memory of its activations
 RECORDED = weakref.WeakSet()  # the networks that may have some
 
 
 class Graphed(nn.Module):
-    """Calls the model, or what it was compiled to, and keeps the graphs of its training steps, for GraphedLoss.
+    """Calls the model, or its compiled form, and keeps the CUDA graphs of its training steps for GraphedLoss.
 
-    reason: why there can be no graph, in words, or None. kernels_reason: why they are not of Triton kernels.
+    reason: why no graph can be recorded, or None. kernels_reason: why graphs have no Triton kernels, or None.
     """
 
     def __init__(self, model):
@@ -90,11 +90,10 @@ class Graphed(nn.Module):
 
 
 class GraphedLoss:
-    """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a graph.
+    """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a CUDA graph.
 
-    The first batch of each shape goes step by step, so that a loader whose batches all have sizes of their own records
-    nothing. Where a graph might give another result, or somebody watches the step, forward returns None for the loss
-    and has done nothing.
+    The first batch of each shape runs without one, so that a loader whose batches all differ in size records nothing.
+    If a graph might give another result, or a hook observes the step, forward returns (None, None) and has no effect.
     """
 
     def __init__(self, network, criterion, dtype):
@@ -102,9 +101,9 @@ class GraphedLoss:
         self.nodes_kept, self.labels_checked = are_nodes_kept(network.model), False
 
     def forward(self, images, labels):
-        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
+        """Returns the mean loss and the number of correct images, for images (N, 3, H, W) and labels int64 (N,).
 
-        They lie on the network's device, and the next step overwrites them.
+        Both are scalar tensors on the network's device, which the next step overwrites.
         """
         inspection = self.inspect(images, labels)
         self.graph = None if inspection is None else self.find_graph(inspection, images, labels)
@@ -116,7 +115,7 @@ class GraphedLoss:
         if self.graph is None:
             return False
         graph, self.graph = self.graph, None
-        # New ones, as the next step writes to the same places; laid out as the parameters are, as autograd does.
+        # Copied, as the next step overwrites them; mul keeps the strides, which are the parameters', as autograd's are.
         gradients = torch._foreach_mul(graph.gradients, 1)
         for parameter, gradient in zip(graph.parameters, gradients):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -160,7 +159,7 @@ class GraphedLoss:
 
 
 class StepGraph:
-    """What a training step does up to the gradients, recorded for batches of one shape."""
+    """Records and launches a training step up to the gradients, for batches of one shape."""
 
     def __init__(self, network, inspection, images, labels, dtype, by_kernels):
         self.tensors = tensors_of(inspection.modules)
@@ -213,10 +212,10 @@ class StepGraph:
         return compute
 
     def check(self, network, compute, expected):
-        """Raises unless a function computes for the batch what another one does, as far as bfloat16 goes.
+        """Raises ArithmeticError unless compute and expected agree on the batch, within bfloat16's rounding errors.
 
-        A compiler may be wrong, and a GPU may be of a kind on which nobody has tried it. What is allowed is twice the
-        difference between two computations of real batches in bfloat16, of the three norms, 1 to 64 images.
+        A compiler may be wrong, and the kind of GPU untested. Tolerances are twice the difference between two
+        computations of real batches in bfloat16, of the three norms, 1 to 64 images.
         """
         results = []
         for function in (compute, expected):
@@ -255,7 +254,7 @@ class StepGraph:
                 current.wait_stream(side)
 
     def capture(self, compute, stream, state):
-        """Has CUDA write down a step in place of computing it; other threads, such as a DataLoader's, may go on."""
+        """Captures a step, which does not run it; other threads, such as a DataLoader's, may go on."""
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
@@ -278,7 +277,7 @@ class StepGraph:
 
 
 def are_further(tensors, others, distances):
-    """Returns, of each pair of tensors, whether they are further apart; True for what is not finite."""
+    """Returns for each pair of tensors whether their distance exceeds its bound, or is not finite."""
     return [
         not bool((one.double() - other.double()).norm() <= distance)
         for one, other, distance in zip(tensors, others, distances, strict=True)
@@ -299,9 +298,9 @@ def unchanged(network, device):
 
 
 def replace_generator(device, state):
-    """Gives the device a new random generator: after a failed recording, the old one takes itself for recorded still.
+    """Gives the device a new random generator: after a failed capture, the old one still counts as captured.
 
-    Graphs draw from the generator that they were recorded with, so all are to be recorded anew.
+    Graphs draw from the generator that they were recorded with, so all have to be recorded again.
     """
     generator = torch.Generator(device)
     generator.set_state(state)
@@ -315,7 +314,7 @@ def addresses_of(tensors):
 
 
 def fits_graph(images, labels, device):
-    """Whether a batch is what a graph takes: float32 images on the device, int64 (N,) labels there or on the CPU."""
+    """Returns whether a batch suits a graph: float32 images on the device, labels int64 (N,) there or on the CPU."""
     return (
         type(images) is torch.Tensor
         and (images.dtype, images.device, images.layout) == (torch.float32, device, torch.strided)

@@ -1,4 +1,4 @@
-"""What tells a run from another one, as text: its settings, code and data."""
+"""Identifies a run by text: its settings, code and data."""
 
 import collections
 import enum
@@ -221,7 +221,7 @@ def text_of_array(array):
 
 
 def seed_of(generator):
-    """Returns the seed that a generator was given, if that can be known: one that was drawn is a larger number."""
+    """Returns "seed N" of a seeded generator, else its type: seeds from 2**32 on count as drawn by the generator."""
     seed = None
     if isinstance(generator, torch.Generator):
         seed = generator.initial_seed()

@@ -1,16 +1,16 @@
-"""What a pass over a loader adds up to, while it goes on."""
+"""Accumulates loss and accuracy over a loader."""
 
 import math
 from typing import NamedTuple
 
 import torch
 
-EXPLODED = 1e12  # nats: no classifier's loss, but float32 goes on to 1e38 before it overflows
+EXPLODED = 1e12  # nats: no classifier's loss, yet far below 1e38, where float32 overflows
 MAX_WAITING = 1000  # batches, each of which keeps 512 bytes of a GPU's memory
 
 
 class Metrics(NamedTuple):
-    """Of one pass over a loader: mean loss of an image, accuracy in percent, correct images, all images."""
+    """Holds a pass's mean loss per image, accuracy in percent, number of correct images and number of images."""
 
     loss: float
     accuracy: float
@@ -19,9 +19,9 @@ class Metrics(NamedTuple):
 
 
 class Meter:
-    """Adds up the batches' losses and correct images, as Python's numbers.
+    """Accumulates the batches' losses and correct images as Python numbers.
 
-    Those on a GPU wait there, to be read many at once: to read a number is to wait for it.
+    Results on a GPU are queued and read many at once, as each read synchronises.
     """
 
     def __init__(self):
@@ -29,7 +29,7 @@ class Meter:
         self.batches, self.first_unsound, self.waiting = 0, None, []
 
     def add(self, loss, correct, size):
-        """Takes a batch's mean loss, how many of its images are right, and how many there are."""
+        """Adds a batch: its mean loss, its number of correct images, and its size."""
         if loss.device.type == "cpu":
             return self.count(loss.item(), int(correct), size)
         dtype = torch.promote_types(loss.dtype, torch.float32)
@@ -39,7 +39,7 @@ class Meter:
             self.read()
 
     def read(self):
-        """Counts what waits on a GPU."""
+        """Adds the results that are queued on a GPU."""
         if self.waiting:
             waiting, self.waiting = self.waiting, []
             for (loss, correct), (_, size) in zip(torch.stack([numbers for numbers, _ in waiting]).tolist(), waiting):
@@ -58,10 +58,10 @@ class Meter:
 
 
 def classes_of(labels):
-    """Returns int64 (N,) of labels: of shares of classes, the largest."""
+    """Returns labels as classes, int64 (N,); of class probabilities (N, K), the largest."""
     return labels.argmax(1) if labels.is_floating_point() else labels
 
 
 def count_correct(logits, labels):
-    """Returns how many of the logits (N, K) are largest where the labels, (N,) or (N, K), are."""
+    """Returns the number of correct predictions, for logits (N, K) and labels (N,) or (N, K)."""
     return (logits.argmax(1) == classes_of(labels)).sum()

@@ -1,4 +1,4 @@
-"""What the loop has to know of optimizers and schedulers that are not its own."""
+"""Checks of users' optimizers and schedulers, and access to their hooks and gradients."""
 
 import contextlib
 import copy
@@ -130,12 +130,12 @@ def step_hooks(optimizer):
 
 
 def gradients_of(optimizer):
-    """Returns the Gradients as a part by name, where a zero_grad of a user's may keep them for the next epoch."""
+    """Returns {"gradients": Gradients} if a user-defined zero_grad may keep them for the next epoch, else {}."""
     return {} if is_known_function(optimizer.zero_grad) else {"gradients": Gradients(optimizer)}
 
 
 class Gradients:
-    """The gradients that an optimizer's parameters have, such as those that add up over several batches, as a state."""
+    """Saves the gradients of an optimizer's parameters, such as those accumulated over batches, by state_dict."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -153,14 +153,14 @@ class Gradients:
 
 
 def run_no_user_code(loader, optimizer, scheduler=None):
-    """Whether loading a batch and stepping both runs no code but PyTorch's and the kit's.
+    """Returns whether loading a batch and stepping both others runs no code but PyTorch's and the kit's.
 
-    That is, none has a class, a method or a function of a user's, nor the optimizer a hook. loader: one of the kit's.
+    So none has a user-defined class, method or function, and the optimizer has no hook. loader: a utils.Loader.
     """
     hooks = [*step_hooks(optimizer), *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks]
     return (
         not hooks
-        and type(optimizer).__module__.startswith(("torch.optim.", "normkit."))  # others may wrap one of the user's
+        and type(optimizer).__module__.startswith(("torch.optim.", "normkit."))  # other libraries' may wrap a user's
         and all(map(is_known_function, filter(callable, vars(optimizer).values())))
         and (scheduler is None or is_torch_scheduler(scheduler))
         and all(map(has_known_methods, map(type, (loader, optimizer, scheduler))))

@@ -18,11 +18,11 @@ from normkit.randomness import GENERATORS, GlobalGenerators, get_state, set_stat
 
 
 class RandomState(GlobalGenerators):
-    """What is random about training, as state_dict and load_state_dict.
+    """Saves the random state of training, by state_dict and load_state_dict.
 
-    That is the state of the global generators, of a device's, and of generators and samplers in parts that are given by
-    name: loaders and whatever else a user has written. saved: the names of parts whose state_dict is kept beside this.
-    attributes: what else moves in these parts, such as counters, with a state of its own.
+    That covers the global generators, a device's, and the generators and samplers in parts, given by name: loaders and
+    other user-defined objects. saved: names of parts whose state_dict is kept beside this one.
+    attributes: the other attributes of parts that change, such as counters; it has a state_dict of its own.
     """
 
     def __init__(self, device=None, saved=(), **parts):

@@ -1,4 +1,4 @@
-"""The steps of an optimizer, whichever it is: with its closure if it needs one, and in the fastest way if not."""
+"""Steps any optimizer: with a closure if it needs one, else by the fastest path."""
 
 import inspect
 
@@ -14,10 +14,10 @@ SGD_SETTINGS = "lr momentum dampening weight_decay nesterov maximize".split()
 
 
 class Stepper:
-    """Makes an optimizer ready for a loop, and takes its steps, in the fastest of the ways to the same numbers.
+    """Prepares an optimizer for training, and takes its steps by the fastest path that gives the same numbers.
 
-    undisturbed: between two steps no code runs but PyTorch's and the kit's, except where forget() is called. A small
-    fused SGD's tensors are then looked up only now and then: its step() spends half of its time on that.
+    undisturbed: only PyTorch's and the kit's code runs between steps, except where forget() is called. The tensors of a
+    small fused SGD are then looked up only now and then, which otherwise takes half the time of step().
     """
 
     def __init__(self, optimizer, undisturbed=False):
@@ -92,9 +92,9 @@ def closure_for(optimizer, loss, closure):
 
 
 def steps_alone(optimizer):
-    """Whether one thread steps faster than several: on a CPU, where they meet at each of a fused optimizer's tensors.
+    """Returns whether one thread steps faster than several: on a CPU, where each small fused tensor costs a barrier.
 
-    They add up nothing, so that the numbers are the same.
+    A step has no sums over elements, so the number of threads does not change its results.
     """
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
