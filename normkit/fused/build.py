@@ -68,17 +68,17 @@ def library():
         if folder is None:
             return build_for_this_process(command, against)
         for file in folder.glob(f"kernel-{key}-*.so"):
-            with contextlib.suppress(OSError, BuildError):  # not ours alone, damaged, or just replaced
+            with contextlib.suppress(OSError, BuildError):  # writable by others, damaged, or just replaced
                 return load_from_cache(file)
         return build_into_cache(command, folder, key)
     except BuildError as error:
         return Library(None, str(error))
-    except OSError as error:  # where the kit is in a zip file, or came without them
+    except OSError as error:  # the kit is in a zip file, or was installed without them
         return Library(None, f"the kernel's sources cannot be read: {error}")
 
 
 def load_from_cache(file):
-    """Loads a library that belongs to this user alone and is whole: its name ends with a hash of its bytes."""
+    """Loads a library; raises BuildError if others can write to it, or its bytes lack the hash in its name."""
     if not is_private(file):
         raise BuildError(f"others can write to {file}")
     if file.stem.rpartition("-")[2] != digest(file.read_bytes()):
@@ -87,7 +87,7 @@ def load_from_cache(file):
 
 
 def build_into_cache(command, folder, key):
-    """Builds beside the final place and renames; where that cannot be done, builds for this process alone."""
+    """Builds beside the final path and renames; if that fails, builds for this process alone."""
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as parent:
             built = compile_into(command, Path(parent))

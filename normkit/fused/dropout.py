@@ -1,12 +1,12 @@
-"""The random numbers of nn.Dropout2d, as factors of whole maps."""
+"""Draws the random numbers of nn.Dropout2d, as a factor for each map."""
 
 import torch
 
 
 class DropoutScales:
-    """Factors (N * K) for the output of each block, 0 or 1 / (1 - p), of the numbers that its nn.Dropout2d would draw.
+    """Draws each block's dropout factors (N * K,), 0 or 1 / (1 - p), from the numbers that its nn.Dropout2d would draw.
 
-    p and the mode are those of now. scales: each block's factors, or None for all 1; a draw overwrites the last one's.
+    p and the mode are read once, here. scales: each block's factors, or None for all 1; draw() overwrites them.
     """
 
     def __init__(self, blocks, N, device="cpu"):
@@ -22,7 +22,7 @@ class DropoutScales:
         """Draws new factors, and returns scales."""
         for part, p, _ in self.parts:
             part.bernoulli_(1 - p) if p < 1 else part.zero_()
-        if len(self.kept) == 1:  # in one call, as is usual
+        if len(self.kept) == 1:  # one p in all blocks, as is usual: one call
             self.drawn.div_(*self.kept)
         elif self.parts:
             torch._foreach_div_([part for part, _, _ in self.parts], [kept for _, _, kept in self.parts])

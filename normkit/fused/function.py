@@ -15,7 +15,7 @@ from normkit.fused.workspace import give_back, shared, take_workspace
 
 
 class Call(NamedTuple):
-    """One pass over layers that the conditions in legality.py allow, apart from its tensors."""
+    """Describes a pass over layers that legality.py allows, without its tensors."""
 
     plan: "Plan"
     blocks: list  # the ConvNormReLU among the layers
@@ -69,13 +69,13 @@ def backward_pass(plan, structs, activations, gradients, dout, dx=None):
 
 
 class FusedFunction(torch.autograd.Function):
-    """The last layer's output of x, for autograd, which sends each parameter its gradient."""
+    """Computes the last layer's output, and in backward the gradients of x and of each parameter."""
 
     @staticmethod
     def forward(ctx, call, x, *parameters):
         out, structs, workspace, inputs = forward_pass(call, x, parameters)
         if call.plan.needs_grad:
-            # But for the biases, which may be changed before the backward pass, as in PyTorch: it does not read them.
+            # Biases are not saved: backward does not read them, so they may change in between, as in PyTorch.
             read_again = [inputs[i] for i in call.plan.read_again]
             ctx.plan, ctx.structs, ctx.layouts = call.plan, structs, layouts_of(read_again)
             ctx.parameter_layouts = layouts_of(parameters)
@@ -106,7 +106,7 @@ class FusedFunction(torch.autograd.Function):
 
 
 def is_batched(tensor):
-    """Whether a tensor stands for many, as in vmap, or in torch.autograd.grad(is_grads_batched=True)."""
+    """Returns whether a tensor is batched, by vmap or by torch.autograd.grad(is_grads_batched=True)."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -115,7 +115,7 @@ dtype_device_shape = operator.attrgetter("dtype", "device", "shape")
 
 
 def layouts_of(tensors):
-    """Returns what .data = may change of each of the tensors but None, beside numbers and address."""
+    """Returns type, dtype, device, shape, strides and negative bit of each tensor but None: .data = may change them."""
     tensors = [each for each in tensors if each is not None]
     kinds, negated = map(type, tensors), map(torch.Tensor.is_neg, tensors)
     return list(zip(kinds, map(dtype_device_shape, tensors), map(torch.Tensor.stride, tensors), negated))
@@ -142,7 +142,7 @@ def sizes_of(layers, shape, nchw):
 
 
 class Plan(NamedTuple):
-    """What a pass over layers of certain sizes needs, made once: structs without addresses, and where these go."""
+    """Holds what a pass over layers of certain sizes needs: structs without addresses, and where these go."""
 
     structs: np.ndarray
     inputs: np.ndarray  # of x, the parameters, the dropout scales

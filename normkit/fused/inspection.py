@@ -1,4 +1,4 @@
-"""What was found out about a network, and whether it still holds."""
+"""Remembers whether a network meets the kernel's conditions, until the network changes."""
 
 import functools
 import operator
@@ -12,11 +12,11 @@ from normkit.fused.layers import layers_of
 
 
 class Inspection:
-    """The conditions on a network, gone through once; is_current() tells in half the time whether they hold.
+    """Checks the conditions on a network once; is_current() says in half the time whether they still hold.
 
-    reason: why no kernel or graph can stand in for the network on that kind of device, or None. The other attributes
-    are there only if it is None: modules, layers, their parameters, the number of classes, and frozen: whether a batch
-    norm is in evaluation mode.
+    reason: why no kernel or graph can stand in for the network on device_type, or None. Only if it is None are there
+    the other attributes: modules, layers, their parameters, the number of classes, and frozen: whether a batch norm is
+    in evaluation mode.
     """
 
     def __init__(self, net, device_type="cpu"):
@@ -32,7 +32,7 @@ class Inspection:
         self.keys, self.values = list(chain(*self.dicts)), list(chain(*map(dict.values, self.dicts)))
         self.tensors = tensors_of(modules)
         self.layouts = layouts_of(self.tensors)
-        # Once more: another thread may have changed it meanwhile.
+        # Checked again, as another thread may have changed the network meanwhile.
         self.reason = next(legality.of_network(net, device_type), None)
         self.layers = layers = layers_of(net)
         self.parameters = [parameter for layer in layers for parameter in layer.parameters()]

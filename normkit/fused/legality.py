@@ -77,10 +77,9 @@ def does_the_same(code, original):
 
 
 def reason_against(images=None, frozen=False):
-    """Returns why the kernel cannot be used now, in words, or None; for a network that of_network has passed.
+    """Returns why the kernel cannot be used now, in words, or None; the network has passed of_network.
 
-    Without images, what depends on the single call is left out. frozen: a batch norm of the network is in evaluation
-    mode.
+    images: None leaves out the conditions on a single call. frozen: a batch norm is in evaluation mode.
     """
     conditions = [of_code()]
     if images is not None:
@@ -100,7 +99,7 @@ def of_library():
 
 
 def of_call():
-    """PyTorch's tools that have to see every operation."""
+    """Yields a reason for each active tool of PyTorch that must see every operation, and for other autocast dtypes."""
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         yield "torch.compile or torch.export traces the call"
     if torch.jit.is_tracing():
@@ -139,13 +138,13 @@ def of_images(images):
 
 
 def of_mode(frozen):
-    """Conditions on training and evaluation."""
+    """Yields a reason if gradients would be taken through batch norm in evaluation mode."""
     if frozen and torch.is_grad_enabled():
         yield "gradients are on, and batch norm is in evaluation mode"
 
 
 def of_code():
-    """What the kernel stands in for, in model.py and in PyTorch."""
+    """Yields a reason for each function of model.py or PyTorch that the kernel stands in for and that was replaced."""
     changed = [each.__qualname__ for each, code in CODES.items() if not does_the_same(each.__code__, code)]
     for name in EDITED + changed:
         yield f"{name} in model.py is another one than the kernel was written for"
@@ -157,7 +156,7 @@ PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
 
 
 def of_network(net, device_type="cpu"):
-    """model.Net with its own kinds of modules, in float32 on a kind of device, and nobody watching them."""
+    """Yields the reasons unless net is a model.Net with its own module types, float32, on device_type, unhooked."""
     if type(net) is not NET:
         again = " of another loading of model.py" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"

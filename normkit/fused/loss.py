@@ -1,4 +1,4 @@
-"""The loss of a batch and its gradients, by the kernel alone."""
+"""Computes a batch's loss and gradients by the kernel alone."""
 
 import sys
 
@@ -11,24 +11,24 @@ from normkit.fused.legality import reason_against, replaced
 from normkit.fused.module import Fused
 from normkit.fused.step import TrainingStep
 
-# What the loss stands in for, as it was when this was imported: somebody may replace it later, or have done so before.
+# The functions that the loss stands in for, as imported: they may be replaced later, or have been before.
 CALLED = (F, "cross_entropy"), (nn.CrossEntropyLoss, "forward"), (torch.Tensor, "backward")
 CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 IS_ORIGINAL = getattr(getattr(F.cross_entropy, "__code__", None), "co_filename", None) == F.__file__
 SETTINGS = vars(nn.CrossEntropyLoss())
-KEPT_FOR = 63  # batches: what a signal handler or another thread changes is seen after so many
+KEPT_FOR = 63  # batches, after which changes by a signal handler or another thread are seen
 KEPT_NODE = "seen by normkit"
-IN_A_LIST = max(map(sys.getrefcount, [object()]))  # what it says of an object that only a list has
+IN_A_LIST = max(map(sys.getrefcount, [object()]))  # the count of an object that only a list refers to
 
 
 class FusedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, without autograd.
 
-    Autograd takes a tenth of a step of 64 images, and a third of one of 2. Where it might give another result, or
-    somebody watches it, forward returns None for the loss and has done nothing.
-    undisturbed: between two batches no code runs but PyTorch's and the kit's. Then what was found out about one batch
-    holds for the next ones, too, and results are written to the memory of the batch before the last: two fifths of a
-    step of 2 images, a tenth of one of 64.
+    Autograd takes a tenth of a step of 64 images, and a third of one of 2. If it might give another result, or a hook
+    or tool observes it, forward returns (None, None) and has no effect.
+    undisturbed: only PyTorch's and the kit's code runs between batches. The conditions are then not checked at each
+    batch, and results reuse the memory of the batch before the last, which saves two fifths of a step of 2 images, and
+    a tenth of one of 64.
     """
 
     def __init__(self, network, criterion, dtype, undisturbed=False):
@@ -36,12 +36,12 @@ class FusedLoss:
         self.nodes_kept = isinstance(network, Fused) and are_nodes_kept(network.model)
         self.inspection, self.batches_left = None, 0  # for which it holds
         self.step = None  # of forward, for backward
-        self.spare = []  # those of the last two batches: .grad is to hold one's until the next is found to be sound
+        self.spare = []  # steps of the last two batches: .grad holds one's until the next loss has been checked
 
     def forward(self, images, labels):
-        """Returns the mean loss of images (N, 3, H, W) and labels, int64 (N,), and how many images are right.
+        """Returns the mean loss and the number of correct images, for images (N, 3, H, W) and labels int64 (N,).
 
-        If undisturbed, they lie in memory that the batch after the next writes to again.
+        Both are scalar tensors; if undisturbed, the batch after the next overwrites them.
         """
         inspection = self.inspect(images, labels)
         if inspection is None:
@@ -68,7 +68,7 @@ class FusedLoss:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-                self.spare.clear()  # one of theirs may be that .grad, which is to last
+                self.spare.clear()  # .grad may be one of theirs, and must not be overwritten
         return True
 
     def inspect(self, images, labels):

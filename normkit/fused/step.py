@@ -1,4 +1,4 @@
-"""A training step by the kernel alone: loss and gradients in one call, without autograd."""
+"""Runs a training step by the kernel alone: loss and gradients in one call, without autograd."""
 
 import torch
 
@@ -9,9 +9,9 @@ from normkit.fused.workspace import give_back, take_workspace
 
 
 class TrainingStep:
-    """A Call of the kernel with labels, for one batch or several, each of which overwrites the results of the last.
+    """Runs a Call with labels, for one batch or several, each of which overwrites the results of the last.
 
-    gradients: those of the parameters, laid out as these are.
+    gradients: a tensor for each parameter, of its shape and strides.
     """
 
     def __init__(self, call, parameters):
@@ -29,14 +29,14 @@ class TrainingStep:
         self.addresses = self.find_addresses()
 
     def is_current(self, call):
-        """Whether it is of that Call, and the network's tensors are where they were."""
+        """Returns whether the step is of that Call, and the network's tensors have not moved in memory."""
         return call is self.call and self.find_addresses() == self.addresses
 
     def find_addresses(self):
         return list(map(torch.Tensor.data_ptr, self.tensors))
 
     def run(self, images, labels):
-        """Returns the mean cross-entropy, and how many images are right, and writes the gradients.
+        """Returns the mean cross-entropy and the number of correct images, both scalars; writes the gradients.
 
         images: float32 (N, 3, H, W), contiguous. labels: int64 (N,), each from 0 to K - 1.
         """
