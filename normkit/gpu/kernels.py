@@ -4,8 +4,8 @@ Sizes: N images, H×W pixels, C input and K output channels, M = N·H·W pixels 
 channels_last, so a matrix (M, C); what is summed is float32. Names: z is a convolution's output, which the norm takes;
 d… is the gradient of …; a norm's zhat is what it scales and shifts.
 
-A program takes a run of blocks, or every so many images, and writes its share of a sum to a row of its own, so that
-sums are the same in each run. rows is the distance of two such rows.
+A program takes consecutive blocks, or images at a fixed stride, and writes its share of a sum to a row of its own, so
+that sums are the same in each run. rows is the stride of these rows, in elements.
 """
 
 import triton
@@ -97,9 +97,9 @@ def conv3x3_weight_grad(
     x, dz, dweight, N, stride_n, stride_h, stride_p, stride_k, stride_c, stride_tap, rows,
     H: constexpr, W: constexpr, stride_w: constexpr, C: constexpr, K: constexpr, COLUMNS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """Each program's share of dweight, from x (N, C, H, W) of any layout and dz (M, K).
+    """Writes each program's share of dweight, from x (N, C, H, W) of any layout and dz (M, K).
 
-    The grid's second axis is a row of three taps.
+    The grid's second axis is the weight's row of three taps.
     """
     M, row = N * H * W, tl.program_id(1)
     first, blocks = share_of_blocks(M, BLOCK)
@@ -118,7 +118,7 @@ def conv3x3_weight_grad(
 
 @triton.jit
 def add_moments(mean, squares, count, values, valid, left):
-    """Returns moments that count the valid rows of a block, too (Chan et al. 1979), of which `left` are left."""
+    """Returns the moments merged with those of a block's first `left` rows, the valid ones (Chan et al. 1979)."""
     rows = tl.maximum(tl.minimum(left, values.shape[0]), 0).to(tl.float32)
     block_mean = tl.sum(tl.where(valid[:, None], values, 0.0), 0) / tl.maximum(rows, 1.0)
     differences = tl.where(valid[:, None], values - block_mean[None, :], 0.0)
@@ -173,7 +173,7 @@ def batch_norm_sums(
     z, dout, statistics, norm_weight, norm_bias, scale, dnorm_weight, dnorm_bias, N, rows,
     HW: constexpr, K: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """Each program's share of the gradients of the norm's weight and bias."""
+    """Writes each program's share of the gradients of the norm's weight and bias, (K,) each."""
     M = N * HW
     k = tl.arange(0, K)
     mean, inv_std = tl.load(statistics + k), tl.load(statistics + K + k)
@@ -194,7 +194,7 @@ def batch_norm_backward(
     z, dout, statistics, norm_weight, norm_bias, scale, dnorm_weight, dnorm_bias, dz, dbias, N, rows,
     HW: constexpr, K: constexpr, SUMS_ROWS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """dz (M, K), from what batch_norm_sums left. The convolution's bias has no gradient: the norm takes it away."""
+    """dz (M, K), from what batch_norm_sums left. The convolution's bias has gradient 0: the norm subtracts it."""
     M = N * HW
     k, p = tl.arange(0, K), tl.arange(0, SUMS_ROWS)
     mean, inv_std = tl.load(statistics + k), tl.load(statistics + K + k)
@@ -363,7 +363,7 @@ def avgpool_linear_loss(
     x, weight, bias, labels, dx, dweight, dbias, loss, correct, N, rows,
     HW: constexpr, C: constexpr, K: constexpr, CLASSES: constexpr, PIXELS: constexpr,
 ):  # fmt: skip
-    """dx, and each program's share of the mean cross-entropy, of its gradients, and of how many images are right.
+    """Writes dx, and each program's share of the mean cross-entropy, its gradients and the number of correct images.
 
     labels: int64 (N,). One that is no class makes the loss NaN. K is a power of two, at least CLASSES.
     """

@@ -67,7 +67,7 @@ def power_of_two(number):
 
 
 def training_step(layers, images, labels, dtype=torch.bfloat16):
-    """Returns the mean cross-entropy, how many images are right, and a gradient for each of the layers' parameters."""
+    """Returns the mean cross-entropy, the number of correct images, and a gradient for each parameter of the layers."""
     step = Step(layers, len(images), dtype)
     x = images
     for i in range(len(layers) - 1):
@@ -79,7 +79,7 @@ def training_step(layers, images, labels, dtype=torch.bfloat16):
 
 
 class Step:
-    """A pass over layers and back: keeps activations, and the programs' shares of the gradients."""
+    """Runs layers forward and backward; keeps activations, and the programs' shares of the gradients."""
 
     def __init__(self, layers, N, dtype):
         self.layers, self.kernels, self.dtype = layers, kernels()[0], dtype
@@ -99,7 +99,7 @@ class Step:
         self.inputs, self.kept, self.skipped = [], [], {}
 
     def sums(self):
-        """Returns the loss, how many images are right, and the parameters' gradients, laid out as these are."""
+        """Returns the loss, the number of correct images, and the gradients, in the parameters' shapes and strides."""
         total = self.empty(self.rows)
         self.kernels.sum_shares[(-(-self.rows // SUM_BLOCK),)](
             self.shares, total, self.rows, SHARES=len(self.shares), BLOCK=SUM_BLOCK
@@ -110,14 +110,14 @@ class Step:
         return *total[self.columns[-1] :][:2], gradients
 
     def forward(self, i, x):
-        """Returns layer number i's output."""
+        """Returns layer i's output for x."""
         self.inputs.append(x)
         out, kept = (self.conv_norm_relu if self.is_block(i) else self.conv1x1_maxpool)(i, x)
         self.kept.append(kept)
         return out
 
     def backward(self, i, dout):
-        """Returns the gradient of layer number i's input, of that of its output."""
+        """Returns the gradient of layer i's input from dout, that of its output."""
         return (self.conv_norm_relu_backward if self.is_block(i) else self.conv1x1_maxpool_backward)(i, dout)
 
     def is_block(self, i):
