@@ -275,8 +275,7 @@ def fit(
         device, _, compute_dtype = place_of(model, train_loader, precision)
         random_state = RandomState(device, list(parts), **loaders | roots | parts)
         settings = partial(settings_of, model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
-        kept = {"attributes": random_state.attributes} | parts | {"random": random_state}
-        checkpoint = Checkpoint(checkpoint, kept, settings)
+        checkpoint = Checkpoint(checkpoint, random_state.around(parts), settings)
         history[:], source = checkpoint.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")

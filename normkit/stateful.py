@@ -23,6 +23,7 @@ class RandomState(GlobalGenerators):
     That covers the global generators, a device's, and the generators and samplers in parts, given by name: loaders and
     other user-defined objects. saved: names of parts whose state_dict is kept beside this one.
     attributes: the other attributes of parts that change, such as counters; it has a state_dict of its own.
+    workers: which loaders have persistent workers started; likewise.
     """
 
     def __init__(self, device=None, saved=(), **parts):
@@ -32,6 +33,7 @@ class RandomState(GlobalGenerators):
         own = {where: owner for where, owner in self.owners.items() if is_foreign(owner) or is_setting(owner)}
         unsaved = {where: owner for where, owner in own.items() if not saves_all(owner)}
         self.attributes = MovingAttributes(unsaved, self.owners)
+        self.workers = LastingWorkers(self.owners)
 
     @property
     def note(self):
@@ -39,6 +41,11 @@ class RandomState(GlobalGenerators):
         lost = sorted(map(".".join, self.attributes.lost))
         lost = [*lost_in(self.owners), *(f"{each} cannot be kept" for each in lost)]
         return f". It may differ from an uninterrupted run: {'; '.join(lost)}" if lost else ""
+
+    def around(self, parts):
+        """Returns parts by name, with all else that a checkpoint keeps, in the order in which they are to be loaded."""
+        # Workers that are started move attributes, and other parts may draw random numbers.
+        return {"workers": self.workers, "attributes": self.attributes} | parts | {"random": self}
 
     def stateful(self):
         """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
@@ -54,13 +61,9 @@ class RandomState(GlobalGenerators):
                     yield where, owner.state_dict, owner.load_state_dict
 
     def state_dict(self):
-        state = super().state_dict()
-        state["workers"] = [where for where, owner in self.owners.items() if has_lasting_workers(owner)]
-        return state | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
+        return super().state_dict() | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
 
     def load_state_dict(self, state):
-        for where in state["workers"]:
-            start_workers(self.owners.get(where))
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
                 write_state(state[f"state of {where}"])
@@ -232,15 +235,26 @@ def gives_state(owner):
     return True
 
 
-def has_lasting_workers(owner):
-    """Whether an object is a DataLoader with workers that wait for the next epoch."""
-    return isinstance(owner, DataLoader) and owner.persistent_workers and owner._iterator is not None
+class LastingWorkers:
+    """Which loaders' workers wait for the next epoch, as state_dict and load_state_dict.
 
+    To start them begins a pass over the sampler, which may draw random numbers and count.
+    """
 
-def start_workers(owner):
-    """Has a DataLoader start the workers that are to last, if it has none yet."""
-    if isinstance(owner, DataLoader) and owner.persistent_workers and owner._iterator is None:
-        DataLoader.__iter__(owner)
+    def __init__(self, owners):
+        self.loaders = {
+            where: owner
+            for where, owner in owners.items()
+            if isinstance(owner, DataLoader) and owner.persistent_workers
+        }
+
+    def state_dict(self):
+        return {"started": [where for where, loader in self.loaders.items() if loader._iterator is not None]}
+
+    def load_state_dict(self, state):
+        for where in state["started"]:
+            if where in self.loaders and self.loaders[where]._iterator is None:
+                DataLoader.__iter__(self.loaders[where])
 
 
 def lost_in(owners):

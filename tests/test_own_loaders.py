@@ -391,12 +391,15 @@ def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
     assert "may differ" not in run(3, DataLoader(pairs, 32), "d")
 
 
-@pytest.mark.parametrize("seed", [None, 5])
-def test_the_order_goes_on_where_workers_that_last_begin_anew(pairs, seed, tmp_path):
+@pytest.mark.parametrize("order", ["global", "a generator's", "a counter's"])
+def test_the_order_goes_on_where_workers_that_last_begin_anew(pairs, order, tmp_path):
     def trained(epochs, file):
         net = linear()
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        loader = DataLoader(pairs, 32, True, num_workers=1, persistent_workers=True, generator=generator)
+        generator = torch.Generator().manual_seed(5) if order == "a generator's" else None
+        sampler = (
+            Sampler("a counter", len(pairs)) if order == "a counter's" else RandomSampler(pairs, generator=generator)
+        )
+        loader = DataLoader(pairs, 32, sampler=sampler, num_workers=1, persistent_workers=True, generator=generator)
         fit(net, (loader, loader), epochs=epochs, checkpoint=tmp_path / file)
         return net.state_dict()
 
