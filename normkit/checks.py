@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 def check_choice(name, value, choices):
     """Raises ValueError unless the value of the setting called name is one of the choices."""
-    if value not in choices:
+    if getattr(value, "shape", ()) != () or value not in choices:  # of an array == is no answer
         *others, last = map(str, choices)
         either = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"unknown {name} {value!r}: choose {either}")
+        raise ValueError(f"unknown {name} {shown(value)}: choose {either}")
 
 
 def yes_or_no(**settings):
@@ -67,9 +67,9 @@ def describe(value):
 
 
 def shown(value):
-    """Returns a value's repr, or describe(value) if that has several lines."""
+    """Returns a value's repr, or describe(value) if that takes more than a line."""
     text = repr(value)
-    return describe(value) if "\n" in text else text
+    return describe(value) if "\n" in text or len(text) > 200 else text
 
 
 def in_words(error, most=None):
@@ -135,14 +135,15 @@ def check_grad_enabled(model):
 def check_criterion(criterion):
     """Raises TypeError unless a criterion can be called with logits and labels."""
     if isinstance(criterion, type) or not callable(criterion):
-        given = f"the class {criterion.__name__}" if isinstance(criterion, type) else repr(criterion)
+        given = f"the class {criterion.__name__}" if isinstance(criterion, type) else shown(criterion)
         raise TypeError(f"the criterion is {given}: expected a function or module, such as nn.CrossEntropyLoss()")
 
 
 def check_callback(name, function):
     """Raises TypeError unless a callback is callable or None."""
     if function is not None and not callable(function):
-        raise TypeError(f"{name} is {function!r}: expected a function, or None; for several, one that calls them all")
+        given = shown(function)
+        raise TypeError(f"{name} is {given}: expected a function, or None; for several, one that calls them all")
 
 
 def check_notes(row, columns):

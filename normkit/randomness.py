@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import torch
 
-from normkit.checks import whole_number
+from normkit.checks import shown, whole_number
 
 
 def check_seed(seed):
@@ -18,7 +18,8 @@ def check_seed(seed):
     try:
         return whole_number("seed", seed, -(2**63), 2**64 - 1)  # what torch takes
     except ValueError:
-        raise ValueError(f"seed={seed!r}: expected a whole number from -2**63 to 2**64 - 1, or None for any") from None
+        bounds = "from -2**63 to 2**64 - 1, or None for any"
+        raise ValueError(f"seed={shown(seed)}: expected a whole number {bounds}") from None
 
 
 def seed_everything(seed):

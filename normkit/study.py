@@ -18,7 +18,7 @@ import torch
 import model
 from normkit.backend import choose_backend
 from normkit.checkpoint import CheckpointRefused, files_of
-from normkit.checks import check_epochs, check_notes, describe, in_words, whole_number
+from normkit.checks import check_epochs, check_notes, describe, in_words, shown, whole_number
 from normkit.device import choose_precision
 from normkit.engine import ByValue, compute, is_user_module
 from normkit.files import once_free
@@ -67,7 +67,7 @@ def plan(keywords):
     settings = {name: value for name, value in keywords.items() if name not in HOW}
     norm, epochs, seed = settings.pop("norm", None), settings.pop("epochs", 20), settings.pop("seed", 0)
     if not isinstance(norm, str):
-        given = "a run needs a norm" if norm is None else f"norm={norm!r} is not the name of one"
+        given = "a run needs a norm" if norm is None else f"norm={shown(norm)} is not the name of one"
         raise ValueError(f"{given}: {', '.join(map(str, model.NORMS))}. Of several, grid makes a run each")
     if seed is None:
         raise ValueError("seed=None: a study finds its runs again by their seeds; grid(seed=range(5), ...) has five")

@@ -226,3 +226,26 @@ def test_a_network_in_another_default_dtype(data):
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
     flat = net.C4.conv.weight.float().flatten(1)
     assert torch.allclose(flat @ flat.T, torch.eye(32) / 3, atol=0.01)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1000), np.zeros(1000), [0] * 1000])
+def test_many_numbers_in_place_of_a_setting_are_named_in_a_line(loaders, data, given):
+    calls = {
+        "batch_size": lambda: utils.get_recipe(batch_size=given),
+        "lr": lambda: utils.get_recipe(lr=given),
+        "nesterov": lambda: utils.get_recipe(nesterov=given),
+        "optimizer": lambda: utils.get_recipe(optimizer=given),
+        "recipe": lambda: utils.get_recipe(given),
+        "precision": lambda: utils.predict(linear(), loaders[1], precision=given),
+        "shuffle": lambda: utils.Loader(data.train_images, data.train_labels, 64, given),
+        "seed": lambda: utils.run("batch", data, seed=given),
+        "data set": lambda: utils.load_data(given),
+        "root": lambda: utils.load_data(root=given),
+        "on_epoch": lambda: fit(linear(), loaders, on_epoch=given),
+        "criterion": lambda: fit(linear(), loaders, criterion=given),
+    }
+    kind = {list: "list", np.ndarray: r"ndarray \(1000,\)", torch.Tensor: r"torch.float32 \(1000,\)"}[type(given)]
+    for name, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=f"^[^\n]*{name}[^\n]*{kind}[^\n]*$") as raised:
+            call()
+        assert len(str(raised.value)) < 200
