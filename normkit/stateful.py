@@ -48,9 +48,10 @@ class RandomState(GlobalGenerators):
         return {"workers": self.workers, "attributes": self.attributes} | parts | {"random": self}
 
     def stateful(self):
-        """Yields (where, function that reads a state, function that writes it) for generators and samplers."""
+        """Yields (where, function that reads a state, function that writes it) for samplers, then for generators."""
         kept = list(self.saved)  # with all that lies within
-        for where, owner in self.owners.items():
+        # In this order, as a sampler may draw in load_state_dict.
+        for where, owner in sorted(self.owners.items(), key=lambda item: isinstance(item[1], GENERATORS)):
             if isinstance(owner, GENERATORS):
                 yield where, functools.partial(get_state, owner), functools.partial(set_state, owner)
             elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
@@ -67,7 +68,7 @@ class RandomState(GlobalGenerators):
         for where, _, write_state in self.stateful():
             if f"state of {where}" in state:
                 write_state(state[f"state of {where}"])
-        super().load_state_dict(state)  # last, as a sampler may draw in load_state_dict
+        super().load_state_dict(state)  # last, for the same reason
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold

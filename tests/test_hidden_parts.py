@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from normkit.stateful import states_in
 
@@ -327,16 +327,22 @@ class Growing:
 
 
 class Drawing(RandomSampler, Growing):
-    def __init__(self, data):
-        RandomSampler.__init__(self, data)
+    def __init__(self, data, generator):
+        RandomSampler.__init__(self, data, generator=generator)
         Growing.__init__(self)
 
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        torch.rand(1, generator=self.generator)
 
-@pytest.mark.parametrize("drawing", ["callback", "sampler"])
+
+@pytest.mark.parametrize("drawing", ["callback", "sampler", "sampler with a generator"])
 def test_what_draws_random_numbers_while_it_is_loaded_changes_none_of_the_run(pairs, tmp_path, drawing):
     def train(path, epochs):
-        net, sampler = linear(), (Drawing if drawing == "sampler" else RandomSampler)(pairs)
-        loaders = DataLoader(pairs, 32, sampler=sampler), DataLoader(pairs, 64)
+        net, generator = linear(), torch.Generator().manual_seed(0) if drawing.endswith("generator") else None
+        sampler = RandomSampler(pairs) if drawing == "callback" else Drawing(pairs, generator)
+        batches = BatchSampler(sampler, 32, False)
+        loaders = DataLoader(pairs, batch_sampler=batches, generator=generator), DataLoader(pairs, 64)
         on_epoch = Growing() if drawing == "callback" else None
         torch.manual_seed(0)
         return list(fit(net, loaders, epochs=epochs, checkpoint=path, on_epoch=on_epoch))
