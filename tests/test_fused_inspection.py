@@ -271,11 +271,11 @@ def test_code_that_is_changed_in_place_is_computed(monkeypatch):
     def forward(self, x, skip=None):
         return self.dropout(nn.functional.gelu(self.norm(self.conv(x) if skip is None else self.conv(x) + skip)))
 
-    network = fuse(model.Net("group").eval())
+    network, code = fuse(model.Net("group").eval()), model.ConvBlock.forward.__code__
     assert network.reason is None
     monkeypatch.setattr(model.ConvBlock.forward, "__code__", forward.__code__)
     assert torch.equal(network(IMAGES), network.model(IMAGES))
     other = "ConvBlock.forward in model.py is another one than the kernel was written for"
     assert network.reason == fuse(network.model).reason == other
-    monkeypatch.undo()
+    monkeypatch.setattr(model.ConvBlock.forward, "__code__", code.replace(co_firstlineno=1))  # fewer lines above it
     assert fuse(network.model).reason is None
