@@ -117,14 +117,26 @@ def test_no_kind_of_dropout_is_at_work(dropout, batch):
     assert probes.measure(net, *batch, rates=[0.1]) == expected
 
 
-def test_nor_is_that_within_attention(batch):
-    class Attending(nn.MultiheadAttention):
-        def forward(self, x):
-            sequence = x.flatten(2).transpose(1, 2)
-            return super().forward(sequence, sequence, sequence)[0].transpose(1, 2).view_as(x)
+class OverPixels(nn.Module):
+    """Hands the pixels of a map, one after the other, to a module for sequences."""
 
+    def __init__(self, inner, inputs=1):
+        super().__init__()
+        self.inner, self.inputs = inner, inputs
+
+    def forward(self, x):
+        sequence = x.flatten(2).transpose(1, 2)
+        return self.inner(*[sequence] * self.inputs)[0].transpose(1, 2).view_as(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [OverPixels(nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True), 3),
+     OverPixels(nn.GRU(32, 32, num_layers=2, dropout=0.5, batch_first=True))],
+)  # fmt: skip
+def test_nor_is_that_within_attention_and_recurrent_layers(layer, batch):
     net = model.Net("group", dropout=0.0)
-    net.GAP = nn.Sequential(Attending(32, 4, dropout=0.5, batch_first=True), net.GAP)
+    net.GAP = nn.Sequential(layer, net.GAP)
     assert probes.measure(net, *batch, rates=[0.1]) == probes.measure(net, *batch, rates=[0.1])
 
 
