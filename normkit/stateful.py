@@ -142,7 +142,7 @@ def function_of(member):
 
 
 def named_in(function):
-    """Yields (step, object): generators that a function names and, of user code, user code and what has a state."""
+    """Yields (step, object) for generators that a function names; of user code also user code and stateful objects."""
     names, own = function.__globals__, is_foreign(function)
     for name in globals_in(function.__code__):
         value = names.get(name)

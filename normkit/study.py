@@ -161,7 +161,7 @@ def forget(checkpoint):
 
 
 def describe_error(error):
-    """Returns an error in one line, with the next step where processes cannot be started or something not be sent."""
+    """Returns an error in one line, with the next step where processes cannot be started or sent something."""
     text = in_words(error)
     if isinstance(error, pickle.PicklingError):
         cause = str(error.__cause__ or "").strip('\n"').splitlines()[-1:]  # the last line of a traceback
