@@ -77,13 +77,15 @@ def plain_model(network):
 def evaluating(network):
     """Puts a network into evaluation mode; on exit, restores each module's mode by its own train()."""
     modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
-    network.eval()
+    with torch.no_grad():  # as train() may merge weights, in place
+        network.eval()
     try:
         yield
     finally:
-        for module, mode in modes:  # parents before children
-            if module.training != mode:
-                module.train(mode)
+        with torch.no_grad():
+            for module, mode in modes:  # parents before children
+                if module.training != mode:
+                    module.train(mode)
 
 
 def fast_loss(network, criterion, dtype, undisturbed):

@@ -112,8 +112,7 @@ class Merging(nn.Linear):
 
     def train(self, mode=True):
         if mode == self.merged:
-            with torch.no_grad():
-                self.weight += self.added * (-1 if mode else 1)
+            self.weight += self.added * (-1 if mode else 1)  # an error unless gradients are off
             self.merged = not mode
         return super().train(mode)
 
