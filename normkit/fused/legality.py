@@ -16,6 +16,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _device, _python_dispatch
 
 import model
+from model import AvgPool2d, Conv2d, ConvBlock, Net, check_images  # where another model.py is found, this names it
 from normkit.fused import params
 from normkit.fused.build import library
 from normkit.fused.layers import layers_of, parameters_of
@@ -23,14 +24,13 @@ from normkit.fused.layers import layers_of, parameters_of
 MAX_PIXELS = 40 * 40  # of an image: in larger maps the kernel's float32 sums lose digits of a norm's variance
 
 # The classes as they were when this was imported: somebody may put a subclass in their place.
-NET, BLOCK = model.Net, model.ConvBlock
-CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), BLOCK)
+CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), ConvBlock)
 CHILDREN |= {"c3": nn.Conv2d, "c6": nn.Conv2d, "P1": nn.MaxPool2d, "P2": nn.MaxPool2d}
-CHILDREN |= {"GAP": model.AvgPool2d, "C10": model.Conv2d}
+CHILDREN |= {"GAP": AvgPool2d, "C10": Conv2d}
 PARTS = ("conv", "norm", "dropout")  # of a ConvBlock
 
 # What the kernel stands in for, as it was when this was imported: somebody may replace it later.
-KINDS = {*CHILDREN.values(), NET, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
+KINDS = {*CHILDREN.values(), Net, nn.BatchNorm2d, nn.GroupNorm, nn.Dropout2d}
 CALLED = [(kind, name) for name in ("__call__", "_call_impl", "forward") for kind in (nn.Module, *KINDS)]
 CALLED += [(nn.Conv2d, "_conv_forward"), (model, "check_images")]
 CALLED += [(F, name) for name in "conv2d batch_norm group_norm relu dropout2d max_pool2d linear".split()]
@@ -58,11 +58,11 @@ def mark_of_code(function):
 
 # The kernel was written for these; who edits one gets the modules, until kernel and mark follow.
 MARKS = {
-    model.Net.forward: 0x73D4F97D,
-    model.ConvBlock.forward: 0xA2BC5584,
-    model.AvgPool2d.forward: 0x7B1EB2A6,
-    model.Conv2d.forward: 0x3956F826,
-    model.check_images: 0x01569620,
+    Net.forward: 0x73D4F97D,
+    ConvBlock.forward: 0xA2BC5584,
+    AvgPool2d.forward: 0x7B1EB2A6,
+    Conv2d.forward: 0x3956F826,
+    check_images: 0x01569620,
 }
 EDITED = [function.__qualname__ for function, mark in MARKS.items() if mark_of_code(function) != mark]
 CODES = {function: function.__code__ for function in MARKS}  # which IPython's autoreload replaces in a function
@@ -157,7 +157,7 @@ PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
 
 def of_network(net, device_type="cpu"):
     """Yields the reasons unless net is a model.Net with its own module types, float32, on device_type, unhooked."""
-    if type(net) is not NET:
+    if type(net) is not Net:
         again = " of another loading of model.py" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
         return
@@ -168,7 +168,7 @@ def of_network(net, device_type="cpu"):
             return
     parts = []
     for name, kind in CHILDREN.items():
-        if kind is BLOCK:
+        if kind is ConvBlock:
             parts += [children[name]._modules.get(part) for part in PARTS]
             if None in parts or len(children[name]._modules) != len(PARTS):
                 yield f"{name} lacks a part, or has one more"
