@@ -76,7 +76,7 @@ class Loader:
         order = torch.randperm(N, generator=generator, device="cpu") if self.shuffle else torch.arange(N, device="cpu")
         views = torch.randint(len(self.views), (N,), generator=generator, device="cpu")
         order, views = (each[: len(self) * B].to(self.device) for each in (order, views))
-        # Small batches are gathered several at a time, as many as fit a CPU's cache.
+        # Small batches are gathered several at a time, as many as fit the device's cache.
         some = max(1, (64 if self.device.type == "cpu" else 1024) * 32 * 32 // self.views.shape[1] // B) * B
         try:
             for chosen, seen in zip(order.split(some), views.split(some)) if len(order) else ():
@@ -125,7 +125,7 @@ def train(
     if progress and backend_line:
         print(f"Backend: {backend_line}")
     device, dtype, compute_dtype = place_of(model, loader, precision)
-    meter = Meter()  # read on a GPU only when the bar redraws, as each read synchronises
+    meter = Meter()  # read on a GPU now and then, as when the bar redraws: each read synchronises
     undisturbed = type(loader) is Loader and optim.run_no_user_code(loader, optimizer, scheduler)
     stepper = Stepper(optimizer, undisturbed)
     fast = fast_loss(network, criterion, compute_dtype, undisturbed)
@@ -252,7 +252,7 @@ def fit(
     each call starts at the loader's first epoch, so equal calls see equal batches.
     on_epoch(history): called after each finished epoch, and once with the rows that a checkpoint held.
     An interrupt returns the history so far; a loss that is not finite or reaches 1e12 raises FloatingPointError. Both
-    restore everything with a state_dict to the end of the last finished epoch. backend, precision: see train.
+    restore everything with a state_dict to the end of the last finished epoch. backend: see train. precision: see run.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     epochs = checks.check_epochs(epochs)

@@ -44,7 +44,7 @@ def doubles(x):
 
 @torch.inference_mode(False)  # with gradients, wherever it is called
 def moved_by(layer, x, *place):
-    """Returns a bool mask (N, C, H, W) of the inputs with a nonzero gradient on the output at place (n, c, h, w).
+    """Returns a bool mask (N, C, H, W): where in x the gradient of the output at place (n, c, h, w) is not zero.
 
     Computed in float64: in float32, rounding made a gradient zero in one run of sixty.
     """
@@ -81,8 +81,8 @@ def statistics_of(layer, x):
 def plot_norm_sets(layers, images=6, channels=16, size=2):
     """Draws activations as a block, images × channels × pixels, and colours the values that share a mean with one.
 
-    layers: a dict from a name to a norm layer for `channels` channels. The coloured set is measured: it has a nonzero
-    gradient on one output of the front image's last channel.
+    layers: a dict from a name to a norm layer for `channels` channels. Which to colour is measured: those where
+    the gradient of one output of the front image's last channel is not zero.
     """
     figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
     generator = torch.Generator().manual_seed(0)
@@ -284,7 +284,7 @@ def plot_activations(stages, images, title=None):
 
 
 def thinned(x):
-    """Returns at most every seventh value, flat: torch.quantile takes 16 million.
+    """Returns at most every seventh value, flat: torch.quantile takes 16 million at most.
 
     The step is coprime to an image's size, so that every row, column and channel is sampled alike.
     """

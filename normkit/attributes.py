@@ -28,11 +28,11 @@ OPENED = ("opened",)  # stands for a file or connection that was opened during t
 
 
 class MovingAttributes:
-    """Saves the attributes of objects that changed since construction, by state_dict and load_state_dict.
+    """Saves those attributes of objects that changed since this was made, by state_dict and load_state_dict.
 
     owners: objects by name. known: objects by name to which attributes may refer.
     A place is (owner's name, attribute's name), in files too. moved: places that have changed.
-    lost: places that changed and could not be saved, as of the loaded state.
+    lost: places that changed and could not be saved or restored, as of the loaded state.
     """
 
     def __init__(self, owners, known):
@@ -70,7 +70,7 @@ class MovingAttributes:
         return {"started": self.shared_at_start(found), "lost": sorted(lost), "replaced": replaced, "moved": packed}
 
     def was_opened(self, place, value):
-        """Returns whether an unpackable value replaced None or False during training, as an opened file does."""
+        """Returns whether a value that pack refuses replaced None, False or nothing, as an opened file does."""
         was_unset = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
         return was_unset and not has_state(value) and not isinstance(value, (*SHARED, *ARRAYS))
 
@@ -100,7 +100,7 @@ class MovingAttributes:
                 if is_unset(now):
                     reopened.add(place[0])
         for place, value in values.items():
-            # What was opened on the way is opened again, if what was made along with it is made again too.
+            # What was opened during training is opened again, if what was made along with it is made again too.
             if not (place[0] in reopened and is_unset(found.get(place))):
                 self.put(*place, value)
             elif not isinstance(value, bool):
@@ -145,7 +145,7 @@ def learning_in(owner):
 
 
 def is_trained(value):
-    """Whether a value is, or holds, what an optimizer changes: the model's state_dict has that."""
+    """Returns whether a value is, or holds, what an optimizer changes: the model's state_dict has that."""
     return any(
         torch.is_tensor(each) and (each.requires_grad or isinstance(each, torch.nn.Parameter))
         for each in itertools.islice(leaves_of(value), 1000)
@@ -153,7 +153,7 @@ def is_trained(value):
 
 
 def holds_arrays(value):
-    """Whether a value is, or holds, a tensor or array."""
+    """Returns whether a value is, or holds, a tensor or array."""
     return any(isinstance(each, ARRAYS) for each in itertools.islice(leaves_of(value), 1000))
 
 
@@ -174,7 +174,7 @@ def mark_of_one(value):
 
 
 def mark_of_leaf(value):
-    """Returns a scalar's repr, else (id, version): reading large arrays would take too long."""
+    """Returns a plain value's repr, else (id, version): reading large arrays would take too long."""
     if value is None or isinstance(value, bool | int | float | str | np.generic | enum.Enum):
         return repr(value)
     changes = value._version if torch.is_tensor(value) and not value.is_inference() else 0

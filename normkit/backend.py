@@ -14,7 +14,7 @@ BACKENDS = ("auto", "eager", "fused", "compile")
 
 
 def choose_backend(backend, model):
-    """Returns (network, line): a callable that computes the model, and which it is or why no faster one runs.
+    """Returns (network, line): what computes the model, and in words which that is and why no faster one runs.
 
     "auto": the fused kernel on a CPU, CUDA graphs on a GPU, where supported, else the model itself. "fused": the
     kernel; raises ValueError where it is not supported. "compile": torch.compile, on a GPU in CUDA graphs.

@@ -126,7 +126,7 @@ class Checkpoint:
         return [], None
 
     def call_again(self, on_epoch, history):
-        """Calls on_epoch with the restored epochs; returns the differences that were there before and stay."""
+        """Calls on_epoch, if given, with the restored epochs; returns differences that were there before and stay."""
         before = self.unlike()
         if history and on_epoch is not None:
             on_epoch(history)

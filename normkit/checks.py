@@ -73,12 +73,12 @@ def shown(value):
 
 
 def in_words(error, most=None):
-    """Returns "Kind: message" of an error in one line, the message cut to most characters."""
+    """Returns "Kind: message" of an error in one line, the message cut to `most` characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
 def by_name(given):
-    """Returns a dict with its keys as text, a tuple's (as groupby gives) parts joined by commas.
+    """Returns a dict with its keys as text; a tuple's parts, as groupby gives them, are joined by commas.
 
     Raises ValueError if two keys, such as 1 and "1", give the same text.
     """
@@ -185,7 +185,7 @@ def check_pixels(name, images):
 
 
 def check_split(split, images, labels):
-    """Raises ValueError unless images are a tensor uint8 (N, 3, H, W), and labels one int64 (N,)."""
+    """Raises ValueError unless images are a tensor uint8 (N, 3, H, W), and labels a tensor int64 (N,)."""
     check_pixels(f"{split}images", images)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -194,7 +194,10 @@ def check_split(split, images, labels):
 
 
 def check_loss(loss, criterion, needs_grad=True):
-    """Returns the loss; raises TypeError unless it is a scalar, ValueError if it is a sum or lacks a needed grad."""
+    """Returns the loss; raises TypeError unless it is a scalar tensor, ValueError if the criterion sums.
+
+    With needs_grad, also raises ValueError if the loss depends on no trained parameter.
+    """
     if not isinstance(loss, Tensor) or loss.dim():
         raise TypeError(f"the criterion returns {describe(loss)}: expected one number, the mean loss of the batch")
     given = getattr(criterion, "keywords", {}).get("reduction") or getattr(criterion, "reduction", None)

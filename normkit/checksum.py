@@ -31,7 +31,7 @@ def bytes_of(array):
 
 
 def crc32_of_file(path, size, pieces=16, length=2**14):
-    """Returns the CRC-32 of a file, or of evenly spaced pieces of a larger one."""
+    """Returns the CRC-32 of a file, or of evenly spaced pieces of one larger than pieces × length bytes."""
     checksum = 0
     with open(path, "rb") as file:
         for start in range(0, size, max(length, size // pieces)):

@@ -129,7 +129,7 @@ def named_in(function):
 
 
 def is_from_library(value):
-    """Whether a function or class comes from a library, whose name tells it apart."""
+    """Returns whether a function or class comes from a library, whose name tells it apart."""
     return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and not is_user_code(value)
 
 

@@ -25,7 +25,7 @@ class Data:
         return f"Data({self.name}: {sizes} of shape {tuple(self.train_images.shape[1:])}, {len(self.classes)} classes)"
 
     def __eq__(self, other):
-        """Whether names, images and labels are the same."""
+        """Returns whether names, images and labels are the same."""
         if not isinstance(other, Data):
             return NotImplemented
         pairs = zip(vars(self).values(), vars(other).values())
@@ -61,7 +61,7 @@ class Data:
         return f"{checksum:#010x}"
 
     def first(self, train_size, test_size=None):
-        """Returns a Data of the first train_size training images and the first test_size test images, or all."""
+        """Returns a Data of the first train_size training images and the first test_size (None: all) test images."""
         train_images, test_images = len(self.train_labels), len(self.test_labels)
         train_size = whole_number("train_size", train_size, most=train_images)
         test_size = whole_number("test_size", test_images if test_size is None else test_size, most=test_images)

@@ -128,5 +128,5 @@ class ByValue:
 
 
 def is_user_module(module):
-    """Whether a module is a file of the user's: not an installed library, nor the kit."""
+    """Returns whether a module is a file of the user's: not an installed library, nor the kit."""
     return module.__name__ != "__main__" and not is_library(module.__name__)

@@ -55,14 +55,14 @@ def decoded(value):
 
 
 def is_flat(value):
-    """Whether a dict holds text alone, as settings do, or a tuple whole numbers and text, as random.getstate()'s."""
+    """Returns whether a dict holds text alone, as settings do, or a tuple ints and text, as random.getstate()'s."""
     if isinstance(value, dict):
         return {*map(type, value), *map(type, value.values())} == {str}
     return {*map(type, value)} <= {int, str}
 
 
 def is_plain(value):
-    """Whether a value is a number, text, None, or lists, tuples and dicts of these."""
+    """Returns whether a value is a number, text, None, or lists, tuples and dicts of these."""
     if isinstance(value, dict):
         return all(map(is_plain, value.values()))
     if isinstance(value, list | tuple):
@@ -101,7 +101,7 @@ def once_free(action, *arguments):
 
 
 def write_whole(path, content, previous=None):
-    """Writes a file atomically, beside it and then renamed; the old file moves to previous, if given.
+    """Writes bytes beside path, then renames: path is never a partial file. The old one moves to previous, if given.
 
     Raises OSError if that fails: the old contents are then still in the file, or in previous.
     """

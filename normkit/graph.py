@@ -93,7 +93,8 @@ class GraphedLoss:
     """Computes a network's cross-entropy, and adds the gradients to the parameters' .grad, by a CUDA graph.
 
     The first batch of each shape runs without one, so that a loader whose batches all differ in size records nothing.
-    If a graph might give another result, or a hook observes the step, forward returns (None, None) and has no effect.
+    If a graph might give another result, or a hook or tool observes the step, forward returns (None, None) and has no
+    effect.
     """
 
     def __init__(self, network, criterion, dtype):
@@ -103,7 +104,7 @@ class GraphedLoss:
     def forward(self, images, labels):
         """Returns the mean loss and the number of correct images, for images (N, 3, H, W) and labels int64 (N,).
 
-        Both are scalar tensors on the network's device, which the next step overwrites.
+        Both are scalar tensors on the network's device; the next step overwrites them.
         """
         inspection = self.inspect(images, labels)
         self.graph = None if inspection is None else self.find_graph(inspection, images, labels)
@@ -264,7 +265,7 @@ class StepGraph:
             raise
 
     def is_current(self):
-        """Whether the tensors that were recorded are where they were, and the same of them are trained."""
+        """Returns whether the tensors that were recorded are where they were, and the same of them are trained."""
         return self.addresses == addresses_of(self.tensors)
 
     def launch(self, images, labels):

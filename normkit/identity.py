@@ -191,7 +191,7 @@ def flat(values, depth=8):
 
 
 def is_word(value):
-    """Whether a value is text, and no file's name."""
+    """Returns whether a value is text, and no file's name."""
     return isinstance(value, str) and "/" not in value and os.sep not in value
 
 
@@ -221,7 +221,7 @@ def text_of_array(array):
 
 
 def seed_of(generator):
-    """Returns "seed N" of a seeded generator, else its type: seeds from 2**32 on count as drawn by the generator."""
+    """Returns "seed N" for a seed below 2**32, else the type's name: larger seeds count as drawn, not given."""
     seed = None
     if isinstance(generator, torch.Generator):
         seed = generator.initial_seed()

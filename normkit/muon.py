@@ -36,7 +36,7 @@ class Muon(pytorch_optimizer.Muon):
 
 
 def are_alike(params):
-    """Whether all are in float32, or all in float64, on one device that does not compute in bfloat16 faster."""
+    """Returns whether all are in float32, or all in float64, on one device that does not compute in bfloat16 faster."""
     kinds = {(p.device, p.dtype) for p in params}
     device, dtype = next(iter(kinds))
     fast = device.type == "cpu" or choose_precision("auto", device) == torch.float32

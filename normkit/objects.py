@@ -11,19 +11,22 @@ LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 
 
 def is_foreign(owner):
-    """Whether an object's class is none of Python's, torch's, NumPy's or the kit's; whether a function is user code."""
+    """Returns whether an object's class is none of Python's, torch's, NumPy's or the kit's.
+
+    Of a function or class: whether it is user code.
+    """
     if isinstance(owner, types.FunctionType | type):
         return is_user_code(owner)
     return type(owner).__module__.partition(".")[0] not in LIBRARIES
 
 
 def is_user_code(owner):
-    """Whether a function, or an object's class, is defined by the user: in a notebook, a script or a file of theirs."""
+    """Returns whether the user defined a function, or an object's class: in a notebook, script or file of theirs."""
     return not is_library(getattr(owner, "__module__", None) or "")
 
 
 def is_library(name):
-    """Whether a module belongs to Python, to the kit or to a package that was installed."""
+    """Returns whether a module belongs to Python, to the kit or to a package that was installed."""
     root = name.partition(".")[0]
     if root in ("__main__", "__mp_main__"):  # a notebook or script, whichever program it runs in
         return False
@@ -34,7 +37,7 @@ def is_library(name):
 
 @functools.cache
 def is_installed(file):
-    """Whether a module's file lies where packages are installed."""
+    """Returns whether a module's file lies where packages are installed."""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 

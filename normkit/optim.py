@@ -153,7 +153,7 @@ class Gradients:
 
 
 def run_no_user_code(loader, optimizer, scheduler=None):
-    """Returns whether loading a batch and stepping both others runs no code but PyTorch's and the kit's.
+    """Returns whether loading a batch and stepping optimizer and scheduler runs no code but PyTorch's and the kit's.
 
     So none has a user-defined class, method or function, and the optimizer has no hook. loader: a utils.Loader.
     """
@@ -172,7 +172,7 @@ KNOWN_PACKAGES = {"torch", "normkit", "utils", "pytorch_optimizer", "typing_exte
 
 
 def has_known_methods(kind):
-    """Whether nobody has replaced a method of a class of PyTorch's or the kit's, by a function or a mock."""
+    """Returns whether nobody has replaced a method of a class of PyTorch's or the kit's, by a function or a mock."""
     attributes = [each for base in kind.__mro__ for each in vars(base).values() if callable(each)]
     others = "abc", "builtins", "collections.abc", "_collections_abc", "typing"  # classes, slots, annotations
     functions = [each for each in attributes if type(each) is FunctionType or type(each).__module__ not in others]
@@ -180,7 +180,7 @@ def has_known_methods(kind):
 
 
 def is_known_function(function):
-    """Whether a function and those that it wraps, as torch's schedulers wrap step, are PyTorch's or the kit's."""
+    """Returns whether a function and those it wraps, as torch's schedulers wrap step, are PyTorch's or the kit's."""
     while function is not None:
         module = getattr(function, "__globals__", {}).get("__name__", "")  # as wraps() gives away __module__
         if module.partition(".")[0] not in KNOWN_PACKAGES:
@@ -190,7 +190,7 @@ def is_known_function(function):
 
 
 def is_torch_scheduler(scheduler):
-    """Whether a scheduler is one of torch's, and holds no user-defined functions."""
+    """Returns whether a scheduler is one of torch's, and holds no user-defined functions."""
     inner = getattr(scheduler, "_schedulers", [])
     attributes = getattr(scheduler, "__dict__", {})
     own = [name for name, value in attributes.items() if callable(value) and name != "_scale_fn_ref"]  # CyclicLR's

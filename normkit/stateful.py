@@ -102,12 +102,12 @@ def objects_of(is_closed=lambda owner: False, **roots):
 
 
 def is_setting(owner):
-    """Whether an object of torch's or the kit's has attributes that a callback may set, such as a dropout's p."""
+    """Returns whether an object of torch's or the kit's has attributes that a callback may set, like a dropout's p."""
     return isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
 
 
 def is_third_party(owner):
-    """Whether an object is of an installed library's class, but not torch's or the kit's, nor made to hold others."""
+    """Returns whether an object's class is an installed library's, not torch's, the kit's or made to hold others."""
     return is_foreign(owner) and not is_user_code(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
 
 
@@ -152,7 +152,7 @@ def named_in(function):
 
 
 def is_within(where, names):
-    """Whether an object was found under one of these names."""
+    """Returns whether an object was found under one of these names."""
     return any(where == name or where.startswith((f"{name}.", f"{name}[", f"{name} ")) for name in names)
 
 
@@ -204,7 +204,7 @@ def epoch_takers(loader):
 
 
 def takes_one(method):
-    """Whether a method can be called with one value."""
+    """Returns whether a method can be called with one value."""
     try:
         inspect.signature(method).bind(0)
     except (TypeError, ValueError):  # it is none, takes others, or does not tell
@@ -213,22 +213,25 @@ def takes_one(method):
 
 
 def is_stateful(owner):
-    """Whether an object, which is no class, has both state_dict and load_state_dict."""
+    """Returns whether an object, which is no class, has both state_dict and load_state_dict."""
     return has(owner, "state_dict") and has(owner, "load_state_dict") and not isinstance(owner, type)
 
 
 def has(owner, name):
-    """Whether an object has an attribute, without asking it: a mock, or what hands on or looks up any name, has not."""
+    """Returns whether an object has an attribute, without asking it.
+
+    A mock, or what hands on or looks up any name, has not.
+    """
     return inspect.getattr_static(owner, name, None) is not None
 
 
 def saves_all(owner):
-    """Whether an object has a state_dict, in which is what its attributes hold, too."""
+    """Returns whether an object has a state_dict, in which is what its attributes hold, too."""
     return is_stateful(owner) and not isinstance(owner, SPARING)
 
 
 def gives_state(owner):
-    """Whether the state_dict of an object that is_stateful can be called as it is, and now."""
+    """Returns whether the state_dict of an object that is_stateful can be called as it is, and now."""
     try:
         owner.state_dict()
     except Exception:  # whatever user code raises

@@ -59,7 +59,7 @@ class Stepper:
                 torch.set_num_threads(threads)
 
     def knows_tensors(self):
-        """Whether SGD's own methods need not be called. A profile is to show them."""
+        """Returns whether SGD's own methods need not be called. A profile is to show them."""
         return bool(self.groups) and self.steps_left > 0 and not torch.autograd._profiler_enabled()
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class Stepper:
 
 
 def needs_closure(optimizer):
-    """Whether step() evaluates the loss by itself, as LBFGS does, or once more, as SAM's (first_step) does."""
+    """Returns whether step() evaluates the loss by itself, as LBFGS does, or once more, as SAM's (first_step) does."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     return required or closure is not None and hasattr(optimizer, "first_step")
@@ -92,9 +92,10 @@ def closure_for(optimizer, loss, closure):
 
 
 def steps_alone(optimizer):
-    """Returns whether one thread steps faster than several: on a CPU, where each small fused tensor costs a barrier.
+    """Returns whether one thread steps faster than several: on a CPU, with a fused optimizer of small tensors.
 
-    A step has no sums over elements, so the number of threads does not change its results.
+    Each tensor costs several threads a barrier. A step has no sums over elements, so their number does not change its
+    results.
     """
     groups = optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]

@@ -68,17 +68,17 @@ def library():
         if folder is None:
             return build_for_this_process(command, against)
         for file in folder.glob(f"kernel-{key}-*.so"):
-            with contextlib.suppress(OSError, BuildError):  # writable by others, damaged, or just replaced
+            with contextlib.suppress(OSError, BuildError):  # not this user's alone, damaged, or just replaced
                 return load_from_cache(file)
         return build_into_cache(command, folder, key)
     except BuildError as error:
         return Library(None, str(error))
-    except OSError as error:  # the kit is in a zip file, or was installed without them
+    except OSError as error:  # the kit is in a zip file, or lacks the kernel's sources
         return Library(None, f"the kernel's sources cannot be read: {error}")
 
 
 def load_from_cache(file):
-    """Loads a library; raises BuildError if others can write to it, or its bytes lack the hash in its name."""
+    """Loads a library; raises BuildError unless it is this user's alone, and its bytes have the hash in its name."""
     if not is_private(file):
         raise BuildError(f"others can write to {file}")
     if file.stem.rpartition("-")[2] != digest(file.read_bytes()):
@@ -193,7 +193,7 @@ def cache_folder():
 
 
 def is_private(path):
-    """Whether the path belongs to this user, is no link, and nobody else can write to it."""
+    """Returns whether the path belongs to this user, is no link, and nobody else can write to it."""
     found = path.lstat()
     return found.st_uid == os.geteuid() and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
 

@@ -14,8 +14,8 @@ from normkit.fused.layers import layers_of
 class Inspection:
     """Checks the conditions on a network once; is_current() says in half the time whether they still hold.
 
-    reason: why no kernel or graph can stand in for the network on device_type, or None. Only if it is None are there
-    the other attributes: modules, layers, their parameters, the number of classes, and frozen: whether a batch norm is
+    reason: why no kernel or graph can stand in for the network on device_type, or None. The other attributes exist
+    only if it is None: modules, layers, their parameters, the number of classes, and frozen: whether a batch norm is
     in evaluation mode.
     """
 
@@ -42,7 +42,7 @@ class Inspection:
         self.prepare_call = functools.lru_cache(functools.partial(prepare_call, layers))
 
     def is_current(self, net):
-        """Whether it is of this network, of which nothing has changed but numbers: one attribute more is a change.
+        """Returns whether net is the one inspected, with nothing changed but numbers: one attribute more is a change.
 
         A module's attributes are compared by identity, as a user-defined == may say anything, and so are those
         that its dicts hold: hooks, parameters, buffers and children.

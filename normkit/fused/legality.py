@@ -69,7 +69,7 @@ CODES = {function: function.__code__ for function in MARKS}  # which IPython's a
 
 
 def does_the_same(code, original):
-    """Whether two codes are the same but for the lines where they stand."""
+    """Returns whether two codes are the same but for the lines where they stand."""
     if code is original:
         return True
     here, there = (each.replace(co_firstlineno=1, co_linetable=b"") for each in (code, original))
@@ -99,7 +99,10 @@ def of_library():
 
 
 def of_call():
-    """Yields a reason for each active tool of PyTorch that must see every operation, and for other autocast dtypes."""
+    """Yields a reason for each active tool of PyTorch that must see every operation.
+
+    Also yields one if autocast asks for another dtype than float32 and bfloat16.
+    """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         yield "torch.compile or torch.export traces the call"
     if torch.jit.is_tracing():
@@ -144,7 +147,7 @@ def of_mode(frozen):
 
 
 def of_code():
-    """Yields a reason for each function of model.py or PyTorch that the kernel stands in for and that was replaced."""
+    """Yields a reason for each edited or replaced function of model.py or PyTorch that the kernel stands in for."""
     changed = [each.__qualname__ for each, code in CODES.items() if not does_the_same(each.__code__, code)]
     for name in EDITED + changed:
         yield f"{name} in model.py is another one than the kernel was written for"
@@ -275,10 +278,10 @@ def of_tensors(module, *tensors):
 
 
 def are(settings, expected):
-    """Whether settings are these, of these types: modules refuse many another, and an array's == is no answer."""
+    """Returns whether settings equal these, in type too: modules refuse many others, and an array's == is no answer."""
     return all(type(setting) is type(each) and setting == each for setting, each in zip(settings, expected))
 
 
 def is_number(value):
-    """Whether a setting is Python's number, which the modules take as it is: a tensor, say, may change in place."""
+    """Returns whether a setting is a Python number, which modules take as it is: a tensor, say, may change in place."""
     return isinstance(value, int | float)

@@ -92,7 +92,7 @@ class FusedLoss:
 
 
 def is_plain_step(criterion, images, parameters):
-    """Whether a step takes cross-entropy and its gradients, and nobody watches autograd do it."""
+    """Returns whether a step takes cross-entropy and its gradients, and nobody watches autograd do it."""
     return (
         is_cross_entropy(criterion)
         and torch.is_grad_enabled()
@@ -103,7 +103,7 @@ def is_plain_step(criterion, images, parameters):
 
 
 def is_cross_entropy(criterion):
-    """Whether a criterion is the plain mean cross-entropy."""
+    """Returns whether a criterion is the plain mean cross-entropy."""
     if any(replaced(CALLED)):
         return False
     if type(criterion) is nn.CrossEntropyLoss:
@@ -112,14 +112,14 @@ def is_cross_entropy(criterion):
 
 
 def is_watched(parameter):
-    """Whether a parameter's gradient goes elsewhere than into .grad as it is: to a hook, a factor, another dtype."""
+    """Returns whether a hook, a factor or another dtype stands between a parameter's gradient and its .grad."""
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or not parameter.is_leaf:
         return True
     return getattr(parameter, "grad_dtype", None) not in (None, parameter.dtype)  # older PyTorch has none
 
 
 def are_nodes_kept(model):
-    """Whether somebody keeps one of autograd's nodes in which gradients arrive, as for a hook there.
+    """Returns whether somebody keeps one of autograd's nodes in which gradients arrive, as for a hook there.
 
     Autograd itself lets go of them: one that nobody keeps is another node each time it is asked for.
     """
@@ -130,7 +130,7 @@ def are_nodes_kept(model):
 
 
 def are_held(tensors):
-    """Whether somebody else has one of the tensors in a list, or a view of one.
+    """Returns whether somebody else has one of the tensors in a list, or a view of one.
 
     A signal handler or another thread may have; what shares no more than the memory, as .detach() does, is not seen.
     """
@@ -138,7 +138,7 @@ def are_held(tensors):
 
 
 def are_labels(labels, N):
-    """Whether labels are int64 (N,), in a tensor whose memory holds them."""
+    """Returns whether labels are int64 (N,), in a tensor whose memory holds them."""
     return (
         type(labels) is torch.Tensor
         and (labels.dtype, labels.shape, labels.layout) == (torch.int64, (N,), torch.strided)
@@ -147,6 +147,6 @@ def are_labels(labels, N):
 
 
 def are_classes(labels, classes):
-    """Whether each of the labels (N,) is a class; on a GPU one waits for that."""
+    """Returns whether each of the labels (N,) is a class; on a GPU one waits for that."""
     low, high = labels.aminmax()
     return 0 <= int(low) and int(high) < classes
