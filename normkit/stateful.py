@@ -256,9 +256,10 @@ class LastingWorkers:
         return {"started": [where for where, loader in self.loaders.items() if loader._iterator is not None]}
 
     def load_state_dict(self, state):
-        for where in state["started"]:
-            if where in self.loaders and self.loaders[where]._iterator is None:
-                DataLoader.__iter__(self.loaders[where])
+        for where, loader in self.loaders.items():
+            loader._iterator = None  # ends them: an interrupt may have done so already, and a first pass draws more
+            if where in state["started"]:
+                DataLoader.__iter__(loader)
 
 
 def lost_in(owners):

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import os
 import random
+import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -406,3 +408,35 @@ def test_the_order_goes_on_where_workers_that_last_begin_anew(pairs, order, tmp_
     whole = trained(3, "whole")
     trained(2, "parts")
     assert same(trained(3, "parts"), whole)
+
+
+@pytest.mark.parametrize("stopped", ["first", "second"])
+def test_workers_that_last_begin_anew_with_the_same_loader(pairs, stopped, tmp_path):
+    """The stop button reaches the workers, too, and they end."""
+    batches, stop = len(DataLoader(pairs, 32)), []
+
+    def criterion(logits, labels):
+        stop[:] = stop[1:]
+        if stop == ["now"]:
+            for worker in loader._iterator._workers:
+                os.kill(worker.pid, signal.SIGINT)
+                worker.join()
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(logits, labels)
+
+    def trained(file):
+        net, options = linear(), {"epochs": 3, "checkpoint": tmp_path / file, "criterion": criterion}
+        optimizer = torch.optim.SGD(net.parameters(), 0.01)
+        histories = [fit(net, (loader, test_loader), optimizer, **options) for _ in range(1 + bool(stop))]
+        return net.state_dict(), histories[-1]
+
+    test_loader = DataLoader(pairs, 64)
+    results = []
+    for file in ("whole", "parts"):
+        torch.manual_seed(0)
+        loader = DataLoader(pairs, 32, shuffle=True, num_workers=1, persistent_workers=True)
+        if file == "parts":
+            before = 2 if stopped == "first" else batches + len(test_loader) + 2
+            stop[:] = ["later"] * before + ["now"]
+        results.append(trained(file))
+    assert same(*results)
