@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from normkit.checksum import crc32_of
-from normkit.objects import attributes_of, is_user_code, put
+from normkit.objects import attributes_of, has, is_stateful, is_user_code, put
 from normkit.packing import CONTAINERS, MAX_BYTES, leaves_of, pack, put_into, size_of, unpack
 
 # class -> attributes that are not saved here: its state_dict has them, or they need no saving.
@@ -59,8 +59,8 @@ class MovingAttributes:
                 if opened := self.was_opened(place, value):
                     packed[place] = OPENED
                 own = is_user_code(self.owners[place[0]])
-                held = has_state(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
-                iterates = hasattr(type(value), "__next__") and not isinstance(value, io.IOBase)
+                held = is_stateful(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
+                iterates = has(value, "__next__") and not isinstance(value, io.IOBase)
                 if iterates or not opened and (own or held):
                     lost.add(place)
                     if not own:
@@ -72,7 +72,7 @@ class MovingAttributes:
     def was_opened(self, place, value):
         """Returns whether a value that pack refuses replaced None, False or nothing, as an opened file does."""
         was_unset = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
-        return was_unset and not has_state(value) and not isinstance(value, (*SHARED, *ARRAYS))
+        return was_unset and not is_stateful(value) and not isinstance(value, (*SHARED, *ARRAYS))
 
     def shared_at_start(self, found):
         """Returns {PROCESS: {place: repr of its first fingerprint}} for moved places of SHARED owners, or {}."""
@@ -119,11 +119,6 @@ class MovingAttributes:
 
 def is_unset(value):
     return value is None or value is False
-
-
-def has_state(value):
-    """Returns whether a value's class has load_state_dict, as those of networks and optimizers do."""
-    return hasattr(type(value), "load_state_dict")
 
 
 def own_attributes(owner):

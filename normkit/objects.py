@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import inspect
 import sys
 import types
 from pathlib import Path
@@ -39,6 +40,19 @@ def is_library(name):
 def is_installed(file):
     """Returns whether a module's file lies where packages are installed."""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def is_stateful(owner):
+    """Returns whether an object, which is no class, has both state_dict and load_state_dict."""
+    return has(owner, "state_dict") and has(owner, "load_state_dict") and not isinstance(owner, type)
+
+
+def has(owner, name):
+    """Returns whether an object has an attribute, without asking it.
+
+    A mock, or what hands on or looks up any name, has not.
+    """
+    return inspect.getattr_static(owner, name, None) is not None
 
 
 def attributes_of(owner):

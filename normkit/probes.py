@@ -15,6 +15,7 @@ from torchvision.ops import DropBlock2d, StochasticDepth
 from normkit.checks import check_choice
 from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, styled, subplots
+from normkit.tables import data_of
 from normkit.text import legend_below
 
 # The modules of PyTorch and torchvision that drop something, the last two within.
@@ -186,5 +187,4 @@ def name_data(figure, rows):
     """Writes the data and the number of seeds above a figure, if rows have columns of both."""
     if {"data", "seed"} <= {*rows}:
         seeds = rows["seed"].nunique()
-        names = [name if isinstance(name, str) and name else "data without a name" for name in rows["data"].unique()]
-        figure.suptitle(f"{', '.join(names)}: {seeds} seed{'s' * (seeds > 1)}")
+        figure.suptitle(f"{data_of(rows)}: {seeds} seed{'s' * (seeds > 1)}")

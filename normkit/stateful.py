@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from normkit.attributes import MovingAttributes
-from normkit.objects import attributes_of, closed_over, globals_in, is_foreign, is_user_code
+from normkit.objects import attributes_of, closed_over, globals_in, has, is_foreign, is_stateful, is_user_code
 from normkit.packing import CONTAINERS
 from normkit.randomness import GENERATORS, GlobalGenerators, get_state, set_state
 
@@ -210,19 +210,6 @@ def takes_one(method):
     except (TypeError, ValueError):  # it is none, takes others, or does not tell
         return False
     return True
-
-
-def is_stateful(owner):
-    """Returns whether an object, which is no class, has both state_dict and load_state_dict."""
-    return has(owner, "state_dict") and has(owner, "load_state_dict") and not isinstance(owner, type)
-
-
-def has(owner, name):
-    """Returns whether an object has an attribute, without asking it.
-
-    A mock, or what hands on or looks up any name, has not.
-    """
-    return inspect.getattr_static(owner, name, None) is not None
 
 
 def saves_all(owner):

@@ -402,5 +402,10 @@ def about(last):
     settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)
     fewest, most = settings.value_counts().agg(["min", "max"])
     seeds = f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
-    data = last["data"].astype(object).fillna("data without a name")
-    return ", ".join(dict.fromkeys(data)), seeds
+    return data_of(last), seeds
+
+
+def data_of(rows):
+    """Returns the names of the data in rows, joined by commas."""
+    names = (name if isinstance(name, str) and name else "data without a name" for name in rows["data"])
+    return ", ".join(dict.fromkeys(names))

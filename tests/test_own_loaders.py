@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, default_c
 from torchvision.transforms import v2
 
 import utils
+from normkit.objects import is_stateful
 from normkit.randomness import GENERATORS
-from normkit.stateful import is_stateful, objects_of
+from normkit.stateful import objects_of
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
