@@ -99,6 +99,7 @@ def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_la
 
     augment: flip and shift training images. drop_last: drop an incomplete last training batch.
     """
+    check_data(data)
     train_loader = Loader(data.train_images, data.train_labels, batch_size, True, augment, device, seed, drop_last)
     return train_loader, Loader(data.test_images, data.test_labels, batch_size, False, False, device, seed)
 
@@ -457,7 +458,7 @@ def run(
     norm, data, epochs=20, batch_size=None, seed=0, device=None, *, recipe="classic", precision="auto",
     memory_format="auto", backend="auto", progress=True, checkpoint=None, on_epoch=None, self_check=None, **changes,
 ):  # fmt: skip
-    """Trains a new network, everything built from the seed; returns a Result.
+    """Trains a new network, everything built from the seed; returns a Result. fit takes any model and optimizer.
 
     recipe: a name in RECIPES, or a Recipe; batch_size and changes (lr=0.1, ...) replace its settings.
     device, precision ("float32" or "bfloat16") and memory_format of the modules ("contiguous" or "channels_last") are

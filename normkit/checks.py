@@ -90,7 +90,8 @@ def by_name(given):
 
 
 def length_of(loader):
-    """Returns a loader's number of batches."""
+    """Returns a loader's number of batches; raises TypeError unless it can be iterated over and has a length."""
+    check_iterable(loader)
     # A user-defined class may begin anew in __iter__; a DataLoader's iterator, which has a length too, does not.
     begins_anew = hasattr(loader, "__len__") and not type(loader).__module__.startswith("torch.")
     if hasattr(loader, "__next__") and not hasattr(loader, "__getitem__") and not begins_anew:
@@ -181,7 +182,10 @@ def check_pixels(name, images):
     """Raises ValueError unless images are a tensor uint8 (N, 3, H, W)."""
     shape = getattr(images, "shape", ())
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"{name} is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255")
+        raise ValueError(
+            f"{name} is {describe(images)}: expected a tensor uint8 (N, 3, H, W), 0 to 255, as "
+            "torch.from_numpy(array).permute(0, 3, 1, 2) makes of an array uint8 (N, H, W, 3)"
+        )
 
 
 def check_split(split, images, labels):
@@ -223,7 +227,7 @@ def check_batch(batch):
 def check_images(images, device, dtype):
     """Returns the images on device, in dtype; raises ValueError unless they are floats (N, C, H, W), N at least 1."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
-        message = f"the loader yields images of {describe(images)}: expected normalised floats (N, 3, H, W)"
+        message = f"the loader yields images of {describe(images)}: expected a batch of normalised floats (N, 3, H, W)"
         if isinstance(images, Tensor) and images.dtype == torch.uint8:
             message += (
                 ". For uint8 add the transforms v2.ToDtype(torch.float32, scale=True) and v2.Normalize(MEAN, STD), "
@@ -265,8 +269,8 @@ def check_labels(labels, logits, batch_id=0):
                 raise ValueError(f"labels as shares run from {low:g} to {high:g}: each row has to add up to 1{advice}")
         elif not 0 <= low <= high < classes:
             raise ValueError(
-                f"labels run from {low} to {high}: the network tells 0 to {classes - 1} apart. Leave images without a "
-                "class out of the data set; no metric counts them right"
+                f"labels run from {low} to {high}: expected 0 to {classes - 1} for the network's {classes} outputs. "
+                "Leave images without a class out of the data set; no metric counts them right"
             )
     return labels.to(logits.device)
 

@@ -1,5 +1,6 @@
 """A data set in memory."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,8 +96,8 @@ def train_val_split(data, size=5000):
     return Data(name, data.classes, images[~held], labels[~held], images[held], labels[held])
 
 
-def check_data(data, most_classes):
-    """Raises unless data is a Data of no more classes than the network tells apart."""
+def check_data(data, most_classes=math.inf):
+    """Raises unless data is a Data, of no more classes than the network tells apart."""
     if not isinstance(data, Data):
         raise TypeError(
             f"data is a {type(data).__name__}: expected what utils.load_data returns, or a normkit.data.Data"

@@ -17,7 +17,10 @@ from normkit.data import Data, train_val_split
     [
         ({"train_images": torch.zeros(5, 3, 32, 32)}, "expected a tensor uint8"),
         ({"test_images": torch.zeros(5, 32, 32, 3, dtype=torch.uint8)}, "expected a tensor uint8"),
-        ({"train_images": np.zeros((5, 3, 32, 32), np.uint8)}, "ndarray.*expected a tensor uint8"),
+        (
+            {"train_images": np.zeros((5, 32, 32, 3), np.uint8)},
+            r"ndarray.*expected a tensor uint8.*torch.from_numpy\(array\).permute\(0, 3, 1, 2\)",
+        ),
         ({"train_labels": [0, 1, 2, 3, 4]}, "list: expected a tensor int64"),
         ({"train_labels": torch.zeros(4, dtype=torch.int64)}, "one label an image"),
         ({"train_labels": torch.full((5,), 10)}, "expected 0 to 9"),

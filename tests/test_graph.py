@@ -139,7 +139,7 @@ def test_a_label_that_is_no_class_is_an_error(where, wrong, device):
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4).to(device if where == "device" else "cpu")
     train(network, [(images, labels)] * 3, optimizer)
     labels[2] = wrong
-    with pytest.raises(ValueError, match="labels run from .*the network tells 0 to 9 apart"):
+    with pytest.raises(ValueError, match="labels run from .*: expected 0 to 9 for the network's 10 outputs"):
         train(network, [(images, labels)] * 3, optimizer)
 
 

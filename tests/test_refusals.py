@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import fit, linear
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import model
 import utils
@@ -106,8 +106,17 @@ def test_a_network_made_in_inference_mode_is_told_and_predicts(loaders, network)
 
 
 def test_what_yields_no_batches_is_told(data):
-    with pytest.raises(TypeError, match="the loader is a Data, which yields no batches: give a DataLoader"):
-        utils.test(linear(), data)
+    for call in (lambda: utils.test(linear(), data), lambda: fit(linear(), (data, data))):
+        with pytest.raises(TypeError, match="the loader is a Data, which yields no batches: give a DataLoader"):
+            call()
+
+
+def test_a_data_set_in_place_of_data_or_of_a_loader_is_told(data):
+    pairs = TensorDataset(data.test_images.float(), data.test_labels)
+    with pytest.raises(TypeError, match="data is a TensorDataset: expected what utils.load_data returns, or a normkit"):
+        utils.get_loaders(pairs)
+    with pytest.raises(ValueError, match=r"images of torch.float32 \(3, 16, 16\): expected a batch of normalised"):
+        fit(linear(), (pairs, pairs))
 
 
 @pytest.mark.parametrize(
