@@ -34,7 +34,7 @@ from normkit.tables import results_table  # noqa: F401
 
 
 class Loader:
-    """Yields batches on the device: normalised images float32 (B, 3, H, W), and labels int64 (B,).
+    """Yields batches on the device: images float32 (B, 3, H, W), normalised by MEAN and STD, and labels int64 (B,).
 
     The whole split is moved to the device once, as uint8; batches are cut, augmented and normalised there.
     Shuffling and augmentation depend on (seed, epoch) alone: inspecting a batch changes nothing, and every
@@ -246,14 +246,14 @@ def fit(
 ):  # fmt: skip
     """Trains for some epochs and logs each; returns the History.
 
-    scheduler: any of torch's, stepped per epoch, or per batch with scheduler_step="batch"; ReduceLROnPlateau gets the
-    training loss, or with mode="max" the training accuracy.
+    scheduler: any of torch's, stepped per epoch, or with scheduler_step="batch", as OneCycleLR needs, per batch;
+    ReduceLROnPlateau gets the training loss, or with mode="max" the training accuracy.
     checkpoint: a file, written at the start and after each epoch, its predecessor kept as "….previous". The same call
     resumes from it, with the numbers of an uninterrupted run, weight averages kept by on_epoch included. Without one,
     each call starts at the loader's first epoch, so equal calls see equal batches.
     on_epoch(history): called after each finished epoch, and once with the rows that a checkpoint held.
-    An interrupt returns the history so far; a loss that is not finite or reaches 1e12 raises FloatingPointError. Both
-    restore everything with a state_dict to the end of the last finished epoch. backend: see train. precision: see run.
+    KeyboardInterrupt, also from on_epoch, returns the history so far; a loss that is not finite or reaches 1e12 raises
+    FloatingPointError. Both restore all state_dicts to the end of the last finished epoch. backend, precision: see run.
     A row holds epoch, lr (at its start), train_loss, train_acc, test_loss, test_acc (percent), seconds.
     """
     epochs = checks.check_epochs(epochs)

@@ -12,7 +12,10 @@ from normkit.checksum import crc32_of
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """Holds a data set: name, class names, and per split images uint8 (N, 3, H, W) and labels int64 (N,)."""
+    """Holds a data set: name, class names, and per split images uint8 (N, 3, H, W) and labels int64 (N,).
+
+    Grey images (N, H, W) take three channels by images[:, None].expand(-1, 3, -1, -1).
+    """
 
     name: str
     classes: tuple[str, ...]

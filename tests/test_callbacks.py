@@ -404,3 +404,11 @@ def test_what_the_callback_sets_again_is_not_told(tmp_path, capsys):
             checkpoint=tmp_path / "c", on_epoch=lambda history, data=data: setattr(data, "transform", negated),
         )  # fmt: skip
     assert "may differ" not in capsys.readouterr().out
+
+
+def test_a_callback_stops_a_run_early(loaders):
+    def stop(history):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    assert len(fit(linear(), loaders, epochs=4, on_epoch=stop)) == 2
