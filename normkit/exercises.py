@@ -116,7 +116,7 @@ def rms_norm(answer):
 @exercise
 def fold(answer):
     """A function of a convolution and the batch norm behind it: one convolution that computes both in evaluation."""
-    conv, norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+    conv, norm = nn.Conv2d(3, 16, 3, padding=1).eval(), nn.BatchNorm2d(16)
     norm.weight.data, norm.bias.data = torch.linspace(0.5, 2, 16), torch.linspace(-1, 1, 16)
     images = activations(C=3)
     norm(conv(images))  # so that there are statistics
