@@ -4,7 +4,6 @@ import math
 import random
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +13,19 @@ from torch.utils.data import TensorDataset
 import model as networks  # a notebook may have loaded another since
 from normkit import checks, optim
 from normkit.augment import list_views, shift_and_flip
-from normkit.backend import BACKENDS, choose_backend, evaluating, fast_loss, plain_model
-from normkit.checkpoint import Checkpoint, settings_in, undone_on
+from normkit.backend import BACKENDS, choose_backend, compute_logits, evaluating, fast_loss, plain_model
+from normkit.checkpoint import settings_in
 from normkit.cifar10 import MEAN, STD, load_data  # noqa: F401
 from normkit.data import check_data
-from normkit.device import autocast, check_norms, choose_memory_format, choose_precision, get_device, place_of
+from normkit.device import check_norms, choose_memory_format, choose_precision, get_device, place_of
 from normkit.fused import fuse
-from normkit.identity import seed_in, settings_of
+from normkit.identity import seed_in
 from normkit.meter import Meter, count_correct
 from normkit.placement import choose_device
 from normkit.plots import plot_curves  # noqa: F401
 from normkit.progress import progress_bar
 from normkit.randomness import check_seed, generators_preserved, seed_everything
-from normkit.stateful import RandomState, epoch_takers, states_in
+from normkit.resume import TrainingState
 from normkit.stepper import Stepper
 from normkit.tables import results_table  # noqa: F401
 
@@ -118,14 +117,25 @@ def train(
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
     Raises FloatingPointError if a loss is not finite or reaches 1e12.
     """
-    network, backend_line = choose_backend(backend, model)
-    checks.check_grad_enabled(network)
-    checks.check_criterion(criterion)
-    optim.check_optimizer(optimizer, network)
+    network, backend_line = choose_trainable(backend, model, criterion, optimizer, scheduler)
     optim.check_schedule(scheduler, optimizer, "batch", epochs=0, batches=0)
-    if progress and backend_line:
+    if progress:
         print(f"Backend: {backend_line}")
-    device, dtype, compute_dtype = place_of(model, loader, precision)
+    return train_epoch(network, loader, optimizer, scheduler, criterion, precision, progress)
+
+
+def choose_trainable(backend, model, criterion, optimizer, scheduler):
+    """Returns choose_backend's (network, line); raises unless it can be trained with these parts."""
+    checks.check_criterion(criterion)
+    network, line = choose_backend(backend, model)
+    checks.check_grad_enabled(network)
+    optim.check_optimizer(optimizer, network, scheduler)
+    return network, line
+
+
+def train_epoch(network, loader, optimizer, scheduler, criterion, precision, progress):
+    """Trains a network that choose_backend has returned; see train."""
+    device, dtype, compute_dtype = place_of(network, loader, precision)
     meter = Meter()  # read on a GPU now and then, as when the bar redraws: each read synchronises
     undisturbed = type(loader) is Loader and optim.run_no_user_code(loader, optimizer, scheduler)
     stepper = Stepper(optimizer, undisturbed)
@@ -184,17 +194,9 @@ def train(
     return meter.metrics()
 
 
-def compute_logits(network, images, compute_dtype):
-    """Returns checked logits (N, classes): float64 from a float64 network, else float32."""
-    with autocast(images.device, compute_dtype):
-        logits = checks.check_logits(network(images), images)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def evaluate(model, loader, precision, backend, take):
-    """Calls take(logits, labels) after each batch; the model's mode and weights stay as they are."""
-    network, _ = choose_backend(backend, model)
-    device, dtype, compute_dtype = place_of(model, loader, precision)
+def evaluate(network, loader, precision, take):
+    """Calls take(logits, labels) after each batch; the network's mode and weights stay as they are."""
+    device, dtype, compute_dtype = place_of(network, loader, precision)
     checks.check_iterable(loader)
     batch_id = None
     with evaluating(network), checks.oom_advice(loader):
@@ -209,26 +211,33 @@ def evaluate(model, loader, precision, backend, take):
 
 def predict(model, loader, *, precision="auto", backend="auto"):
     """Returns logits (N, classes) and labels over a loader; weights and mode stay as they are. precision: see run."""
+    network, _ = choose_backend(backend, model)
     batches = []
     # Cloned, as CUDA graphs and some loaders write every batch to the same memory.
-    evaluate(model, loader, precision, backend, lambda *batch: batches.append([each.clone() for each in batch]))
+    evaluate(network, loader, precision, lambda *batch: batches.append([each.clone() for each in batch]))
     return tuple(torch.cat(parts) for parts in zip(*batches))
 
 
 def test(model, loader, *, criterion=F.cross_entropy, precision="auto", backend="auto"):
     """Returns the model's Metrics in evaluation mode, averaged over images. criterion: see train."""
     checks.check_criterion(criterion)
+    network, _ = choose_backend(backend, model)
+    return measure(network, loader, criterion, precision)
+
+
+test.__test__ = False  # not a test of pytest's
+
+
+def measure(network, loader, criterion, precision):
+    """Tests a network that choose_backend has returned; see test."""
     meter = Meter()
 
     def count(logits, labels):
         loss = checks.check_loss(criterion(logits, labels), criterion, needs_grad=False)
         meter.add(loss, count_correct(logits, labels), len(labels))
 
-    evaluate(model, loader, precision, backend, count)
+    evaluate(network, loader, precision, count)
     return meter.metrics()
-
-
-test.__test__ = False  # not a test of pytest's
 
 
 class History(list):
@@ -258,45 +267,33 @@ def fit(
     """
     epochs = checks.check_epochs(epochs)
     checks.check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
-    checks.check_criterion(criterion)
     checks.check_callback("on_epoch", on_epoch)
     checks.check_loaders(train_loader, test_loader)
-    network, backend_line = choose_backend(backend, model)
-    model = plain_model(network)
-    optim.check_optimizer(optimizer, model, scheduler)
-    options = {"criterion": criterion, "precision": precision, "backend": None}
+    network, backend_line = choose_trainable(backend, model, criterion, optimizer, scheduler)
     log = print if progress else lambda *args, **kwargs: None
-    loaders = {"loader": train_loader, "test_loader": test_loader}
-    roots = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
-    roots |= {"on_epoch": on_epoch, "hooks": optim.hooks_of(optimizer)}
-    parts = states_in(loaders, **roots) | optim.gradients_of(optimizer)
-    history, source, with_epochs = History(), None, epoch_takers(train_loader)
+    parts = (plain_model(network), optimizer, scheduler, criterion, train_loader, test_loader, on_epoch)
+    state, history, source = TrainingState(*parts), History(), None
     if checkpoint is not None:
-        checks.check_weights(model)
-        device, _, compute_dtype = place_of(model, train_loader, precision)
-        random_state = RandomState(device, list(parts), **loaders | roots | parts)
-        settings = partial(settings_of, model, optimizer, scheduler, loaders, criterion, scheduler_step, compute_dtype)
-        checkpoint = Checkpoint(checkpoint, random_state.around(parts), settings)
+        checkpoint = state.checkpoint(checkpoint, scheduler_step, precision)
         history[:], source = checkpoint.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:
-        log(f"Going on after epoch {len(history)}, from {source}{random_state.note}\n")
+        log(f"Going on after epoch {len(history)}, from {source}{state.random_state.note}\n")
     elif checkpoint is not None:
         checkpoint.save(history)  # so that a run stopped in its first epoch restarts from the same state
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
-        for each in with_epochs:
-            each.set_epoch(epoch - 1)  # regardless of earlier passes over the loader
+        state.set_epoch(epoch - 1)  # regardless of earlier passes over the loader
         for i, group in enumerate(optimizer.param_groups):
             log(f"Adjusting learning rate of group {i} to {optim.rate_of(group):.4e}.")
         log(f"Epoch {epoch}", flush=True)
         per_batch = scheduler if scheduler_step == "batch" else None
         try:
-            trained = train(network, train_loader, optimizer, per_batch, progress=progress, **options)
+            trained = train_epoch(network, train_loader, optimizer, per_batch, criterion, precision, progress)
             optim.set_mode(optimizer, "eval")
-            tested = test(network, test_loader, **options)
+            tested = measure(network, test_loader, criterion, precision)
             if not math.isfinite(tested.loss):
                 raise FloatingPointError("the test loss is not finite")
         except FloatingPointError as error:
@@ -314,7 +311,7 @@ def fit(
         if source is not None and (unlike := checkpoint.call_again(on_epoch, history)):
             log(f"It may differ from an uninterrupted run: {'; '.join(unlike)}\n", flush=True)
         for epoch in range(len(history) + 1, epochs + 1):
-            with undone_on((FloatingPointError, KeyboardInterrupt), checks.not_lazy(parts)):
+            with state.undone_on(FloatingPointError, KeyboardInterrupt):
                 history.append(one_epoch(epoch))
             if checkpoint is not None:
                 checkpoint.finish_epoch(history, on_epoch)

@@ -8,6 +8,7 @@ files        files of tensors and plain values, written atomically
 checks       the errors for bad input, in training and elsewhere
 checksum     checksums of arrays
 checkpoint   Checkpoint: the whole state of a run, so that it resumes as if it had never stopped
+resume       TrainingState: what is set back where an epoch fails, and kept in a checkpoint
 identity     what identifies a run, as text: settings, code and data
 code         marks of code, and of objects by what they are made of
 randomness   seeds, the global generators, and the states of generators of any kind

@@ -5,8 +5,8 @@ import contextlib
 import torch
 from torch import nn
 
-from normkit.checks import check_choice, check_model, in_words
-from normkit.device import device_of
+from normkit.checks import check_choice, check_logits, check_model, in_words
+from normkit.device import autocast, device_of
 from normkit.fused import Fused, FusedLoss, fuse
 from normkit.graph import Graphed, GraphedLoss
 
@@ -18,11 +18,8 @@ def choose_backend(backend, model):
 
     "auto": the fused kernel on a CPU, CUDA graphs on a GPU, where supported, else the model itself. "fused": the
     kernel; raises ValueError where it is not supported. "compile": torch.compile, on a GPU in CUDA graphs.
-    None: model is an earlier call's network, returned as it is. The others unwrap such a network first, except that
-    "auto" and "compile" keep a compiled one.
+    What an earlier call returned is unwrapped first, except that "auto" and "compile" keep a compiled one.
     """
-    if backend is None:
-        return model, ""
     check_choice("backend", backend, BACKENDS)
     check_model(model)
     if backend in ("auto", "compile") and is_compiled(model):
@@ -71,6 +68,13 @@ def graphed_line(graphed):
 def plain_model(network):
     """Returns the model that a Fused, Graphed or Compiled computes, or else what was given."""
     return network.model if isinstance(network, Fused | Graphed | Compiled) else network
+
+
+def compute_logits(network, images, compute_dtype):
+    """Returns checked logits (N, classes): float64 from a float64 network, else float32."""
+    with autocast(images.device, compute_dtype):
+        logits = check_logits(network(images), images)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextlib.contextmanager

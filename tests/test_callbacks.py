@@ -189,13 +189,13 @@ def trained(loaders, parts, **options):
 
 
 def interrupted_in_epoch(number):
-    """utils.test, but for an interrupt in the epoch with this number."""
-    test, calls = utils.test, iter(range(1, 100))
+    """utils.measure, but for an interrupt in the epoch with this number."""
+    measure, calls = utils.measure, iter(range(1, 100))
 
     def interrupted(*args, **options):
         if next(calls) == number:
             raise KeyboardInterrupt
-        return test(*args, **options)
+        return measure(*args, **options)
 
     return interrupted
 
@@ -206,7 +206,7 @@ def test_what_callbacks_keep_goes_on_as_if_never_stopped(loaders, tmp_path, monk
     whole, parts = built(kind), built(kind)
     history = trained(loaders, whole)
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "test", interrupted_in_epoch(3))
+        patch.setattr(utils, "measure", interrupted_in_epoch(3))
         assert len(trained(loaders, parts, checkpoint=tmp_path / "c")) == 2
     if goes_on == "new process":
         monkeypatch.setattr(attributes, "PROCESS", secrets.token_hex(8))
@@ -219,7 +219,7 @@ def test_an_average_in_a_hook_is_set_back_with_the_weights(loaders, monkeypatch)
     """The stop button in the second epoch: both are those of the first."""
     whole, stopped = built(a_hook), built(a_hook)
     fit(whole[0], loaders, whole[1])
-    monkeypatch.setattr(utils, "test", interrupted_in_epoch(2))
+    monkeypatch.setattr(utils, "measure", interrupted_in_epoch(2))
     assert len(trained(loaders, stopped)) == 1
     assert same(whole[0].state_dict(), stopped[0].state_dict())
     assert same(state_of(whole[-1]), state_of(stopped[-1]))

@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, THREE, count_backward, stand_in
+from helpers import THREE, count_backward, stand_in
 from torch import nn
 
 import model
@@ -87,8 +87,8 @@ def plain_loop(net, loader, optimizer, criterion=F.cross_entropy):
         optimizer.step()
 
 
-def train(net, loader, optimizer, **options):
-    return utils.train(net, loader, optimizer, **{"precision": "float32", "backend": None} | options, **QUIET)
+def train(net, loader, optimizer, criterion=F.cross_entropy, precision="float32"):
+    return utils.train_epoch(net, loader, optimizer, None, criterion, precision, progress=False)
 
 
 def assert_same(net, expected, rtol=1e-2, atol=5e-3):
@@ -352,9 +352,10 @@ def test_evaluation_and_copies(device):
     network = Graphed(net)
     loader, optimizer = list(loader_of(32, 8, device)), torch.optim.SGD(net.parameters(), 0.01)
     train(network, loader, optimizer)
-    logits, _ = utils.predict(network, loader, backend=None, precision="float32")
+    logits = []
+    utils.evaluate(network, loader, "float32", lambda own, labels: logits.append(own))
     expected, _ = utils.predict(net, loader, backend="eager", precision="float32")
-    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(torch.cat(logits), expected)
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert not twin.graphs and twin.reason is None
         before = [each.clone() for each in net.parameters()]
@@ -378,7 +379,7 @@ def test_a_compiled_step_is_recorded_and_the_parameters_stay(device, monkeypatch
     assert all(one is other for one, other in zip(parameters, nets[0].parameters(), strict=True))
     plain_loop(nets[1], loader_of(32, 8, device), torch.optim.SGD(nets[1].parameters(), 0.01))
     assert_same(*nets)
-    utils.predict(network, loader_of(32, 8, device), backend=None)
+    utils.measure(network, loader_of(32, 8, device), F.cross_entropy, "auto")
     assert len(calls) == 1  # evaluation runs the modules
 
 
@@ -410,8 +411,7 @@ def by_kernels(change, device, monkeypatch, norm="batch"):
     monkeypatch.setattr(graph, "reason_against", lambda *args: None)
     networks = Graphed(nets[0]), nets[1]
     for network, net in zip(networks, nets):
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        train(network, loader_of(40, 8, device), optimizer, precision="bfloat16")
+        train(network, loader_of(40, 8, device), torch.optim.SGD(net.parameters(), 0.01), precision="bfloat16")
     return networks
 
 

@@ -65,6 +65,8 @@ def test_train_alone_checks_its_parts_too(loaders):
     optimizer = sgd(net)
     with pytest.raises(ValueError, match="ReduceLROnPlateau waits for an epoch's metrics"):
         utils.train(net, loaders[0], optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), progress=False)
+    with pytest.raises(TypeError, match="the scheduler is 5: expected"):
+        utils.train(net, loaders[0], optimizer, 5, progress=False)
 
 
 def test_an_iterator_is_refused_before_it_is_used_up(loaders):

@@ -58,15 +58,15 @@ def test_what_is_done_is_not_done_again_and_what_was_stopped_goes_on(small, tmp_
     whole = run_many(runs, small, tmp_path / "whole.csv")
 
     epochs_trained = []
-    train = utils.train
+    train_epoch = utils.train_epoch
 
     def stopping(*args, **options):
         epochs_trained.append(None)
         if len(epochs_trained) == 4:  # the second epoch of the second run
             raise KeyboardInterrupt
-        return train(*args, **options)
+        return train_epoch(*args, **options)
 
-    monkeypatch.setattr(utils, "train", stopping)
+    monkeypatch.setattr(utils, "train_epoch", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_many(runs, small, file)
     assert len(pd.read_csv(file)) == 2

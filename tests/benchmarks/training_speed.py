@@ -88,11 +88,11 @@ def sgd(network, device):
 
 
 def kit(norm, data, batch_size, device, precision="auto", augment=False, backend="auto", resident=False):
-    """A pass of utils.train; resident=True feeds it one ready batch again and again."""
+    """An epoch of utils.train; resident=True feeds it one ready batch again and again."""
     network = network_for(norm, device, precision, backend)
     loader, _ = utils.get_loaders(data, batch_size, augment, device)
     optimizer, batches = sgd(network, device), [next(iter(loader))] * len(loader) if resident else loader
-    return lambda: utils.train(network, batches, optimizer, precision=precision, backend=None, progress=False)
+    return lambda: utils.train_epoch(network, batches, optimizer, None, F.cross_entropy, precision, progress=False)
 
 
 def own_loop(norm, data, batch_size, device):
