@@ -90,7 +90,7 @@ class Loader:
 
     def set_epoch(self, epoch):
         """Sets the epoch, from 0, whose order and augmentation the next pass uses, as DistributedSampler's does."""
-        self.epoch = epoch
+        self.epoch = checks.whole_number("epoch", epoch, least=0)
 
 
 def get_loaders(data, batch_size=64, augment=False, device=None, seed=0, drop_last=False):

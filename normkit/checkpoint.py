@@ -29,11 +29,7 @@ class Checkpoint:
     """
 
     def __init__(self, path, parts, settings):
-        try:
-            self.path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
-        except TypeError:
-            raise TypeError(f"checkpoint is {path!r}: expected a file's name, as text or Path") from None
-        _, self.previous = files_of(self.path)
+        self.path, self.previous = files_of(path)
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.current_settings = settings
         self.settings = self.settings_left = settings()  # left: by the last finished epoch and on_epoch
@@ -101,7 +97,7 @@ class Checkpoint:
         Raises CheckpointRefused if files exist and none is intact, or the newest has other settings or more epochs.
         """
         damaged = []
-        for path in files_of(self.path):
+        for path in (self.path, self.previous):
             if not path.exists():
                 continue
             state = read_state(path)
@@ -161,7 +157,7 @@ class Checkpoint:
 
     def names(self):
         """Returns the names of the files that are there, in words."""
-        return " and ".join(path.name for path in files_of(self.path) if path.exists())
+        return " and ".join(path.name for path in (self.path, self.previous) if path.exists())
 
     def compare(self, path, state):
         """Raises CheckpointRefused with the first setting in which the file's run and this one differ."""
@@ -234,6 +230,10 @@ def keep_groups(optimizer):
 
 def files_of(path):
     """Returns where a checkpoint is, and where the one before it is kept."""
+    try:
+        path = Path(path).expanduser().resolve()  # of a link, where it leads; wherever this process goes
+    except TypeError:
+        raise TypeError(f"checkpoint is {path!r}: expected a file's name, as text or Path") from None
     return path, path.with_name(path.name + ".previous")
 
 
@@ -248,7 +248,7 @@ def readable_bytes(state):
 
 def settings_in(path):
     """Returns the settings of the run that a checkpoint file keeps, or {}."""
-    for file in files_of(Path(path).expanduser()):
+    for file in files_of(path):
         state = read_state(file) if file.is_file() else None
         if isinstance(state, dict) and isinstance(state.get("settings"), dict):
             return state["settings"]

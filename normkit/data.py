@@ -43,7 +43,7 @@ class Data:
                 f"classes is {shown(self.classes)}: expected the names of the classes in the order of their labels, "
                 "such as ('cat', 'dog')"
             )
-        object.__setattr__(self, "classes", tuple(self.classes))  # of an array too, which == would compare by element
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))  # as pictures show them
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             check_split(f"{split}_", images, labels)
@@ -84,6 +84,7 @@ def train_val_split(data, size=5000):
 
     Held out are the last images of each class, in proportion to its size, whatever the order of the data.
     """
+    check_data(data)
     labels = data.train_labels
     size = whole_number("size", size, most=len(labels) - 1)
     shares = labels.bincount(minlength=len(data.classes)).double() * size / len(labels)
@@ -100,7 +101,7 @@ def train_val_split(data, size=5000):
 
 
 def check_data(data, most_classes=math.inf):
-    """Raises unless data is a Data, of no more classes than the network tells apart."""
+    """Raises unless data is a Data of no more classes than the network tells apart, if that is given."""
     if not isinstance(data, Data):
         raise TypeError(
             f"data is a {type(data).__name__}: expected what utils.load_data returns, or a normkit.data.Data"

@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import nn
 
-from normkit.checks import check_choice
+from normkit.checks import check_choice, shown
 
 
 def get_device(device=None):
@@ -17,12 +17,12 @@ def get_device(device=None):
         return torch.device(available[0])
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         found = None
     counts = {"cuda": torch.cuda.device_count()} | dict.fromkeys(("cpu", "mps"), 1)
     if found is None or found.type not in available or (found.index or 0) >= counts[found.type]:
         known = " or ".join(f"{name} (0 to {counts[name] - 1})" if counts[name] > 1 else name for name in available)
-        raise ValueError(f"device {str(device)!r} is not available here: choose {known}")
+        raise ValueError(f"device {shown(device)} is not available here: choose {known}")
     return found
 
 

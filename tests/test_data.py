@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import utils
 from normkit.cifar10 import CLASSES
 from normkit.data import Data, train_val_split
 
@@ -114,6 +115,18 @@ def test_a_name_is_text(small):
 def test_classes_are_their_names_in_order(small, classes):
     with pytest.raises(TypeError, match=f"classes is {classes!r}: expected the names of the classes in the order"):
         Data("mine", classes, small.train_images, small.train_labels, small.test_images, small.test_labels)
+
+
+@pytest.mark.parametrize("digits", [range(10), np.arange(10), list("0123456789")])
+def test_classes_that_are_numbers_become_their_names(small, digits):
+    assert dataclasses.replace(small, classes=digits).classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("given", [None, "cifar10", (torch.zeros(1), torch.zeros(1))])
+def test_what_is_no_data_is_told(given):
+    for function in (utils.get_loaders, train_val_split):
+        with pytest.raises(TypeError, match=f"data is a {type(given).__name__}: expected what utils.load_data returns"):
+            function(given)
 
 
 @pytest.mark.parametrize("kind", [list, np.array, pd.Series])

@@ -56,6 +56,17 @@ def test_an_epoch_depends_on_its_seed_and_number_alone(data, augment):
     later = loader()
     later.set_epoch(1)
     assert not torch.equal(everything(later)[1], everything(loader(seed=4))[1])  # seed and epoch are not added up
+    again = loader()
+    again.set_epoch(np.int64(1))
+    later.set_epoch(1)
+    assert torch.equal(everything(again)[1], everything(later)[1])
+
+
+@pytest.mark.parametrize("epoch", [1.0, "1", None, -1, True])
+def test_an_epoch_is_a_whole_number(data, epoch):
+    """1.0 would have been another one than 1, with batches of its own."""
+    with pytest.raises(ValueError, match=f"epoch={epoch!r}: expected a whole number of at least 0"):
+        utils.get_loaders(data)[0].set_epoch(epoch)
 
 
 STOPS = {

@@ -134,6 +134,11 @@ def test_what_is_of_another_kind_is_told_before_training(loaders, options, messa
         fit(linear(), loaders, **options)
 
 
+def test_where_no_seed_is_given_the_checkpoint_is_a_file_too(data):
+    with pytest.raises(TypeError, match="checkpoint is 5: expected a file's name, as text or Path"):
+        utils.run("batch", data, 1, seed=None, checkpoint=5, progress=False)
+
+
 def test_a_lazy_network_has_nothing_for_a_checkpoint(loaders, tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
     with pytest.raises(ValueError, match="1.weight has no shape before the first batch: call the model once"):
