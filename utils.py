@@ -369,6 +369,8 @@ class Recipe:
             object.__setattr__(self, each.name, value)
         checks.check_choice("optimizer", self.optimizer, ["sgd", "muon"])
         checks.check_choice("schedule", self.schedule, ["step", "onecycle"])
+        if repr(self.num_groups) not in map(repr, (1, 2, 4, 8, 16, "channels")):  # repr, as True == 1 and 4.0 == 4
+            raise ValueError(f"num_groups={checks.shown(self.num_groups)}: choose 1, 2, 4, 8, 16 or 'channels'")
         for name in ("batch_size", "step_size"):
             checks.whole_number(name, getattr(self, name))
         for name in ("lr", "adamw_lr", "gamma", "head_gain"):

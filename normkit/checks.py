@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import os
 import traceback
 from functools import partial
 
@@ -56,6 +57,12 @@ def check_epochs(epochs, limit=None):
             f"epochs={epochs}: the assignment allows {limit}. To lift that, change limit= where this is checked"
         )
     return epochs
+
+
+def check_folder(name, folder):
+    """Raises TypeError unless a folder is given as text or Path."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"{name} is {shown(folder)}: expected a folder, as text or Path, such as 'data'")
 
 
 def describe(value):

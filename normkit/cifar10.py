@@ -16,7 +16,7 @@ import pooch
 import torch
 from PIL import Image
 
-from normkit.checks import check_choice, shown
+from normkit.checks import check_choice, check_folder
 from normkit.data import Data
 from normkit.files import make_folder, once_free, read_state, write_state
 from normkit.progress import progress_bar
@@ -88,8 +88,7 @@ def read_variable(name):
 
 def data_root(root):
     """Returns the folder to look in: CIFAR10_ROOT, else root; its parent if that names the data or archive itself."""
-    if not isinstance(root, str | os.PathLike):
-        raise TypeError(f"root is {shown(root)}: expected a folder, as text or Path, such as 'data'")
+    check_folder("root", root)
     text = read_variable("CIFAR10_ROOT") or str(root)
     if text.startswith("file://"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)

@@ -39,13 +39,21 @@ def test_runs_from_start_to_end(tmp_path):
     assert text.count("Nothing filled in yet.") == 7
 
 
-def test_more_epochs_than_the_limit_stop_it_at_once(notebook):
+@pytest.mark.parametrize(
+    "line, error, message",
+    [
+        ("EPOCHS = 21", ValueError, "the assignment allows 20"),
+        ("NUM_GROUPS = 3", ValueError, "num_groups=3: choose 1, 2, 4, 8, 16 or 'channels'"),
+        ("CHECKPOINTS = True", TypeError, "CHECKPOINTS is True: expected a folder, as text or Path"),
+    ],
+)
+def test_what_a_parameter_cannot_be_stops_it_at_once(notebook, line, error, message):
     """In the first cell after that of the parameters, before the data is looked for."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     start = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", []))
     namespace = {"utils": utils}
-    exec(code[start].source + "\nEPOCHS = 21", namespace)
-    with pytest.raises(ValueError, match="the assignment allows 20"):
+    exec(f"{code[start].source}\n{line}", namespace)
+    with pytest.raises(error, match=message):
         exec(code[start + 1].source, namespace)
     assert "data" not in namespace
 

@@ -50,6 +50,17 @@ def test_changes_replace_what_a_recipe_says_unless_none(small):
         utils.get_recipe("best", learning_rate=1)
 
 
+@pytest.mark.parametrize("groups", [3, 0, -4, 32, 4.0, True, "4", None, [4], np.array([4, 4])])
+def test_a_recipe_knows_which_numbers_of_groups_there_are(groups):
+    with pytest.raises(ValueError, match="^num_groups=.*: choose 1, 2, 4, 8, 16 or 'channels'$"):
+        utils.Recipe(num_groups=groups)
+
+
+@pytest.mark.parametrize("groups", [np.int64(4), torch.tensor(4), np.str_("channels")])
+def test_a_number_of_groups_of_anothers_is_a_plain_one(groups):
+    assert type(utils.Recipe(num_groups=groups).num_groups) in (int, str)
+
+
 def test_a_recipe_cannot_be_changed_and_shows_its_settings_in_one_line():
     recipe = utils.get_recipe("best")
     with pytest.raises(FrozenInstanceError):
