@@ -144,14 +144,9 @@ def train_epoch(network, loader, optimizer, scheduler, criterion, precision, pro
 
     def read_metrics():
         meter.read()
-        if (first := meter.first_unsound) is not None:
-            kind = "huge or not finite"
-            rate, place = optim.rate_of(optimizer.param_groups[0]), f"batch {batch_id}, as it is read now and then"
-            if first == batch_id:  # else a GPU was read too late to find the module
-                kind = "huge" if math.isfinite(meter.loss) else "not finite"
-                place = checks.first_non_finite(plain_model(network), images)
-            message = f"the loss is {kind} from batch {first} on, at learning rate {rate:g}; first seen in {place}"
-            raise FloatingPointError(message)
+        if meter.first_unsound is not None:
+            rate = optim.rate_of(optimizer.param_groups[0])
+            raise FloatingPointError(checks.unsound_loss(meter, batch_id, rate, plain_model(network), images))
         accuracy = 100 * meter.correct / meter.total
         bar.set_description(f"Train: Loss={meter.loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", False)
 
@@ -295,7 +290,8 @@ def fit(
             optim.set_mode(optimizer, "eval")
             tested = measure(network, test_loader, criterion, precision)
             if not math.isfinite(tested.loss):
-                raise FloatingPointError("the test loss is not finite")
+                advice = "the weights may be huge, or the criterion may count no image of a batch"
+                raise FloatingPointError(f"the test loss is not finite: {advice}")
         except FloatingPointError as error:
             raise FloatingPointError(f"epoch {epoch}: {error}. The model is as epoch {epoch - 1} left it.") from None
         accuracy = f"{tested.correct}/{tested.total} ({tested.accuracy:.2f}%)"

@@ -282,8 +282,18 @@ def check_labels(labels, logits, batch_id=0):
     return labels.to(logits.device)
 
 
+def unsound_loss(meter, batch_id, rate, model, images):
+    """Returns, in words, from which batch on the loss is huge or not finite, and where that is first seen."""
+    kind, place = "huge or not finite", f"batch {batch_id}, as it is read now and then"
+    if meter.first_unsound == batch_id:  # else a GPU was read too late to find the module
+        kind, place = "huge", "the loss"
+        if not math.isfinite(meter.loss):
+            kind, place = "not finite", first_non_finite(model, images)
+    return f"the loss is {kind} from batch {meter.first_unsound} on, at learning rate {rate:g}; first seen in {place}"
+
+
 def first_non_finite(model, images):
-    """Returns, in words, the first module whose output for the images is not finite, as far as hooks can tell."""
+    """Returns, in words, where a loss that is not finite comes from, as far as hooks can tell."""
     if not images.isfinite().all():
         return "the images themselves"
     found = []
@@ -303,7 +313,7 @@ def first_non_finite(model, images):
     finally:
         for hook in hooks:
             hook.remove()
-    return f"module {found[0]}" if found else "the loss"
+    return f"module {found[0]}" if found else "the criterion, which may count no image of the batch"
 
 
 @contextlib.contextmanager

@@ -58,6 +58,18 @@ def test_what_is_no_criterion_is_told(loaders, criterion):
             call()
 
 
+@pytest.mark.parametrize("criterion", [{"weight": torch.tensor([1.0, 0] + [1] * 8)}, {"ignore_index": 1}])
+def test_a_criterion_that_counts_no_image_of_a_batch_is_told(loaders, criterion):
+    """torch's mean over nothing is NaN: in a test set in the order of its classes, a whole batch may be of one."""
+    images, labels = next(iter(loaders[1]))
+    by_class = [(images[labels == label], labels[labels == label]) for label in range(10)]
+    options = {"criterion": nn.CrossEntropyLoss(**criterion)}
+    with pytest.raises(FloatingPointError, match="test loss is not finite: .* criterion may count no image of a batch"):
+        fit(linear(), (loaders[0], by_class), **options)
+    with pytest.raises(FloatingPointError, match="batch 1 on.*first seen in the criterion, which may count no image"):
+        fit(linear(), (by_class, loaders[1]), **options)
+
+
 def test_train_alone_checks_its_parts_too(loaders):
     net = linear()
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
