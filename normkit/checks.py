@@ -161,23 +161,6 @@ def check_notes(row, columns):
         raise ValueError(f"on_epoch notes {', '.join(taken)}, and the table has that of its own: take another name")
 
 
-def lazy_in(part):
-    """Returns the names of a module's lazy parameters, whose shapes the first batch sets."""
-    named = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
-    return [name for name, parameter in named if is_lazy(parameter)]
-
-
-def not_lazy(parts):
-    """Returns the parts, by name, without lazy parameters."""
-    return {name: part for name, part in parts.items() if not lazy_in(part)}
-
-
-def check_weights(model):
-    """Raises ValueError if a model has lazy parameters, which a checkpoint cannot keep."""
-    if lazy := lazy_in(model):
-        raise ValueError(f"{lazy[0]} has no shape before the first batch: call the model once, then use checkpoint=")
-
-
 def check_model(model):
     """Raises TypeError unless a model is a torch.nn.Module."""
     if not isinstance(model, torch.nn.Module):

@@ -19,8 +19,9 @@ UNNAMED = "not named"  # the recipe of rows that lack its name, beside others th
 
 def results_of(results):
     """Returns a list of results of utils.run, which may be given one alone, in a dict, or in anything iterable."""
-    listed = [results] if hasattr(results, "history") else results
-    listed = list(listed.values() if isinstance(listed, dict) else listed) if hasattr(listed, "__iter__") else [listed]
+    if hasattr(results, "history") or not hasattr(results, "__iter__"):
+        results = [results]
+    listed = list(results.values() if isinstance(results, dict) else results)
     for each in listed:
         if not hasattr(each, "history"):
             raise TypeError(
