@@ -267,16 +267,15 @@ def fit(
     network, backend_line = choose_trainable(backend, model, criterion, optimizer, scheduler)
     log = print if progress else lambda *args, **kwargs: None
     parts = (plain_model(network), optimizer, scheduler, criterion, train_loader, test_loader, on_epoch)
-    state, history, source = TrainingState(*parts), History(), None
-    if checkpoint is not None:
-        checkpoint = state.checkpoint(checkpoint, scheduler_step, precision)
-        history[:], source = checkpoint.restore(epochs)
+    state, history = TrainingState(*parts), History()
+    saved = state.checkpoint(checkpoint, scheduler_step, precision)
+    history[:], source = saved.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:
         log(f"Going on after epoch {len(history)}, from {source}{state.random_state.note}\n")
-    elif checkpoint is not None:
-        checkpoint.save(history)  # so that a run stopped in its first epoch restarts from the same state
+    else:
+        saved.save(history)  # so that a run stopped in its first epoch restarts from the same state
 
     def one_epoch(epoch):
         start, lr = time.perf_counter(), optim.rate_of(optimizer.param_groups[0])
@@ -304,23 +303,19 @@ def fit(
         return row | {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
 
     try:
-        if source is not None and (unlike := checkpoint.call_again(on_epoch, history)):
+        if source is not None and (unlike := saved.call_again(on_epoch, history)):
             log(f"It may differ from an uninterrupted run: {'; '.join(unlike)}\n", flush=True)
         for epoch in range(len(history) + 1, epochs + 1):
             with state.undone_on(FloatingPointError, KeyboardInterrupt):
                 history.append(one_epoch(epoch))
-            if checkpoint is not None:
-                checkpoint.finish_epoch(history, on_epoch)
-            elif on_epoch is not None:
-                on_epoch(history)
+            saved.finish_epoch(history, on_epoch)
     except KeyboardInterrupt:
         history.unfinished = len(history) + 1 if len(history) < epochs else None
         goes_on = " Run again to go on after the last whole epoch." if checkpoint else ""
         if history.unfinished:
             log(f"\nInterrupted in epoch {history.unfinished}, which is left out.{goes_on}", flush=True)
     finally:
-        if checkpoint is not None:
-            checkpoint.note_settings()
+        saved.note_settings()
     return history
 
 

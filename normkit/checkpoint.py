@@ -176,6 +176,23 @@ class Checkpoint:
                     )
 
 
+class NoCheckpoint:
+    """Stands in for a Checkpoint where a run keeps none."""
+
+    def restore(self, epochs):
+        return [], None
+
+    def save(self, history):
+        pass
+
+    def finish_epoch(self, history, on_epoch):
+        if on_epoch is not None:
+            on_epoch(history)
+
+    def note_settings(self):
+        pass
+
+
 @contextlib.contextmanager
 def undone_on(errors, parts):
     """Gives parts, by name, their states back where the block raises one of these errors."""

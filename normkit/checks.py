@@ -279,7 +279,7 @@ def first_non_finite(model, images):
     """Returns, in words, where a loss that is not finite comes from, as far as hooks can tell."""
     if not images.isfinite().all():
         return "the images themselves"
-    found = []
+    found, otherwise = [], "the criterion, which may count no image of the batch"
 
     def record(name, module, args, output):
         if isinstance(output, Tensor) and not output.isfinite().all():
@@ -292,11 +292,11 @@ def first_non_finite(model, images):
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # else each hook would be compiled too
             model(images)
     except Exception:  # of a network that takes no hooks, or fails with such weights
-        return f"module {found[0]}" if found else "the network"
+        otherwise = "the network"
     finally:
         for hook in hooks:
             hook.remove()
-    return f"module {found[0]}" if found else "the criterion, which may count no image of the batch"
+    return f"module {found[0]}" if found else otherwise
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from functools import partial
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from normkit.checkpoint import Checkpoint, undone_on
+from normkit.checkpoint import Checkpoint, NoCheckpoint, undone_on
 from normkit.device import place_of
 from normkit.identity import settings_of
 from normkit.optim import gradients_of, hooks_of
@@ -34,8 +34,10 @@ class TrainingState:
     def checkpoint(self, path, scheduler_step, precision):
         """Returns a Checkpoint of the parts, the random state, and what else changes in the loaders and on_epoch.
 
-        Raises ValueError if the model has lazy parameters.
+        Returns a NoCheckpoint if path is None. Raises ValueError if the model has lazy parameters.
         """
+        if path is None:
+            return NoCheckpoint()
         model = self.trained["model"]
         if lazy := lazy_in(model):
             advice = "call the model once, then use checkpoint="
