@@ -273,7 +273,7 @@ def fit(
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:
-        log(f"Going on after epoch {len(history)}, from {source}{state.random_state.note}\n")
+        log(f"Going on after epoch {len(history)}, from {source}{state.kept.note}\n")
     else:
         saved.save(history)  # so that a run stopped in its first epoch restarts from the same state
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from normkit.files import is_whole, make_folder, read_state, to_bytes, write_state, write_whole
 
-VERSION = 11  # of the file
+VERSION = 12  # of the file
 
 
 class CheckpointRefused(ValueError):

@@ -35,18 +35,22 @@ def seed_everything(seed):
     return seed
 
 
-class GlobalGenerators:
-    """The global generators of Python, NumPy and torch, and a device's: their state_dict and load_state_dict."""
+class Generators:
+    """The global generators of Python, NumPy and torch, a device's, and others: their state_dict and load_state_dict.
 
-    def __init__(self, device=None):
+    others: generators of any kind, by name.
+    """
+
+    def __init__(self, device=None, others=None):
         self.device = device if device is not None and device.type not in ("cpu", "meta") else None
+        self.others = others or {}
 
     def state_dict(self):
         numpy = np.random.get_state(legacy=False)
         state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
         if self.device is not None:
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
-        return state
+        return state | {"others": {where: get_state(each) for where, each in self.others.items()}}
 
     def load_state_dict(self, state):
         random.setstate(state["python"])
@@ -54,6 +58,8 @@ class GlobalGenerators:
         torch.set_rng_state(state["torch"])
         if "device" in state and self.device is not None:
             torch.get_device_module(self.device).set_rng_state(state["device"], self.device)
+        for where in self.others.keys() & state["others"].keys():
+            set_state(self.others[where], state["others"][where])
 
 
 CPU = torch.device("cpu")
@@ -71,7 +77,7 @@ def generators_preserved(device=CPU):
     in_use = gpu is not None and (device.type == gpu.type or is_initialized())
     gpus = range(torch.accelerator.device_count()) if in_use else ()
     with ONE_AT_A_TIME, torch.random.fork_rng(gpus, device_type=gpu.type if in_use else "cuda"):
-        state = GlobalGenerators()
+        state = Generators()
         before = state.state_dict()
         try:
             yield

@@ -9,7 +9,7 @@ from normkit.checkpoint import Checkpoint, NoCheckpoint, undone_on
 from normkit.device import place_of
 from normkit.identity import settings_of
 from normkit.optim import gradients_of, hooks_of
-from normkit.stateful import RandomState, epoch_takers, states_in
+from normkit.stateful import CheckpointParts, epoch_takers, states_in
 
 
 class TrainingState:
@@ -43,10 +43,10 @@ class TrainingState:
             advice = "call the model once, then use checkpoint="
             raise ValueError(f"{lazy[0]} has no shape before the first batch: {advice}")
         device, _, compute_dtype = place_of(model, self.loaders["loader"], precision)
-        self.random_state = RandomState(device, list(self.parts), **self.loaders | self.roots | self.parts)
+        self.kept = CheckpointParts(self.parts, device, **self.loaders | self.roots)
         how = {"scheduler_step": scheduler_step, "compute_dtype": compute_dtype}
         settings = partial(settings_of, **self.trained, loaders=self.loaders, **how)
-        return Checkpoint(path, self.random_state.around(self.parts), settings)
+        return Checkpoint(path, self.kept.parts, settings)
 
 
 def lazy_in(part):

@@ -14,26 +14,24 @@ from torch.utils.data import DataLoader
 from normkit.attributes import MovingAttributes
 from normkit.objects import attributes_of, closed_over, globals_in, has, is_foreign, is_stateful, is_user_code
 from normkit.packing import CONTAINERS
-from normkit.randomness import GENERATORS, GlobalGenerators, get_state, set_state
+from normkit.randomness import GENERATORS, Generators
 
 
-class RandomState(GlobalGenerators):
-    """Saves the random state of training, by state_dict and load_state_dict.
+class CheckpointParts:
+    """Finds all that a checkpoint keeps of training.
 
-    That covers the global generators, a device's, and the generators and samplers in parts, given by name: loaders and
-    other user-defined objects. saved: names of parts whose state_dict is kept beside this one.
-    attributes: the other attributes of parts that change, such as counters; it has a state_dict of its own.
-    workers: which loaders have persistent workers started; likewise.
+    parts: at first objects by name, each with a state_dict of its own; then also what is kept beside them, of all that
+    they, loaders and other roots hold or name. They are in the order in which they are to be loaded.
     """
 
-    def __init__(self, device=None, saved=(), **parts):
-        super().__init__(device)
-        self.saved = saved
-        self.owners = dict(objects_of(**parts))
-        own = {where: owner for where, owner in self.owners.items() if is_foreign(owner) or is_setting(owner)}
-        unsaved = {where: owner for where, owner in own.items() if not saves_all(owner)}
-        self.attributes = MovingAttributes(unsaved, self.owners)
-        self.workers = LastingWorkers(self.owners)
+    def __init__(self, parts, device=None, **roots):
+        self.owners = dict(objects_of(**roots | parts))
+        generators = {where: owner for where, owner in self.owners.items() if isinstance(owner, GENERATORS)}
+        moving = {where: owner for where, owner in self.owners.items() if may_move(owner)}
+        self.attributes = MovingAttributes(moving, self.owners)
+        # Workers that are started move attributes, and what is loaded may draw random numbers.
+        self.parts = {"workers": LastingWorkers(self.owners), "attributes": self.attributes} | parts
+        self.parts |= {"samplers": Samplers(self.owners, parts), "random": Generators(device, generators)}
 
     @property
     def note(self):
@@ -41,34 +39,6 @@ class RandomState(GlobalGenerators):
         lost = sorted(map(".".join, self.attributes.lost))
         lost = [*lost_in(self.owners), *(f"{each} cannot be kept" for each in lost)]
         return f". It may differ from an uninterrupted run: {'; '.join(lost)}" if lost else ""
-
-    def around(self, parts):
-        """Returns parts by name, with all else that a checkpoint keeps, in the order in which they are to be loaded."""
-        # Workers that are started move attributes, and other parts may draw random numbers.
-        return {"workers": self.workers, "attributes": self.attributes} | parts | {"random": self}
-
-    def stateful(self):
-        """Yields (where, function that reads a state, function that writes it) for samplers, then for generators."""
-        kept = list(self.saved)  # with all that lies within
-        # In this order, as a sampler may draw in load_state_dict.
-        for where, owner in sorted(self.owners.items(), key=lambda item: isinstance(item[1], GENERATORS)):
-            if isinstance(owner, GENERATORS):
-                yield where, functools.partial(get_state, owner), functools.partial(set_state, owner)
-            elif is_stateful(owner) and not isinstance(owner, torch.nn.Module) and not is_within(where, kept):
-                kept.append(where)
-                # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
-                librarys_loader = isinstance(owner, DataLoader) and not is_user_code(owner)
-                if not librarys_loader and gives_state(owner):
-                    yield where, owner.state_dict, owner.load_state_dict
-
-    def state_dict(self):
-        return super().state_dict() | {f"state of {where}": read_state() for where, read_state, _ in self.stateful()}
-
-    def load_state_dict(self, state):
-        for where, _, write_state in self.stateful():
-            if f"state of {where}" in state:
-                write_state(state[f"state of {where}"])
-        super().load_state_dict(state)  # last, for the same reason
 
 
 SPARING = (torch.nn.Module, torch.optim.Optimizer)  # their state_dict has no attributes, nor what these hold
@@ -81,12 +51,12 @@ CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and 
 MAX_OBJECTS = 10_000  # that are looked at, in a fifth of a second
 
 
-def objects_of(is_closed=lambda owner: False, **roots):
+def objects_of(is_closed=lambda owner: False, left_out=(), **roots):
     """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders.
 
-    is_closed(owner): whether what an object holds is passed over.
+    is_closed(owner): whether what an object holds is passed over. left_out: objects that are, themselves too.
     """
-    waiting, seen = collections.deque(roots.items()), set()
+    waiting, seen = collections.deque(roots.items()), set(map(id, left_out))
     while waiting and len(seen) < MAX_OBJECTS:
         where, owner = waiting.popleft()
         empty = isinstance(owner, list | tuple | dict) and not owner
@@ -101,9 +71,11 @@ def objects_of(is_closed=lambda owner: False, **roots):
             waiting.extend((where + step, part) for step, part in held_by(owner))
 
 
-def is_setting(owner):
-    """Returns whether an object of torch's or the kit's has attributes that a callback may set, like a dropout's p."""
-    return isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
+def may_move(owner):
+    """Returns whether an object has attributes that training or a callback may change, and that no state_dict has."""
+    # Of torch's and the kit's objects a callback may set some, like a dropout's p.
+    is_set_up = isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
+    return (is_foreign(owner) or is_set_up) and not saves_all(owner)
 
 
 def is_third_party(owner):
@@ -164,13 +136,13 @@ def states_in(known, **roots):
     such as a wrapper around the model. The order is one in which they can be loaded: modules, whose weights others
     may copy, and what lies in another before that, whose load_state_dict has the last word about what it holds.
     """
-    tensors, found, passed_over = set(), {}, set(map(id, known.values()))
-    for where, owner in objects_of(lambda each: saves_all(each) or id(each) in passed_over, **roots):
+    tensors, found = set(), {}
+    for where, owner in objects_of(saves_all, known.values(), **roots):
         is_module = isinstance(owner, torch.nn.Module)
         own = {id(tensor) for tensor in (*owner.parameters(), *owner.buffers())} if is_module else set()
         # Of a module without tensors, as most of those in others are, there is nothing to keep.
         is_new = own - tensors if own else where in roots or not is_module
-        if is_new and is_stateful(owner) and id(owner) not in passed_over and (where in roots or gives_state(owner)):
+        if is_new and is_stateful(owner) and (where in roots or gives_state(owner)):
             found[where] = owner
             tensors |= own
     optimizers = [roots["optimizer"], *(each for each in found.values() if isinstance(each, torch.optim.Optimizer))]
@@ -224,6 +196,32 @@ def gives_state(owner):
     except Exception:  # whatever user code raises
         return False
     return True
+
+
+class Samplers:
+    """Samplers and whatever else among owners has a state_dict, and lies in no other and no part: they have one of all.
+
+    Modules have their attributes kept instead.
+    """
+
+    def __init__(self, owners, parts):
+        found = {}
+        for where, owner in owners.items():
+            is_kept = is_stateful(owner) and not isinstance(owner, torch.nn.Module)
+            if is_kept and not is_within(where, [*parts, *found]):
+                found[where] = owner
+        # Between epochs a library's loader is where its generators are; torchdata's would draw once more.
+        self.found = {
+            where: owner for where, owner in found.items() if is_user_code(owner) or not isinstance(owner, DataLoader)
+        }
+
+    def state_dict(self):
+        return {where: owner.state_dict() for where, owner in self.found.items() if gives_state(owner)}
+
+    def load_state_dict(self, state):
+        for where, owner in self.found.items():
+            if where in state:
+                owner.load_state_dict(state[where])
 
 
 class LastingWorkers:

@@ -168,7 +168,7 @@ def test_a_state_that_no_file_can_hold_is_told_by_name(pairs, tmp_path):
             return {"drawn": object()}
 
     loader = DataLoader(pairs, 32, sampler=Unsaved(len(pairs)))
-    with pytest.raises(TypeError, match="the state of the random.* in state of loader.sampler, so no checkpoint"):
+    with pytest.raises(TypeError, match="the state of the samplers.* in loader.sampler, so no checkpoint"):
         fit(linear(), (loader, DataLoader(pairs, 64)), checkpoint=tmp_path / "c")
 
 
