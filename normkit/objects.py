@@ -60,7 +60,7 @@ def attributes_of(owner):
     if isinstance(owner, types.FunctionType):
         return variables_of(owner)
     if isinstance(owner, functools.partial):
-        return {"args": owner.args, "keywords": owner.keywords}
+        return {name: getattr(owner, name) for name in ("func", "args", "keywords")}
     if isinstance(owner, type):
         return {name: each for name, each in vars(owner).items() if name[:2] != "__" and not hasattr(each, "__get__")}
     slots = [name for kind in type(owner).__mro__ for name in slots_of(kind)]

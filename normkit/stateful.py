@@ -12,16 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from normkit.attributes import MovingAttributes
-from normkit.objects import attributes_of, closed_over, globals_in, has, is_foreign, is_stateful, is_user_code
+from normkit.objects import attributes_of, globals_in, has, is_foreign, is_stateful, is_user_code
 from normkit.packing import CONTAINERS
 from normkit.randomness import GENERATORS, Generators
 
 
 class CheckpointParts:
-    """Finds all that a checkpoint keeps of training.
+    """Finds all that a checkpoint keeps of training: parts, and what else moves in all that they and the roots hold.
 
-    parts: at first objects by name, each with a state_dict of its own; then also what is kept beside them, of all that
-    they, loaders and other roots hold or name. They are in the order in which they are to be loaded.
+    parts: objects by name, each with a state_dict of its own; then with the rest added, in the order of loading.
     """
 
     def __init__(self, parts, device=None, **roots):
@@ -87,8 +86,6 @@ def held_by(owner):
     """Yields (step, object) for what an object holds, and for what its code names."""
     if isinstance(owner, types.MethodType):
         yield ".__self__", owner.__self__
-    elif isinstance(owner, functools.partial):
-        yield from ((f".{name}", getattr(owner, name)) for name in ("func", "args", "keywords"))
     elif isinstance(owner, list | tuple):
         yield from ((f"[{i}]", each) for i, each in enumerate(owner[:100]))
     elif isinstance(owner, dict):
@@ -96,9 +93,12 @@ def held_by(owner):
         items = enumerate(itertools.islice(owner.items(), 100))
         yield from ((f"[{key!r}]" if isinstance(key, str) else f"[{i}]", each) for i, (key, each) in items)
     elif isinstance(owner, types.FunctionType):
-        yield from named_in(owner)
-        yield from ((f" {name}", each) for name, each in closed_over(owner).items())
-        yield from ((f".{name}", getattr(owner, name)) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
+        names, own = globals_in(owner.__code__), is_user_code(owner)
+        for name, each in attributes_of(owner).items():
+            # Of globals, unlike of what is closed over, a library's objects without a state are left out.
+            is_followed = own and not isinstance(each, PASSED_OVER) and (is_user_code(each) or is_stateful(each))
+            if is_followed or isinstance(each, GENERATORS) or name not in names:
+                yield f" {name}", each
     else:
         yield from ((f".{name}", value) for name, value in attributes_of(owner).items())
         kinds = {f"__mro__[{i}]": kind for i, kind in enumerate(type(owner).__mro__)}
@@ -111,16 +111,6 @@ def function_of(member):
     if isinstance(member, types.FunctionType | type):
         return member
     return next(getattr(member, name) for name in ("__func__", "fget", "func") if hasattr(member, name))
-
-
-def named_in(function):
-    """Yields (step, object) for generators that a function names; of user code also user code and stateful objects."""
-    names, own = function.__globals__, is_foreign(function)
-    for name in globals_in(function.__code__):
-        value = names.get(name)
-        looked_at = own and not isinstance(value, PASSED_OVER) and (is_user_code(value) or is_stateful(value))
-        if looked_at or isinstance(value, GENERATORS):
-            yield f" {name}", value
 
 
 def is_within(where, names):
@@ -199,9 +189,9 @@ def gives_state(owner):
 
 
 class Samplers:
-    """Samplers and whatever else among owners has a state_dict, and lies in no other and no part: they have one of all.
+    """The states of samplers and the like among owners, by name, as state_dict and load_state_dict.
 
-    Modules have their attributes kept instead.
+    What lies in another, or in one of the parts, is in the state of that. Of modules the attributes are kept instead.
     """
 
     def __init__(self, owners, parts):
