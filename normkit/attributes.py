@@ -21,7 +21,6 @@ COMMON = {
     torch.utils.data.DataLoader: {"_iterator"},  # its persistent workers
 }
 PROCESS = secrets.token_hex(8)  # tells this process
-ARRAYS = (torch.Tensor, np.ndarray)
 SHARED = (type, types.FunctionType)  # their variables are shared with other code of the process
 LEARNING = "requires_grad"  # as an attribute of a module: that of each of its own parameters
 OPENED = ("opened",)  # stands for a file or connection that was opened during training
@@ -59,7 +58,7 @@ class MovingAttributes:
                 if opened := self.was_opened(place, value):
                     packed[place] = OPENED
                 own = is_user_code(self.owners[place[0]])
-                held = is_stateful(value) or isinstance(value, (*ARRAYS, *CONTAINERS))
+                held = is_stateful(value) or is_array(value) or isinstance(value, CONTAINERS)
                 iterates = has(value, "__next__") and not isinstance(value, io.IOBase)
                 if iterates or not opened and (own or held):
                     lost.add(place)
@@ -72,39 +71,40 @@ class MovingAttributes:
     def was_opened(self, place, value):
         """Returns whether a value that pack refuses replaced None, False or nothing, as an opened file does."""
         was_unset = self.start.get(place) in (None, fingerprint(None), fingerprint(False))
-        return was_unset and not is_stateful(value) and not isinstance(value, (*SHARED, *ARRAYS))
+        return was_unset and not (is_stateful(value) or is_array(value) or isinstance(value, SHARED))
 
     def shared_at_start(self, found):
         """Returns {PROCESS: {place: repr of its first fingerprint}} for moved places of SHARED owners, or {}."""
         shared = [place for place in self.moved if isinstance(self.owners.get(place[0]), SHARED)]
-        shared = [place for place in shared if not holds_arrays(found.get(place))]  # weights are a run's own
+        shared = [place for place in shared if not holds(found.get(place), is_array)]  # weights are a run's own
         return {PROCESS: {place: repr(self.start.get(place)) for place in shared}} if shared else {}
 
     def load_state_dict(self, state):
-        lost, found, known = set(state["lost"]), self.found(), dict(self.known)
-        values, reopened, started = {}, set(), state["started"].get(PROCESS, {})
-        for place, packed in state["moved"].items():
-            now = found.get(place)
-            # In the process that saved them, shared variables keep their present values, unless initialised anew.
-            if place[0] not in self.owners or place in started and started[place] != repr(fingerprint(now)):
-                continue
-            self.moved.add(place)
+        found, known, values, lost = self.found(), dict(self.known), {}, set(state["lost"])
+        # In the process that saved them, shared variables keep their present values, unless initialised anew.
+        started = state["started"].get(PROCESS, {})
+        is_kept = {place: mark != repr(fingerprint(found.get(place))) for place, mark in started.items()}
+        moved = [place for place in state["moved"] if place[0] in self.owners and not is_kept.get(place)]
+        for place in moved:
+            packed = state["moved"][place]
             try:
-                value = unpack(packed, now, known)
-                if place not in state["replaced"]:  # others may hold the object of the start: as it was, if it was
-                    value = put_into(self.first.get(place), value)
-                values[place] = known[place] = value
+                value = unpack(packed, found.get(place), known)
             except LookupError:
                 if packed != OPENED:
                     lost.add(place)
-                if is_unset(now):
-                    reopened.add(place[0])
+                continue
+            if place not in state["replaced"]:  # others may hold the object of the start: as it was, if it was
+                value = put_into(self.first.get(place), value)
+            values[place] = known[place] = value
+        # What was opened during training is opened again, if what was made along with it is made again too.
+        unset = {place for place in moved if is_unset(found.get(place))}
+        opening = {where for where, _ in unset - values.keys()}
         for place, value in values.items():
-            # What was opened during training is opened again, if what was made along with it is made again too.
-            if not (place[0] in reopened and is_unset(found.get(place))):
+            if place not in unset or place[0] not in opening:
                 self.put(*place, value)
             elif not isinstance(value, bool):
                 lost.add(place)
+        self.moved.update(moved)
         self.lost = lost
 
     def put(self, where, name, value):
@@ -129,7 +129,7 @@ def own_attributes(owner):
             found = {name: value for name, value in found.items() if name not in common}
     unsaved = owner._non_persistent_buffers_set if isinstance(owner, torch.nn.Module) else ()
     found |= {name: owner._buffers[name] for name in unsaved}
-    return {name: value for name, value in found.items() if not is_trained(value)}
+    return {name: value for name, value in found.items() if not holds(value, is_trained)}
 
 
 def learning_in(owner):
@@ -139,37 +139,34 @@ def learning_in(owner):
     return {LEARNING: learning} if learning else {}
 
 
+def holds(value, is_sought):
+    """Returns whether a value is, or among the first in it is, something of which is_sought(it) is true."""
+    return any(map(is_sought, itertools.islice(leaves_of(value), 1000)))
+
+
+def is_array(value):
+    return isinstance(value, torch.Tensor | np.ndarray)
+
+
 def is_trained(value):
-    """Returns whether a value is, or holds, what an optimizer changes: the model's state_dict has that."""
-    return any(
-        torch.is_tensor(each) and (each.requires_grad or isinstance(each, torch.nn.Parameter))
-        for each in itertools.islice(leaves_of(value), 1000)
-    )
-
-
-def holds_arrays(value):
-    """Returns whether a value is, or holds, a tensor or array."""
-    return any(isinstance(each, ARRAYS) for each in itertools.islice(leaves_of(value), 1000))
+    """Returns whether a value is what an optimizer changes: the model's state_dict has that."""
+    return torch.is_tensor(value) and (value.requires_grad or isinstance(value, torch.nn.Parameter))
 
 
 def fingerprint(value):
     """Returns a fingerprint that changes with the value, without copying it."""
+    leaves = list(leaves_of(value))
+    are_read = sum(map(size_of, leaves)) <= MAX_BYTES  # more would take too long
+    marks = [mark_of(each, are_read) for each in leaves]
     if isinstance(value, CONTAINERS):
-        leaves = list(leaves_of(value))
-        mark = mark_of_one if sum(map(size_of, leaves)) <= MAX_BYTES else mark_of_leaf
-        return len(value), zlib.crc32(" ".join(str(mark(each)) for each in leaves).encode(errors="replace"))
-    return mark_of_one(value)
+        return len(value), zlib.crc32(" ".join(map(str, marks)).encode(errors="replace"))
+    return marks[0]
 
 
-def mark_of_one(value):
-    """Returns the mark of what is no container."""
-    if isinstance(value, ARRAYS) and size_of(value) <= MAX_BYTES:
+def mark_of(value, is_read):
+    """Returns what tells a value: of an array its content, if that is read; of a plain value its repr; else its id."""
+    if is_read and is_array(value):
         return value.dtype, tuple(value.shape), crc32_of(value)
-    return mark_of_leaf(value)
-
-
-def mark_of_leaf(value):
-    """Returns a plain value's repr, else (id, version): reading large arrays would take too long."""
     if value is None or isinstance(value, bool | int | float | str | np.generic | enum.Enum):
         return repr(value)
     changes = value._version if torch.is_tensor(value) and not value.is_inference() else 0
