@@ -234,7 +234,8 @@ class LastingWorkers:
         for where, loader in self.loaders.items():
             loader._iterator = None  # ends them: an interrupt may have done so already, and a first pass draws more
             if where in state["started"]:
-                DataLoader.__iter__(loader)
+                # The pass that begins here ends here: a sampler may count at the end.
+                DataLoader.__iter__(loader)._sampler_iter = iter(())
 
 
 def lost_in(owners):

@@ -392,14 +392,21 @@ def test_an_order_that_cannot_be_continued_is_told(pairs, tmp_path, capsys):
     assert "may differ" not in run(3, DataLoader(pairs, 32), "d")
 
 
-@pytest.mark.parametrize("order", ["global", "a generator's", "a counter's"])
+class CountingLast(Sampler):
+    def __iter__(self):
+        try:
+            yield from random.Random(self.epoch).sample(range(self.size), self.size)
+        finally:  # also where it is not gone through to its end
+            self.epoch += 1
+
+
+@pytest.mark.parametrize("order", ["global", "a generator's", "a counter's", "a counter's at the end"])
 def test_the_order_goes_on_where_workers_that_last_begin_anew(pairs, order, tmp_path):
     def trained(epochs, file):
         net = linear()
         generator = torch.Generator().manual_seed(5) if order == "a generator's" else None
-        sampler = (
-            Sampler("a counter", len(pairs)) if order == "a counter's" else RandomSampler(pairs, generator=generator)
-        )
+        own = {"a counter's": Sampler, "a counter's at the end": CountingLast}.get(order)
+        sampler = own("a counter", len(pairs)) if own else RandomSampler(pairs, generator=generator)
         loader = DataLoader(pairs, 32, sampler=sampler, num_workers=1, persistent_workers=True, generator=generator)
         fit(net, (loader, loader), epochs=epochs, checkpoint=tmp_path / file)
         return net.state_dict()
