@@ -66,8 +66,8 @@ class Checkpoint:
         state["settings_now"] = state["settings_left"] = self.settings_left
         content = readable_bytes(state)
         if content is None:
-            state = "a row of the history or the state of a part holds more than tensors and plain values"
-            print(f"NO CHECKPOINT of epoch {len(history)}: {state}. Training goes on without.", flush=True)
+            why = "a row of the history or the state of a part holds more than tensors and plain values"
+            print(f"NO CHECKPOINT of epoch {len(history)}: {why}. Training goes on without.", flush=True)
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ PASSED_OVER = (torch.Tensor, np.ndarray, types.ModuleType, str, bytes, int, floa
 OF_THREADS = ("threading", "concurrent")  # pools and locks, which tell of a process's own threads
 HOLDERS = (*CONTAINERS, functools.partial, types.SimpleNamespace, argparse.Namespace)
 CODE = (types.FunctionType, type, property, staticmethod, classmethod, functools.cached_property)
-CALLBACKS = ("on_epoch", "hooks")  # names of roots in which figures, files and loggers are passed over
+CALLBACKS = ("on_epoch", "hooks")  # names of roots
 MAX_OBJECTS = 10_000  # that are looked at, in a fifth of a second
 
 
@@ -58,11 +58,7 @@ def objects_of(is_closed=lambda owner: False, left_out=(), **roots):
     waiting, seen = collections.deque(roots.items()), set(map(id, left_out))
     while waiting and len(seen) < MAX_OBJECTS:
         where, owner = waiting.popleft()
-        empty = isinstance(owner, list | tuple | dict) and not owner
-        librarys = isinstance(owner, type) and not is_foreign(owner)
-        figure_or_file = is_within(where, CALLBACKS) and is_third_party(owner) and not is_stateful(owner)
-        passed_over = isinstance(owner, PASSED_OVER) or type(owner).__module__.partition(".")[0] in OF_THREADS
-        if id(owner) in seen or empty or librarys or figure_or_file or passed_over:
+        if id(owner) in seen or is_passed_over(where, owner):
             continue
         seen.add(id(owner))
         yield where, owner
@@ -70,16 +66,17 @@ def objects_of(is_closed=lambda owner: False, left_out=(), **roots):
             waiting.extend((where + step, part) for step, part in held_by(owner))
 
 
-def may_move(owner):
-    """Returns whether an object has attributes that training or a callback may change, and that no state_dict has."""
-    # Of torch's and the kit's objects a callback may set some, like a dropout's p.
-    is_set_up = isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
-    return (is_foreign(owner) or is_set_up) and not saves_all(owner)
-
-
-def is_third_party(owner):
-    """Returns whether an object's class is an installed library's, not torch's, the kit's or made to hold others."""
-    return is_foreign(owner) and not is_user_code(owner) and not isinstance(owner, (*HOLDERS, *GENERATORS))
+def is_passed_over(where, owner):
+    """Returns whether an object, found where it was, and what it holds have no state that is to be kept."""
+    if isinstance(owner, PASSED_OVER) or type(owner).__module__.partition(".")[0] in OF_THREADS:
+        return True
+    if isinstance(owner, type):
+        return not is_user_code(owner)
+    if isinstance(owner, list | tuple | dict):
+        return not owner
+    # What a callback has of other libraries are figures, files and loggers, unless it has a state or holds others.
+    is_others = is_within(where, CALLBACKS) and is_foreign(owner) and not is_user_code(owner)
+    return is_others and not (is_stateful(owner) or isinstance(owner, (*HOLDERS, *GENERATORS)))
 
 
 def held_by(owner):
@@ -172,6 +169,13 @@ def takes_one(method):
     except (TypeError, ValueError):  # it is none, takes others, or does not tell
         return False
     return True
+
+
+def may_move(owner):
+    """Returns whether an object has attributes that training or a callback may change, and that no state_dict has."""
+    # Of torch's and the kit's objects a callback may set some, like a dropout's p.
+    is_set_up = isinstance(owner, SET_UP) or type(owner).__module__.startswith(("torchvision.transforms", "utils"))
+    return (is_foreign(owner) or is_set_up) and not saves_all(owner)
 
 
 def saves_all(owner):
