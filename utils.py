@@ -138,8 +138,7 @@ def train_epoch(network, loader, optimizer, scheduler, criterion, precision, pro
     device, dtype, compute_dtype = place_of(network, loader, precision)
     meter = Meter()  # read on a GPU now and then, as when the bar redraws: each read synchronises
     undisturbed = type(loader) is Loader and optim.run_no_user_code(loader, optimizer, scheduler)
-    stepper = Stepper(optimizer, undisturbed)
-    fast = fast_loss(network, criterion, compute_dtype, undisturbed)
+    stepper, fast = Stepper(optimizer, undisturbed), fast_loss(network, criterion, compute_dtype, undisturbed)
     network.train()
 
     def read_metrics():
@@ -167,8 +166,9 @@ def train_epoch(network, loader, optimizer, scheduler, criterion, precision, pro
             images, labels = checks.check_batch(batch)
             images = checks.check_images(images, device, dtype)
             loss, correct = fast.forward(images, labels)
+            if fast.checked:
+                stepper.forget()  # user code may have run, or does now: a module, a hook, the criterion
             if loss is None:
-                stepper.forget()  # user code may run: a module, a hook, the criterion
                 logits = compute_logits(network, images, compute_dtype)
                 labels = checks.check_labels(labels, logits, batch_id)
                 loss = checks.check_loss(criterion(logits, labels), criterion)

@@ -97,6 +97,8 @@ class GraphedLoss:
     effect.
     """
 
+    checked = True  # as of a FusedLoss: the conditions, for each batch
+
     def __init__(self, network, criterion, dtype):
         self.network, self.criterion, self.dtype, self.graph = network, criterion, dtype, None
         self.nodes_kept, self.labels_checked = are_nodes_kept(network.model), False

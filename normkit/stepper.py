@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, empty_like
 from torch.optim import LBFGS, SGD
 
-from normkit.fused.loss import KEPT_FOR
 from normkit.optim import set_mode
 
 SMALL = 4096  # numbers in a tensor, on average; two threads were faster than one from 16 to 32 thousand on
@@ -16,8 +15,8 @@ SGD_SETTINGS = "lr momentum dampening weight_decay nesterov maximize".split()
 class Stepper:
     """Prepares an optimizer for training, and takes its steps by the fastest path that gives the same numbers.
 
-    undisturbed: only PyTorch's and the kit's code runs between steps, except where forget() is called. The tensors of a
-    small fused SGD are then looked up only now and then, which otherwise takes half the time of step().
+    undisturbed: forget() is called wherever code other than PyTorch's and the kit's may have run since the last step.
+    The tensors of a small fused SGD are then kept from step to step: to look them up takes half the time of step().
     """
 
     def __init__(self, optimizer, undisturbed=False):
@@ -25,7 +24,7 @@ class Stepper:
         self.alone = not self.closure_needed and steps_alone(optimizer)
         scaled = hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf")  # by a GradScaler
         self.keeps_tensors = undisturbed and self.alone and type(optimizer) is SGD and not scaled
-        self.groups, self.steps_left = [], 0  # SGD's, each with its parameters and their momenta; for how long
+        self.groups = []  # SGD's, each with its parameters and their momenta
         begin(optimizer)
 
     def forget(self):
@@ -53,21 +52,20 @@ class Stepper:
             if not self.step_groups():
                 self.optimizer.step()
                 if self.keeps_tensors:
-                    self.groups, self.steps_left = groups_of(self.optimizer), KEPT_FOR
+                    self.groups = groups_of(self.optimizer)
         finally:
             if self.alone:
                 torch.set_num_threads(threads)
 
     def knows_tensors(self):
         """Returns whether SGD's own methods need not be called. A profile is to show them."""
-        return bool(self.groups) and self.steps_left > 0 and not torch.autograd._profiler_enabled()
+        return bool(self.groups) and not torch.autograd._profiler_enabled()
 
     @torch.no_grad()
     def step_groups(self):
         """Takes a step of SGD, if its tensors are known, and returns whether it has."""
         if not self.knows_tensors():
             return False
-        self.steps_left -= 1
         # All are looked at before one is changed.
         gradients = [[parameter.grad for parameter in parameters] for _, parameters, _ in self.groups]
         settings = [{name: group[name] for name in SGD_SETTINGS} for group, _, _ in self.groups]

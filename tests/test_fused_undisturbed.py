@@ -271,17 +271,20 @@ def test_a_scale_of_the_gradients_counts(loader):
     assert torch.equal(net.C10.bias, before)
 
 
-def test_what_a_thread_does_to_an_optimizer_is_seen_after_some_steps():
-    weight = torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], 1.0, 0.5, fused=True)
-    stepper = Stepper(optimizer, undisturbed=True)
-    weight.grad = torch.ones(2)
-    stepper.step(None, None)
-    optimizer.state.clear()
-    for _ in range(loss.KEPT_FOR + 1):
-        assert not optimizer.state
-        stepper.step(None, None)
-    assert optimizer.state
+def test_what_a_thread_does_to_an_optimizer_is_seen_after_some_steps(monkeypatch):
+    net, had_state, forward = model.Net("group"), [], FusedLoss.forward
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, fused=True)
+
+    def forward_and_clear(self, images, labels):
+        had_state.append(bool(optimizer.state))
+        if len(had_state) == 2:
+            optimizer.state.clear()
+        return forward(self, images, labels)
+
+    monkeypatch.setattr(FusedLoss, "forward", forward_and_clear)
+    loader = utils.get_loaders(stand_in(loss.KEPT_FOR + 3, 10), 1, device="cpu")[0]
+    utils.train(net, loader, optimizer, **QUIET)
+    assert had_state == [False, True, *[False] * loss.KEPT_FOR, True]
 
 
 def test_parameters_of_two_dtypes_in_a_group():

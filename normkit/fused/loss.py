@@ -35,6 +35,7 @@ class FusedLoss:
         self.network, self.criterion, self.dtype, self.undisturbed = network, criterion, dtype, undisturbed
         self.nodes_kept = isinstance(network, Fused) and are_nodes_kept(network.model)
         self.inspection, self.batches_left = None, 0  # for which it holds
+        self.checked = True  # whether the conditions were, for the last batch itself
         self.step = None  # of forward, for backward
         self.spare = []  # steps of the last two batches: .grad holds one's until the next loss has been checked
 
@@ -75,7 +76,8 @@ class FusedLoss:
         """Returns the network's Inspection, or None where PyTorch has to compute the batch."""
         if not isinstance(self.network, Fused) or self.nodes_kept:
             return None
-        if self.batches_left:
+        self.checked = self.batches_left == 0
+        if not self.checked:
             self.batches_left -= 1
             return self.inspection if are_classes(labels, self.inspection.classes) else None
         self.inspection = inspection = self.network.inspect()
