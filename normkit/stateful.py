@@ -29,7 +29,7 @@ class CheckpointParts:
         moving = {where: owner for where, owner in self.owners.items() if may_move(owner)}
         self.attributes = MovingAttributes(moving, self.owners)
         # Workers that are started move attributes, and what is loaded may draw random numbers.
-        self.parts = {"workers": LastingWorkers(self.owners), "attributes": self.attributes} | parts
+        self.parts = {"workers": PersistentWorkers(self.owners), "attributes": self.attributes} | parts
         self.parts |= {"samplers": Samplers(self.owners, parts), "random": Generators(device, generators)}
 
     @property
@@ -66,7 +66,7 @@ class Samplers:
                 owner.load_state_dict(state[where])
 
 
-class LastingWorkers:
+class PersistentWorkers:
     """Which loaders' workers wait for the next epoch, as state_dict and load_state_dict.
 
     To start them begins a pass over the sampler, which may draw random numbers and count.
