@@ -30,8 +30,7 @@ class Checkpoint:
 
     def __init__(self, path, parts, settings):
         self.path, self.previous = files_of(path)
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.current_settings = settings
+        self.parts, self.current_settings = parts, settings
         self.settings = self.settings_left = settings()  # left: by the last finished epoch and on_epoch
         self.check_place()
         self.check_state()

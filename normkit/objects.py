@@ -12,7 +12,7 @@ LIBRARIES = {"builtins", "normkit", "numpy", "torch", "torchvision", "utils"}
 
 
 def is_foreign(owner):
-    """Returns whether an object's class is none of Python's, torch's, NumPy's or the kit's.
+    """Returns whether an object's class is none of Python's builtins, torch's, torchvision's, NumPy's or the kit's.
 
     Of a function or class: whether it is user code.
     """

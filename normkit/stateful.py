@@ -18,9 +18,10 @@ from normkit.randomness import GENERATORS, Generators
 
 
 class CheckpointParts:
-    """Finds all that a checkpoint keeps of training: parts, and what else moves in all that they and the roots hold.
+    """Finds all that a checkpoint keeps of training.
 
-    parts: objects by name, each with a state_dict of its own; then with the rest added, in the order of loading.
+    parts, when it is made: objects by name, each with a state_dict. parts, of it: also what else moves in these, in the
+    roots and in all that they hold, in the order in which it is to be loaded.
     """
 
     def __init__(self, parts, device=None, **roots):
