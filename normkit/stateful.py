@@ -63,7 +63,7 @@ class Samplers:
 
     def load_state_dict(self, state):
         for where, owner in self.found.items():
-            if where in state:
+            if where in state and gives_state(owner):
                 owner.load_state_dict(state[where])
 
 

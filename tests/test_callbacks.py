@@ -246,6 +246,24 @@ def test_what_has_no_state_to_give_is_told_and_stops_no_run(loaders, tmp_path, c
     assert "Going on after epoch 1" in said and (note in said if note else "It may differ" not in said)
 
 
+class Late(Failing):
+    """Something that has a state once it is ready."""
+
+    ready = False
+
+    def state_dict(self):
+        return {"ready": True} if self.ready else super().state_dict()
+
+
+def test_what_has_no_state_to_load_yet_is_told_and_stops_no_run(loaders, tmp_path, capsys):
+    for epochs in (2, 3):
+        late, net = Late(), linear()
+        options = {"checkpoint": tmp_path / "c", "progress": True, "epochs": epochs}
+        options["on_epoch"] = lambda history, late=late: vars(late).update(ready=True)
+        assert len(fit(net, loaders, **options)) == epochs
+    assert "It may differ from an uninterrupted run: the state_dict of on_epoch" in capsys.readouterr().out
+
+
 def test_pictures_and_files_of_a_callback_are_left_alone(loaders, tmp_path, capsys):
     figure, ax = plt.subplots()
     file = (tmp_path / "log").open("a")
