@@ -1,6 +1,7 @@
 """What is trained along in places that no part's state_dict shows goes on, and back, with the weights."""
 
 import copy
+from unittest import mock
 
 import pytest
 import pytorch_optimizer
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from normkit.objects import is_stateful
 from normkit.stateful import states_in
 
 
@@ -365,3 +367,8 @@ def test_what_a_state_dict_has_is_kept_once():
     net.others = [net[0], nn.Identity(), nn.DataParallel(net)]
     kept = states_in({}, model=net, optimizer=Sharp(net.parameters()))
     assert list(kept) == ["model", "optimizer.base_optimizer", "optimizer"]  # as they are loaded
+
+
+def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
+    net = nn.Identity()
+    assert is_stateful(net) and not is_stateful(type(net)) and not is_stateful(mock.MagicMock())

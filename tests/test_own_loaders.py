@@ -5,7 +5,6 @@ import itertools
 import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, default_c
 from torchvision.transforms import v2
 
 import utils
-from normkit.objects import is_stateful
 from normkit.randomness import GENERATORS
 from normkit.stateful import objects_of
 
@@ -190,11 +188,6 @@ def test_a_pool_of_threads_is_no_state_of_a_loader(pairs, tmp_path):
     for epochs in (1, 2):
         loaders = DataLoader(Threaded(), 32), DataLoader(pairs, 64)
         assert len(fit(linear(), loaders, epochs=epochs, checkpoint=tmp_path / "c")) == epochs
-
-
-def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
-    net = nn.Identity()
-    assert is_stateful(net) and not is_stateful(type(net)) and not is_stateful(mock.MagicMock())
 
 
 def test_generators_are_found_wherever_a_loader_keeps_them(pairs):
