@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import utils
 from normkit.attributes import MAX_BYTES, MovingAttributes, fingerprint
-from normkit.stateful import TrainingState, objects_of
+from normkit.stateful import CheckpointParts, objects_of
 
 
 class Turning:
@@ -405,9 +405,9 @@ def test_generators_are_found_among_many_objects(pairs, monkeypatch):
     rows = [[("a.png", i)] * 3 for i in range(100)]
     generator = np.random.default_rng(0)
     loader = Turning([], rows, None, more={str(i): list(rows) for i in range(30)}, last=[[[generator]]])
-    assert generator in dict(objects_of(loader=loader)).values() and not TrainingState({}, loader=loader).note
+    assert generator in dict(objects_of(loader=loader)).values() and not CheckpointParts({}, loader=loader).note
     monkeypatch.setattr("normkit.stateful.MAX_OBJECTS", 50)
-    assert "more than 50 objects" in TrainingState({}, loader=loader).note
+    assert "more than 50 objects" in CheckpointParts({}, loader=loader).note
 
 
 def test_whatever_an_attribute_holds_it_can_be_looked_at():
