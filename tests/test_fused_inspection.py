@@ -172,6 +172,16 @@ def test_attributes_of_ones_own_do_no_harm():
     assert fused.reason is None
 
 
+@pytest.mark.parametrize("where", ["", "C4.conv", "C10"])
+@pytest.mark.parametrize("module", [None, nn.ReLU()], ids=["None", "a module"])
+def test_a_module_that_no_forward_calls_does_no_harm(where, module):
+    """PyTorch takes None for a module, too."""
+    net = model.Net("group", dropout=0)
+    net.get_submodule(where).add_module("unused", module)
+    torch.testing.assert_close(fuse(net)(IMAGES), net(IMAGES), rtol=1e-3, atol=1e-4)
+    assert fuse(net).reason is None
+
+
 def test_a_network_that_holds_its_own_fused_one_does_not_grow():
     net = model.Net("group").eval()
     net.fast = fuse(net)

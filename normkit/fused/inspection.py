@@ -24,7 +24,7 @@ class Inspection:
         if self.reason is not None:
             return
         self.net = net
-        self.modules = modules = modules_of(net)
+        self.modules = modules = legality.modules_of(net)
         self.types = list(map(type, modules))
         attributes = list(map(vars, modules))
         inner = [value for each in attributes for value in each.values() if isinstance(value, dict)]
@@ -61,12 +61,6 @@ class Inspection:
             )
         except Exception:  # of a dict that another thread changes, or of something user-defined
             return False
-
-
-def modules_of(net):
-    """Returns the network and those below it that its forward pass calls, without asking any but nn.Module's dicts."""
-    children = [net._modules[name] for name in legality.CHILDREN]
-    return [net, *children, *(part for child in children for part in child._modules.values())]
 
 
 def tensors_of(modules):

@@ -164,26 +164,21 @@ def of_network(net, device_type="cpu"):
         again = " of another loading of model.py" if type(net).__qualname__ == "Net" else ""
         yield f"the model is a {type(net).__name__}{again}: the kernel computes model.Net alone"
         return
-    children = net._modules
     for name, kind in CHILDREN.items():
-        if type(children.get(name)) is not kind:
-            yield f"{name} is a {type(children.get(name)).__name__}"
+        child = net._modules.get(name)
+        if type(child) is not kind:
+            yield f"{name} is a {type(child).__name__}"
             return
-    parts = []
-    for name, kind in CHILDREN.items():
-        if kind is ConvBlock:
-            parts += [children[name]._modules.get(part) for part in PARTS]
-            if None in parts or len(children[name]._modules) != len(PARTS):
-                yield f"{name} lacks a part, or has one more"
-                return
-    for module in (net, *children.values(), *parts):
+        if kind is ConvBlock and (len(child._modules) != len(PARTS) or None in map(child._modules.get, PARTS)):
+            yield f"{name} lacks a part, or has one more"
+            return
+    for module in modules_of(net):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             yield f"{name_of(module, net)} has a hook"
         # An attribute goes before a parameter, a buffer or a module of the same name.
         hiding = REPLACED.union(module._parameters, module._buffers, module._modules).intersection(module.__dict__)
         if hiding:
             yield f"{name_of(module, net)} has a {min(hiding)} of its own"
-    for module in (*parts, *children.values()):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type != device_type:
                 yield f"{name_of(module, net)} is on {tensor.device}: {PLACES[device_type]}"
@@ -199,6 +194,15 @@ def of_network(net, device_type="cpu"):
             yield "a skip joins layers of different widths"
 
 
+def modules_of(net):
+    """Returns the network and the modules that its forward pass calls, without asking any but nn.Module's dicts."""
+    modules = [net]
+    for name, kind in CHILDREN.items():
+        child = net._modules[name]
+        modules += [child, *map(child._modules.get, PARTS)] if kind is ConvBlock else [child]
+    return modules
+
+
 def name_of(module, net):
     name = next((name for name, each in net.named_modules() if each is module), "a module")
     return name or "the network"
@@ -208,7 +212,7 @@ def of_layer(layer, width):
     """Yields (module, reason) for what is wrong with a layer of `width` input channels."""
     conv = layer.conv
     size = 3 if layer.kind == params.CONV_NORM_RELU else 1
-    if type(conv) is not (CHILDREN["C10"] if layer.kind == params.AVGPOOL_LINEAR else nn.Conv2d):
+    if layer.kind == params.CONV_NORM_RELU and type(conv) is not nn.Conv2d:  # the others are in CHILDREN
         yield conv, f"is a {type(conv).__name__}"
         return
     weight, bias = parameters_of(conv)
