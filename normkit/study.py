@@ -173,14 +173,39 @@ def describe_error(error):
 
 def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     """Returns the rows of a run and None, or None and the error that ended it as text."""
-    norm, epochs, seed, recipe, keywords, marks = planned
-    load_code(norm, builder, marks)
+    try:
+        load_code(planned.norm, builder, planned.marks)
+        with generators_preserved():  # an engine may have several threads a process
+            return [row | {"settings": key} for row in rows_of(data, planned, turn, checkpoint, keep_diverged)], None
+    except (Exception, SystemExit) as error:
+        return None, describe_error(error)
+
+
+def load_code(norm, builder, marks):
+    """Registers a norm. A worker in which it or the network has other marks than were meant imports its modules anew.
+
+    It may be older than what the notebook has loaded since. model.py is left alone where it is as was meant: the kernel
+    computes the network of its first loading. Raises RuntimeError where the network is then still another.
+    """
+    if builder is not None:
+        model.NORMS[norm] = builder.value
+    if builder is not None and builder.content is not None and marks_of(norm) != marks:
+        kept = {model} if mark_of_network() == marks[1] else set()
+        stale = [each for each in sys.modules.values() if is_user_module(each) and each not in kept]
+        for module in reversed(stale):  # importers come last
+            with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
+                importlib.reload(module)
+        model.NORMS[norm] = builder.value
     if mark_of_network() != marks[1]:
-        return (
-            None,
-            "RuntimeError: model.Net is another one where this was asked for: reload model there, if it was edited; "
-            "if a part of it was replaced, ask for processes=1",
+        raise RuntimeError(
+            "model.Net is another one where this was asked for: reload model there, if it was edited; "
+            "if a part of it was replaced, ask for processes=1"
         )
+
+
+def rows_of(data, planned, turn, checkpoint, keep_diverged):
+    """Does a run and returns its rows, as text."""
+    norm, epochs, seed, recipe, keywords, _ = planned
     asked, finished = describe_request(planned, data), []
 
     def follow(history):
@@ -195,37 +220,18 @@ def run_one(data, key, planned, builder, turn, checkpoint, keep_diverged):
     options = {name: keywords[name] for name in HOW if name in keywords}
     options |= {"device": device, "progress": False, "on_epoch": follow}
     options["checkpoint"] = checkpoint if can_write(checkpoint.parent.parent) else None
-    with generators_preserved():  # an engine may have several threads a process
-        try:
-            result = run_or_begin_anew(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
-            if result.history.unfinished or len(finished) < len(result.history):  # in the last epoch's on_epoch
-                raise KeyboardInterrupt
-            measured = [cells_of(row) for row in result.history]
-        except FloatingPointError as error:
-            if not keep_diverged:
-                return None, f"{describe_error(error)} run_many(..., keep_diverged=True) would note it in the file"
-            measured = [cells_of({"epoch": len(finished) + 1, "diverged": error})]
-        except (Exception, SystemExit) as error:
-            return None, describe_error(error)
-        about = cells_of(asked | describe_machine(planned, device))
-    return [about | row | {"settings": key} for row in measured], None
-
-
-def load_code(norm, builder, marks):
-    """Registers a norm. A worker in which it or the network has other marks than were meant imports its modules anew.
-
-    It may be older than what the notebook has loaded since. model.py is left alone where it is as was meant: the kernel
-    computes the network of its first loading.
-    """
-    if builder is not None:
-        model.NORMS[norm] = builder.value
-    if builder is not None and builder.content is not None and marks_of(norm) != marks:
-        kept = {model} if mark_of_network() == marks[1] else set()
-        stale = [each for each in sys.modules.values() if is_user_module(each) and each not in kept]
-        for module in reversed(stale):  # importers come last
-            with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
-                importlib.reload(module)
-        model.NORMS[norm] = builder.value
+    try:
+        result = run_or_begin_anew(norm=norm, data=data, epochs=epochs, seed=seed, recipe=recipe, **options)
+        if result.history.unfinished or len(finished) < len(result.history):  # in the last epoch's on_epoch
+            raise KeyboardInterrupt
+        measured = [cells_of(row) for row in result.history]
+    except FloatingPointError as error:
+        if not keep_diverged:
+            advice = "run_many(..., keep_diverged=True) would note it in the file"
+            raise FloatingPointError(f"{error} {advice}") from error
+        measured = [cells_of({"epoch": len(finished) + 1, "diverged": error})]
+    about = cells_of(asked | describe_machine(planned, device))
+    return [about | row for row in measured]
 
 
 def run_or_begin_anew(checkpoint, **options):
