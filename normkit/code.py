@@ -1,6 +1,7 @@
 """Marks of code, and of objects by what they are made of: the same in every process, and wherever it was written."""
 
 import ast
+import contextlib
 import functools
 import inspect
 import io
@@ -105,7 +106,7 @@ def text_of(value, told):
         told[id(value)] = "again"
         own = {name: each for name, each in vars(value).items() if name not in NO_CODE}
         yield from text_of([value.__qualname__, value.__bases__, own], told)
-    elif hasattr(value, "__dict__") or not is_from_library(type(value)):
+    elif hasattr(value, "__dict__") or is_user_code(type(value)):
         told[id(value)] = "again"
         closed = type(value).__module__.partition(".")[0] in STANDARD  # a logger holds all loggers of the process
         yield from text_of([type(value), {} if closed else attributes_of(value)], told)
@@ -137,22 +138,21 @@ def code_of(functions):
     """Returns a mark of functions' code, whatever it refers to; those of model.py share a mark of the whole file."""
     texts = []
     for function in functions:
-        try:
-            if function.__module__ != "model":
-                raise OSError
-            texts.append(str(mark_of_source(inspect.getsource(sys.modules["model"]), "NORMS", ())))
-        except OSError:  # there is no source
-            consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
-            texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
+        if function.__module__ == "model":
+            with contextlib.suppress(OSError):  # there is no source
+                texts.append(str(mark_of_source(inspect.getsource(sys.modules["model"]), "NORMS", ())))
+                continue
+        consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
+        texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
     return f"{zlib.crc32(' '.join(texts).encode()):08x}"
 
 
 def functions_of(kind):
     """Returns the functions of a class and its bases, except those of a library."""
-    owners = [each for each in kind.__mro__ if not is_from_library(each)]
+    owners = [each for each in kind.__mro__ if is_user_code(each)]
     values = [value for owner in owners for _, value in sorted(vars(owner).items()) if hasattr(type(value), "__get__")]
     found = [each for value in values for each in (value, *parts_of(value))]
-    return [each for each in found if isinstance(each, types.FunctionType) and not is_from_library(each)]
+    return [each for each in found if isinstance(each, types.FunctionType) and is_user_code(each)]
 
 
 def parts_of(member):

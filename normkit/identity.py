@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from normkit.attributes import own_attributes
+from normkit.attributes import is_trained, own_attributes
 from normkit.checksum import ADDRESS, crc32_of, crc32_of_file
 from normkit.code import code_of, functions_of, is_from_library, used_by
 from normkit.files import is_plain, plain
-from normkit.objects import LIBRARIES
+from normkit.objects import LIBRARIES, is_user_code
 from normkit.packing import CONTAINERS
 from normkit.randomness import GENERATORS
 
@@ -106,7 +106,6 @@ def lines_of(parts, seen):
 
 def describe_value(value, with_tensors, seen):
     """Returns the text that tells a value, or None, and what it holds, by step. with_tensors: a module's, too."""
-    kind, root = type(value), type(value).__module__.partition(".")[0]
     if isinstance(value, types.ModuleType | torch.device):
         return None, {}
     if isinstance(value, GENERATORS):
@@ -115,9 +114,8 @@ def describe_value(value, with_tensors, seen):
         return short(repr(value)), {}
     if isinstance(value, NAMES):
         return text_of_name(value), {}
-    if isinstance(value, torch.Tensor | np.ndarray) or root in ("pandas", "PIL"):
-        is_trained = isinstance(value, torch.nn.Parameter) or getattr(value, "requires_grad", False)
-        return None if is_trained and not with_tensors else text_of_array(value), {}
+    if isinstance(value, torch.Tensor | np.ndarray) or type(value).__module__.partition(".")[0] in ("pandas", "PIL"):
+        return None if is_trained(value) and not with_tensors else text_of_array(value), {}
     if isinstance(value, CONTAINERS):
         return describe_container(value, seen)
     if isinstance(value, functools.partial):
@@ -130,10 +128,16 @@ def describe_value(value, with_tensors, seen):
         return f"{value.__name__}, code {code_of([value])}", used_by([value])
     if isinstance(value, type):
         return describe_class(value, functions_of(value))
-    if not is_from_library(kind):
+    return describe_object(value, with_tensors)
+
+
+def describe_object(value, with_tensors):
+    """Returns the same for an object: by its class's code, by its repr, or by its public attributes."""
+    kind = type(value)
+    if is_user_code(kind):
         text, inner = describe_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])
         return text, inner | attributes_in(value, with_tensors)
-    if root in CLOSED and not f"{kind.__module__}.".startswith(OPEN):
+    if kind.__module__.partition(".")[0] in CLOSED and not f"{kind.__module__}.".startswith(OPEN):
         is_value = not repr(value).startswith("<") and not hasattr(kind, "__next__")  # where an iterator is moves
         wrapped = getattr(value, "__wrapped__", None)  # of a function with a cache
         return short(repr(value)) if is_value else kind.__name__, {} if wrapped is None else {"": wrapped}
@@ -142,7 +146,7 @@ def describe_value(value, with_tensors, seen):
 
 def describe_class(kind, functions):
     """Returns the text that tells a user-defined class, and its attributes and what these functions use."""
-    owners = [each for each in reversed(kind.__mro__) if not is_from_library(each)]
+    owners = [each for each in reversed(kind.__mro__) if is_user_code(each)]
     items = [item for owner in owners for item in vars(owner).items() if not item[0].startswith(("__", "_abc_"))]
     settings = {f".{name}": each for name, each in items if not hasattr(type(each), "__get__")}
     return f"{kind.__name__}, code {code_of(functions_of(kind))}", settings | used_by(functions)
@@ -153,8 +157,8 @@ def attributes_in(owner, with_tensors):
     found = own_attributes(owner)
     if isinstance(owner, torch.nn.Module):
         found |= owner._modules | (owner._buffers | owner._parameters if with_tensors else {})
-    how = HOW if is_from_library(type(owner)) or isinstance(owner, torch.utils.data.DataLoader) else ()
-    return {f".{name}": each for name, each in found.items() if name not in how}
+    own = is_user_code(type(owner)) and not isinstance(owner, torch.utils.data.DataLoader)
+    return {f".{name}": each for name, each in found.items() if own or name not in HOW}
 
 
 def describe_container(values, seen):
