@@ -22,12 +22,12 @@ class Builder:
 
 
 def marks():
-    """Marks of user-defined norms, each written in another way, of a function with a set, and of a criterion."""
+    """Marks of user-defined norms, each written in another way, of functions with sets, and of a criterion."""
     with_eps = functools.partial(lambda eps, channels, num_groups: nn.BatchNorm2d(channels, eps), 1e-3)
     nested = (lambda inner: lambda channels, num_groups: inner(channels))(lambda channels: nn.Identity())
     norms = [reads_a_global, twice(0)[1], twice(1)[1], scaled_by(1.0), with_eps, nested, Builder()]
     others = [lambda x: x in {"a", "b", "c", "d", "e", "f", "g", "h"}, nn.CrossEntropyLoss(torch.arange(3.0))]
-    others += [parser_of({"eps": 1e-5}), Slotted({"eps": 1e-5})]
+    others += [parser_of({"eps": 1e-5}), Slotted({"eps": 1e-5}), scaled_by({reads_a_global})]
     parts = {
         "loader": [Builder(), {"a", "b", "c"}, dict.fromkeys(norms), lambda x: x in {"a", "b", "c"}],
         "model": norms,
