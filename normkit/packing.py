@@ -13,7 +13,7 @@ from normkit.randomness import GENERATORS, get_state, new_generator
 MAX_BYTES = 2**24  # of a value that a checkpoint keeps: a data set's images are not to be written each epoch
 CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 MUTABLE = (list, dict, set, collections.deque)
-GENERATOR_NAMES = dict(zip(("torch", "numpy", "numpy's legacy", "python"), GENERATORS))
+GENERATOR_NAMES = ("torch", "numpy", "numpy's legacy", "python")  # of GENERATORS, in files
 KINDS = {kind.__name__: kind for kind in (*CONTAINERS, collections.OrderedDict, collections.Counter)}
 
 
@@ -49,33 +49,32 @@ def pack(value, names, depth=8, own=True):
     if sum(map(size_of, leaves_of(value))) > MAX_BYTES:
         raise TypeError("it is too large to be kept")
     if kind in GENERATORS:
-        name = next(name for name, each in GENERATOR_NAMES.items() if each is kind)
-        return name, get_state(value), str(getattr(value, "device", "cpu"))
+        return GENERATOR_NAMES[GENERATORS.index(kind)], get_state(value), str(getattr(value, "device", "cpu"))
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return pack_array(value)
     if kind is range:
         return "range", value.start, value.stop, value.step
     if KINDS.get(kind.__name__) is kind:
-        inner = [[pack(each, names, depth - 1, False) for each in part] for part in lists_in(value)]
+        lists = [list(value), list(value.values())] if isinstance(value, dict) else [list(value)]
+        inner = [[pack(each, names, depth - 1, False) for each in part] for part in lists]
         return (kind.__name__, *inner, *([value.maxlen] if kind is collections.deque else []))
-    if not own or not is_foreign(value):
-        raise TypeError(f"a {kind.__name__} cannot be kept")
-    if isinstance(value, enum.Enum):
-        return "own", kind.__qualname__, pack(value.value, names, depth - 1, False)
+    if own and is_foreign(value):
+        return "own", kind.__qualname__, pack_own(value, names, depth - 1)
+    raise TypeError(f"a {kind.__name__} cannot be kept")
+
+
+def pack_own(value, names, depth):
+    """Packs what an object of a user-defined class is: an enum's value, a container or number, or attributes."""
+    kind = type(value)
     base = next((each for each in (*CONTAINERS, int, float, str) if isinstance(value, each)), None)
+    if isinstance(value, enum.Enum):
+        return pack(value.value, names, depth, False)
     if base is not None:
-        return "own", kind.__qualname__, pack(base(value), names, depth - 1, False)
+        return pack(base(value), names, depth, False)
     object.__reduce_ex__(value, 2)  # raises TypeError where it has more than attributes
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         raise TypeError(f"a {kind.__name__} has a way of its own to be kept")
-    return "own", kind.__qualname__, {
-        name: pack(each, names, depth - 1) for name, each in attributes_of(value).items()
-    }  # fmt: skip
-
-
-def lists_in(container):
-    """Returns lists of what a container holds: of a dict the keys and the values."""
-    return [list(container), list(container.values())] if isinstance(container, dict) else [list(container)]
+    return {name: pack(each, names, depth) for name, each in attributes_of(value).items()}
 
 
 def pack_array(value):
@@ -110,7 +109,7 @@ def unpack(packed, now, known):
         device = torch.device(parts[1])
         return parts[0].to(device) if torch.get_device_module(device).is_available() else parts[0]
     if kind in GENERATOR_NAMES:
-        return new_generator(GENERATOR_NAMES[kind], *parts)
+        return new_generator(GENERATORS[GENERATOR_NAMES.index(kind)], *parts)
     if kind not in KINDS:
         raise LookupError(f"a value of kind {kind!r} cannot be made")
     items = [[unpack(each, None, known) for each in part] for part in parts if isinstance(part, list)]
