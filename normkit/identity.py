@@ -132,7 +132,7 @@ def describe_value(value, with_tensors, seen):
 
 
 def describe_object(value, with_tensors):
-    """Returns the same for an object: by its class's code, by its repr, or by its public attributes."""
+    """Returns the same for an object: by its class's code if that is the user's, else by its repr or attributes."""
     kind = type(value)
     if is_user_code(kind):
         text, inner = describe_class(kind, [each for each in functions_of(kind) if each.__name__ not in BUILDING])

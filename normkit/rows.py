@@ -114,13 +114,13 @@ def add_rows(file, rows):
     with lock_of(file):
         kept = [row for row in read_rows(file) if row["settings"] != rows[0]["settings"]]
         try:
-            write_whole(file, text_of(kept + rows).encode())
+            write_whole(file, csv_of(kept + rows).encode())
         except OSError as error:
             message = f"{file} cannot be written: {error}. It holds the runs finished before; the same call goes on"
             raise OSError(error.errno, message) from error
 
 
-def text_of(rows, columns=()):
+def csv_of(rows, columns=()):
     """Returns rows of text as a CSV file has them, with a column for each name in any, and for these."""
     columns = dict.fromkeys([*(name for row in rows for name in row), *columns])
     lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
@@ -138,7 +138,7 @@ def table_of(rows):
     Only an empty cell is missing, as a norm may be called None. Whole numbers stay whole beside empty cells.
     """
     options = {"keep_default_na": False, "na_values": [""], "dtype": dict.fromkeys(TEXTS, str)}
-    text = text_of(rows, NUMBERS)  # also where all diverged
+    text = csv_of(rows, NUMBERS)  # also where all diverged
     table = pd.read_csv(io.StringIO(text, newline=""), **options)
     nullable = pd.read_csv(io.StringIO(text, newline=""), dtype_backend="numpy_nullable", **options)
     whole = {name: each for name, each in nullable.items() if each.dtype == "Int64" and 0 < each.count() < len(each)}

@@ -285,9 +285,8 @@ def describe_request(planned, data):
 
 def describe_machine(planned, device):
     """Returns the columns that say where and by what a run was computed."""
-    norm, _, _, recipe, keywords, _ = planned
-    net, backend = model.Net(norm, recipe.num_groups), keywords.get("backend", "auto")
+    net, backend = model.Net(planned.norm, planned.recipe.num_groups), planned.keywords.get("backend", "auto")
     device, _ = choose_device(device, net, backend)
-    precision = str(choose_precision(keywords.get("precision", "auto"), device)).removeprefix("torch.")
+    precision = str(choose_precision(planned.keywords.get("precision", "auto"), device)).removeprefix("torch.")
     backend = choose_backend(backend, net.to(device))[1].split(":")[0]
     return {"where": f"{device}, {precision}, torch {torch.__version__}", "backend": backend}

@@ -22,6 +22,7 @@ from normkit.fused.build import library
 from normkit.fused.layers import layers_of, parameters_of
 
 MAX_PIXELS = 40 * 40  # of an image: in larger maps the kernel's float32 sums lose digits of a norm's variance
+PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
 
 # The classes as they were when this was imported: somebody may put a subclass in their place.
 CHILDREN = dict.fromkeys("C1 C2 C3 C4 C5 C7 C8 C9".split(), ConvBlock)
@@ -36,7 +37,7 @@ CALLED += [(nn.Conv2d, "_conv_forward"), (model, "check_images")]
 CALLED += [(F, name) for name in "conv2d batch_norm group_norm relu dropout2d max_pool2d linear".split()]
 CALLED = [(owner, name, getattr(owner, name)) for owner, name in CALLED]
 # What an instance may have of its own: a forward, what compile() makes of it, a tensor that is no parameter.
-REPLACED = {"forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "weight", "bias"}
+OVERRIDES = {"forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "weight", "bias"}
 
 
 def replaced(called):
@@ -155,9 +156,6 @@ def of_code():
         yield f"{name} was replaced"
 
 
-PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
-
-
 def of_network(net, device_type="cpu"):
     """Yields the reasons unless net is a model.Net with its own module types, float32, on device_type, unhooked."""
     if type(net) is not Net:
@@ -176,9 +174,9 @@ def of_network(net, device_type="cpu"):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             yield f"{name_of(module, net)} has a hook"
         # An attribute goes before a parameter, a buffer or a module of the same name.
-        hiding = REPLACED.union(module._parameters, module._buffers, module._modules).intersection(module.__dict__)
-        if hiding:
-            yield f"{name_of(module, net)} has a {min(hiding)} of its own"
+        own = OVERRIDES.union(module._parameters, module._buffers, module._modules).intersection(module.__dict__)
+        if own:
+            yield f"{name_of(module, net)} has a {min(own)} of its own"
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and tensor.device.type != device_type:
                 yield f"{name_of(module, net)} is on {tensor.device}: {PLACES[device_type]}"
