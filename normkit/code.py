@@ -140,11 +140,21 @@ def code_of(functions):
     for function in functions:
         if function.__module__ == "model":
             with contextlib.suppress(OSError):  # there is no source
-                texts.append(str(mark_of_source(inspect.getsource(sys.modules["model"]), "NORMS", ())))
+                source, _ = source_as_loaded("model", id(sys.modules["model"].__spec__))
+                texts.append(str(mark_of_source(source, "NORMS", ())))
                 continue
         consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
         texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
     return f"{zlib.crc32(' '.join(texts).encode()):08x}"
+
+
+@functools.cache
+def source_as_loaded(name, number):
+    """Returns a module's source and its specification. The file may be edited: it is read once for each loading.
+
+    number: the id of the specification, which is another for each; held here, it leaves its id to no other.
+    """
+    return inspect.getsource(sys.modules[name]), sys.modules[name].__spec__
 
 
 def functions_of(kind):

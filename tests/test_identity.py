@@ -1,6 +1,8 @@
 """What makes another run is told apart, by what differs; what makes none is not."""
 
+import copy
 import functools
+import inspect
 import itertools
 import logging
 import os
@@ -228,3 +230,13 @@ def test_a_model_py_as_it_came_has_a_mark_that_every_python_computes(monkeypatch
     assert {where for where in before if before[where] != after[where]} == {
         f"model.C{i}" for i in (1, 2, 3, 4, 5, 7, 8, 9)
     }
+
+
+def test_a_model_py_that_is_edited_meanwhile_counts_once_it_is_loaded_anew(monkeypatch):
+    """Else a run would note the new code as what it had become, and a later one go on from it with that."""
+    before = dict(lines_of({"model": model.Net()}, {}))
+    edited = inspect.getsource(model).replace("x + skip", "x - skip")
+    monkeypatch.setattr(inspect, "getsource", lambda module: edited)
+    assert dict(lines_of({"model": model.Net()}, {})) == before
+    monkeypatch.setattr(model, "__spec__", copy.copy(model.__spec__))  # another one, as importlib.reload gives it
+    assert dict(lines_of({"model": model.Net()}, {}))["model.C1"] != before["model.C1"]
