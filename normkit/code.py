@@ -17,7 +17,7 @@ import torch
 from normkit.checksum import ADDRESS, crc32_of
 from normkit.objects import attributes_of, closed_over, codes_in, globals_in, is_library, is_user_code
 
-STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "configparser", "functools", "types"}
+STANDARD = sys.stdlib_module_names - {"argparse", "collections", "configparser", "functools", "types"}
 PARTS = ("__func__", "fget", "fset", "fdel", "func", "__wrapped__")  # of methods of a class, properties, caches
 NO_CODE = {"__module__", "__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__"}  # of a class
 

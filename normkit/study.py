@@ -189,13 +189,13 @@ def load_code(norm, builder, marks):
     """
     if builder is not None:
         model.NORMS[norm] = builder.value
-    if builder is not None and builder.content is not None and marks_of(norm) != marks:
-        kept = {model} if mark_of_network() == marks[1] else set()
-        stale = [each for each in sys.modules.values() if is_user_module(each) and each not in kept]
-        for module in reversed(stale):  # importers come last
-            with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
-                importlib.reload(module)
-        model.NORMS[norm] = builder.value
+        if builder.content is not None and marks_of(norm) != marks:
+            kept = {model} if mark_of_network() == marks[1] else set()
+            stale = [each for each in sys.modules.values() if is_user_module(each) and each not in kept]
+            for module in reversed(stale):  # importers come last
+                with contextlib.suppress(Exception):  # a file that is gone, or fails: what was read before stays
+                    importlib.reload(module)
+            model.NORMS[norm] = builder.value
     if mark_of_network() != marks[1]:
         raise RuntimeError(
             "model.Net is another one where this was asked for: reload model there, if it was edited; "
