@@ -8,6 +8,7 @@ import os
 import re
 
 import pandas as pd
+import torch
 from filelock import FileLock
 
 from normkit.files import make_folder, write_whole
@@ -118,6 +119,26 @@ def add_rows(file, rows):
         except OSError as error:
             message = f"{file} cannot be written: {error}. It holds the runs finished before; the same call goes on"
             raise OSError(error.errno, message) from error
+
+
+def cells_of(row):
+    """Returns a row as the file has it: all text, also the names, which of a user's notes may be numbers.
+
+    Raises ValueError where UTF-8 has no code for it, as of a file's name that was in another.
+    """
+    cells = {str(name): cell_of(name, value) for name, value in row.items()}
+    for name, text in cells.items():
+        if re.search("[\ud800-\udfff]", name + text):
+            raise ValueError(f"on_epoch notes {name!a}: {text!a:.60}, which no file of text can hold: note its repr")
+    return cells
+
+
+def cell_of(name, value):
+    """Returns the text that the file has of a value: of a metric six digits, of a note all, of what is missing none."""
+    value = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return ""
+    return str(float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value)
 
 
 def csv_of(rows, columns=()):

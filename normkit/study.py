@@ -5,14 +5,12 @@ import importlib
 import itertools
 import os
 import pickle
-import re
 import sys
 import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 
 import model
@@ -26,7 +24,7 @@ from normkit.network import mark_of_network, marks_of
 from normkit.placement import choose_device
 from normkit.progress import progress_bar
 from normkit.randomness import check_seed, generators_preserved
-from normkit.rows import NUMBERS, TEXTS, add_rows, check_place, find_done, number, read_rows, table_of
+from normkit.rows import NUMBERS, TEXTS, add_rows, cells_of, check_place, find_done, number, read_rows, table_of
 from utils import Recipe, get_recipe, run
 
 # Keywords of utils.run that say how a run is computed, and not what. Of these a choice that was made counts.
@@ -242,26 +240,6 @@ def run_or_begin_anew(checkpoint, **options):
         print(f"{options['norm']}, seed {options['seed']}, is begun anew, as what is kept of it is refused: {error}")
         forget(checkpoint)
         return run(checkpoint=checkpoint, **options)
-
-
-def cells_of(row):
-    """Returns a row as the file has it: all text, also the names, which of a user's notes may be numbers.
-
-    Raises ValueError where UTF-8 has no code for it, as of a file's name that was in another.
-    """
-    cells = {str(name): written(name, value) for name, value in row.items()}
-    for name, text in cells.items():
-        if re.search("[\ud800-\udfff]", name + text):
-            raise ValueError(f"on_epoch notes {name!a}: {text!a:.60}, which no file of text can hold: note its repr")
-    return cells
-
-
-def written(name, value):
-    """Returns the text that the file has of a value: of a metric six digits, of a note all, of what is missing none."""
-    value = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-    if pd.api.types.is_scalar(value) and pd.isna(value):
-        return ""
-    return str(float(f"{value:.6g}") if name in NUMBERS and isinstance(value, float) else value)
 
 
 def can_write(folder):
