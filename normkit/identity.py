@@ -117,7 +117,9 @@ def describe_value(value, with_tensors, seen):
     if isinstance(value, torch.Tensor | np.ndarray) or type(value).__module__.partition(".")[0] in ("pandas", "PIL"):
         return None if is_trained(value) and not with_tensors else text_of_array(value), {}
     if isinstance(value, CONTAINERS):
-        return describe_container(value, seen)
+        text, inner = describe_container(value, seen)
+        own = attributes_in(value, with_tensors) | {".__class__": type(value)} if is_user_code(type(value)) else {}
+        return text, inner | own
     if isinstance(value, functools.partial):
         return None, {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if isinstance(value, types.MethodType):

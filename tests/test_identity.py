@@ -114,6 +114,9 @@ OTHERS = {
     "loader.dataset.crop's SCALE has '1', this one's '2'": tuple(
         own(crop=written("def scaled(x): return x * SCALE", "scaled", SCALE=k)) for k in (1, 2)
     ),
+    "loader.dataset.crop.__class__ has 'Scale, code": tuple(
+        own(crop=written(f"class Scale(tuple):\n def __call__(self, x): return x * {k}", "Scale")()) for k in (1, 2)
+    ),
     "loader.dataset.crop.p has '0.5', this one's '0.6'": tuple(
         own(crop=v2.RandomHorizontalFlip(p)) for p in (0.5, 0.6)
     ),
