@@ -373,15 +373,15 @@ def trials_table(rows):
 def compare_norms(rows):
     """Returns the differences between norms in last-epoch test accuracy, in points, with 95 % confidence intervals.
 
-    rows: of study.run_many; runs are paired by seed. A difference is real, by this measure, where its interval leaves
-    out zero (Student's t), and no run diverged. Each interval is by itself: of twenty, one leaves out zero by chance.
+    rows: of study.run_many; runs are paired by seed. A difference is significant where its interval leaves out
+    zero (Student's t), and no run diverged. Each interval is by itself: of twenty, one leaves out zero by chance.
     Norms are compared within a recipe, and within each value of a setting that was swept as well; one in which they
     differ is named beside them.
     """
     from scipy import stats  # takes longer to import than all else here
 
     last, names = separated(last_epochs(rows, "norm", "seed"))
-    columns = [*names, "difference", "points", "95 % interval", "real", "seeds"]
+    columns = [*names, "difference", "points", "95 % interval", "significant", "seeds"]
     columns += ["diverged"] if last["test_acc"].isna().any() else []
     lines = []
     for group, each in groups_of(last, names):
@@ -393,7 +393,7 @@ def compare_norms(rows):
             half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
             low, high = gaps.mean() - half, gaps.mean() + half
             interval = f"{low:+.2f} to {high:+.2f}" if len(gaps) > 1 else "takes two seeds"
-            line |= {"95 % interval": interval, "real": "yes" if low * high > 0 and not diverged else "not shown"}
+            line |= {"95 % interval": interval, "significant": "yes" if low * high > 0 and not diverged else "no"}
             lines.append(line | {"seeds": len(gaps), "diverged": diverged})
     return pd.DataFrame(lines, columns=columns).set_index([*names, "difference"])
 

@@ -83,7 +83,7 @@ def test_the_readme_is_short_and_its_first_command_near():
 
 def test_the_differences_between_norms():
     found = compare_norms(rows_of("seeds"))
-    assert (found.loc["best", "seeds"] == 10).all() and (found.loc["best", "real"] == "not shown").all()
+    assert (found.loc["best", "seeds"] == 10).all() and (found.loc["best", "significant"] == "no").all()
     assert "With the tuned recipe ten seeds show no lead" in text_between("## What can be concluded", "## Your own")
     for difference, *cells in table_in(RESULTS, "Differences in test accuracy"):
         for recipe, cell in zip(("classic", "best"), cells, strict=True):
@@ -121,7 +121,7 @@ def test_what_is_said_of_chance():
     said = text_between("## What can be concluded", "## Your own model")
     lead = found.loc[("classic", ["batch - group", "batch - layer"]), :]
     assert "leads by four points" in said and all(3.5 < float(points) < 4.5 for points in lead["points"])
-    assert list(lead["real"]) == ["yes"] * 2 and set(found.loc["best", "real"]) == {"not shown"}
+    assert list(lead["significant"]) == ["yes"] * 2 and set(found.loc["best", "significant"]) == {"no"}
     training = last_epochs(rows_of("seeds")).query("recipe == 'classic'").groupby("norm")["train_acc"].mean()
     assert training["batch"] - training[["group", "layer"]].max() > 3  # "by as much in training accuracy"
 
@@ -257,7 +257,7 @@ def test_what_is_said_of_batch_sizes():
     lead = means["batch"] - means[["group", "layer"]].max(axis=1)
     assert (lead[64:] > 0).all() and (lead[64:] < 1).all()
     found = compare_norms(rows_of("batch_sizes")).loc["best"]  # "its lead over group norm at 512 ... they do"
-    leads = [(size, pair) for size, pair in found.index[found["real"] == "yes"] if size >= 64 and "batch" in pair]
+    leads = [(size, pair) for size, pair in found.index[found["significant"] == "yes"] if size >= 64 and "batch" in pair]
     assert leads == [(512, "batch - group")] and means.loc[512].nlargest(2).index[1] == "layer"  # no lead over the next
     assert f"group norm at 512, {found.loc[leads[0], 'points'][1:]} points" in " ".join(RESULTS.split())
     middle = means.loc[8:32]

@@ -132,18 +132,18 @@ def test_norms_are_compared_seed_by_seed(rows):
     half = 2.776 * 0.5477 / math.sqrt(5)
     assert table.loc[("best", "batch - layer"), "points"] == "+1.40"
     assert table.loc[("best", "batch - layer"), "95 % interval"] == f"{1.4 - half:+.2f} to {1.4 + half:+.2f}"
-    assert (table["real"] == "yes").all()
+    assert (table["significant"] == "yes").all()
     rows.loc[(rows["norm"] == "layer") & (rows["seed"] == 0), "test_acc"] = 90.0
-    assert (tables.compare_norms(rows)["real"] == "not shown").all()
+    assert (tables.compare_norms(rows)["significant"] == "no").all()
 
 
 def test_where_a_run_diverged_no_difference_is_called_real(rows):
     one = (rows["norm"] == "batch") & (rows["seed"] == 3)
     rows = rows.assign(diverged=np.where(one, "boom", None), test_acc=rows["test_acc"].mask(one))
     table = tables.compare_norms(rows)
-    assert table.loc[("best", "batch - layer"), ["real", "seeds", "diverged"]].tolist() == ["not shown", 4, 1]
+    assert table.loc[("best", "batch - layer"), ["significant", "seeds", "diverged"]].tolist() == ["no", 4, 1]
     table = tables.compare_norms(rows[~one])
-    assert table.loc[("best", "batch - layer"), ["real", "seeds"]].tolist() == ["yes", 4]
+    assert table.loc[("best", "batch - layer"), ["significant", "seeds"]].tolist() == ["yes", 4]
 
 
 # ------------------------------------------------------------------- settings swept beside the seed
@@ -165,7 +165,7 @@ def test_a_setting_swept_beside_the_seed_is_not_mixed_in(swept):
     assert table.loc[("classic", 0.001, "batch"), "test accuracy %"] == "31.00 ± 1.41"
     differences = tables.compare_norms(swept)
     assert differences.index.names == ["recipe", "lr", "difference"] and (differences["seeds"] == 2).all()
-    assert (differences["points"] == "-10.00").all() and (differences["real"] == "yes").all()
+    assert (differences["points"] == "-10.00").all() and (differences["significant"] == "yes").all()
     ax = plots.plot_seeds(swept).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == [
         "classic recipe\nlr 0.01",
@@ -242,9 +242,9 @@ def test_one_seed_has_no_interval_and_no_warning(rows):
         table = tables.compare_norms(rows[rows["seed"] == 1])
         same = tables.compare_norms(rows.assign(test_acc=50.0))
         apart = tables.compare_norms(rows[(rows["norm"] == "batch") == (rows["seed"] < 2)])
-    assert table.loc["best"].loc["batch - layer"].tolist() == ["+2.00", "takes two seeds", "not shown", 1]
-    assert same.loc["best"].loc["batch - layer"].tolist() == ["+0.00", "+0.00 to +0.00", "not shown", 5]
-    assert apart.loc["best"].loc["batch - layer"].tolist() == ["", "takes two seeds", "not shown", 0]
+    assert table.loc["best"].loc["batch - layer"].tolist() == ["+2.00", "takes two seeds", "no", 1]
+    assert same.loc["best"].loc["batch - layer"].tolist() == ["+0.00", "+0.00 to +0.00", "no", 5]
+    assert apart.loc["best"].loc["batch - layer"].tolist() == ["", "takes two seeds", "no", 0]
 
 
 def test_rows_without_the_name_of_a_recipe(rows):
