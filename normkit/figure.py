@@ -14,6 +14,12 @@ class Picture(Figure):
         super().__init__(*args, **options)
         self.style = style
 
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        """Returns no data of its own, and what a notebook keeps beside its PNG: words for who cannot see it."""
+        axes = [text for ax in self.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel())]
+        texts = dict.fromkeys(" ".join(text.split()) for text in (self.get_suptitle(), *axes))
+        return {}, {"image/png": {"alt": "; ".join(filter(None, texts))}}
+
     def draw(self, renderer):
         with self.style():
             super().draw(renderer)

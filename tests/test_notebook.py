@@ -33,7 +33,9 @@ def test_runs_from_start_to_end(tmp_path):
     options = {"cwd": ROOT, "progress_bar": False, "shutdown_kernel": "immediate"}
     done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", **options)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
-    assert len(outputs(done, "image/png")) == PICTURES + norms and len(outputs(done, "text/html")) == 6
+    pictures = outputs(done, "image/png")
+    assert len(pictures) == PICTURES + norms and len(outputs(done, "text/html")) == 6
+    assert all(picture.metadata["image/png"]["alt"] for picture in pictures)  # for who cannot see them
     text = "".join(output.text for cell in done.cells for output in cell.get("outputs", []) if "text" in output)
     assert text.count("Epoch 1") == text.count("Test set: Average loss") == norms + 2  # and two of one's own
     assert text.count("Nothing filled in yet.") == 7
