@@ -257,7 +257,8 @@ def test_what_is_said_of_batch_sizes():
     lead = means["batch"] - means[["group", "layer"]].max(axis=1)
     assert (lead[64:] > 0).all() and (lead[64:] < 1).all()
     found = compare_norms(rows_of("batch_sizes")).loc["best"]  # "its lead over group norm at 512 ... they do"
-    leads = [(size, pair) for size, pair in found.index[found["significant"] == "yes"] if size >= 64 and "batch" in pair]
+    significant = found.index[found["significant"] == "yes"]
+    leads = [(size, pair) for size, pair in significant if size >= 64 and "batch" in pair]
     assert leads == [(512, "batch - group")] and means.loc[512].nlargest(2).index[1] == "layer"  # no lead over the next
     assert f"group norm at 512, {found.loc[leads[0], 'points'][1:]} points" in " ".join(RESULTS.split())
     middle = means.loc[8:32]

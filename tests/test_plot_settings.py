@@ -146,4 +146,5 @@ def test_interactive_mode_stays_as_a_backend_sets_it():
 
 def test_a_notebook_keeps_the_words_of_a_picture_for_who_cannot_see_it(results):
     figure = plots.plot_curves(results[:1])
-    assert figure._repr_mimebundle_() == ({}, {"image/png": {"alt": "synthetic stand-in; Loss; cross-entropy, nats; epoch; Accuracy; accuracy, %"}})
+    words = "synthetic stand-in; Loss; cross-entropy, nats; epoch; Accuracy; accuracy, %"
+    assert figure._repr_mimebundle_() == ({}, {"image/png": {"alt": words}})
