@@ -80,6 +80,7 @@ CHANGES = {  # what is done to the network -> what the reason says
     "norm without affine": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, affine=False)), "lacks a weight or"),
     "cumulative average": (lambda net: setattr(net.C9, "norm", nn.BatchNorm2d(32, momentum=None)), "keeps no expo"),
     "eps 0": (lambda net: setattr(net.C9.norm, "eps", 0.0), "C9.norm has eps=0.0"),
+    "eps 1e-40": (lambda net: setattr(net.C9.norm, "eps", 1e-40), "C9.norm has eps=1e-40"),
     "momentum as text": (lambda net: setattr(net.C9.norm, "momentum", "0.1"), "C9.norm has momentum='0.1'"),
     "dropout 1.5": (lambda net: setattr(net.C9.dropout, "p", 1.5), "C9.dropout has p=1.5"),
     "dropout as a tensor": (lambda net: setattr(net.C9.dropout, "p", torch.tensor(0.5)), "has p=tensor(0.5"),

@@ -22,6 +22,7 @@ from normkit.fused.build import library
 from normkit.fused.layers import layers_of, parameters_of
 
 MAX_PIXELS = 40 * 40  # of an image: in larger maps the kernel's float32 sums lose digits of a norm's variance
+MIN_EPS = 1e-30  # of a norm: in float32 much smaller ones underflow, and their inverses overflow
 PLACES = {"cpu": "the kernel is for CPUs", "cuda": "graphs are for CUDA"}
 
 # The classes as they were when this was imported: somebody may put a subclass in their place.
@@ -249,7 +250,7 @@ def of_norm(norm, K):
         tensors += statistics
     elif type(norm.num_groups) is not int or norm.num_groups < 1 or K % norm.num_groups:
         yield norm, f"has {norm.num_groups!r} groups for {K} channels"
-    if not is_number(norm.eps) or not norm.eps > 0:
+    if not is_number(norm.eps) or not norm.eps >= MIN_EPS:
         yield norm, f"has eps={norm.eps!r}"
     yield from of_tensors(norm, *tensors)
     if any(tensor.shape != (K,) for tensor in tensors):

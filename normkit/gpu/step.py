@@ -15,7 +15,6 @@ WIDTHS = (8, 16, 32)  # channels of a layer
 MAX_PIXELS = 32 * 32  # of an image, which group norm's kernels keep in registers
 MAX_BATCH = 2**15  # images: indices of an activation's elements have 32 bits
 MAX_CLASSES = 128  # whose weights a program keeps in registers
-MIN_EPS = 1e-30  # of a norm, or float32 has none
 CONV_PROGRAMS = 256  # about two for each multiprocessor of an H200, where 128 and 512 were slower
 SUM_BLOCK = 64  # columns of shares that a program sums up
 
@@ -46,8 +45,6 @@ def reason_against(layers, images=None, frozen=False):
             return f"a layer has {K} channels, and the kernels take {', '.join(map(str, WIDTHS))}"
         if layer.kind == params.AVGPOOL_LINEAR and K > MAX_CLASSES:
             return f"there are {K} classes, and the kernels take {MAX_CLASSES} at most"
-        if layer.kind == params.CONV_NORM_RELU and layer.norm.eps < MIN_EPS:
-            return f"a norm has eps={layer.norm.eps:g}, and the kernels take {MIN_EPS:g} at least"
     if images is not None:
         N, _, H, W = images.shape
         if H * W > MAX_PIXELS:
