@@ -217,6 +217,15 @@ def test_without_a_compiler_the_modules_run_and_one_line_says_why(cache, monkeyp
     assert BROKEN[compiler] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("compiler", [None, ""])
+def test_where_cxx_names_none_the_command_that_installs_a_compiler_is_named(cache, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", "")
+    if compiler is None:
+        monkeypatch.delenv("CXX")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/dnf" if name == "dnf" else None)
+    assert build.library().reason == "no C++ compiler: 'c++' is not there; sudo dnf install gcc-c++"
+
+
 def test_a_compiler_that_gives_no_answer_is_not_waited_for(cache, monkeypatch):
     monkeypatch.setenv("CXX", "sh -c 'exec sleep 60'")
     monkeypatch.setattr(build, "ASKING", 0.1)

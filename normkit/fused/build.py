@@ -123,13 +123,14 @@ def compile_command():
 
 def compiler_words():
     """Returns the compiler, with whatever flags CXX gives it, as words."""
+    given = os.environ.get("CXX")
     try:
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        compiler = shlex.split(given or "c++")
     except ValueError as error:
-        raise BuildError(f"the environment variable CXX is no command, {error}: {os.environ['CXX']}") from None
+        raise BuildError(f"the environment variable CXX is no command, {error}: {given}") from None
     if not compiler or shutil.which(compiler[0]) is None:
-        if "CXX" in os.environ:
-            raise BuildError(f"the environment variable CXX names no C++ compiler that is there: {os.environ['CXX']!r}")
+        if given:
+            raise BuildError(f"the environment variable CXX names no C++ compiler that is there: {given!r}")
         how = next((command for manager, command in INSTALL.items() if shutil.which(manager)), "install g++ or clang++")
         raise BuildError(f"no C++ compiler: {' '.join(compiler)!r} is not there; {how}")
     return compiler
