@@ -13,10 +13,10 @@ class DropoutScales:
         drop = [block.dropout.p if block.dropout.training else 0 for block in blocks]
         sizes = [N * block.conv._parameters["weight"].shape[0] for block in blocks]
         self.drawn = torch.empty(sum(sizes) if any(drop) else 0, dtype=torch.float32, device=device)
-        parts = self.drawn.split(sizes) if any(drop) else []
+        parts = self.drawn.split(sizes) if any(drop) else [None] * len(blocks)
         self.parts = [(part, p, 1 - p or 1.0) for part, p in zip(parts, drop) if p]
         self.kept = {kept for _, _, kept in self.parts}
-        self.scales = [part if p else None for part, p in zip(parts, drop)] or [None] * len(blocks)
+        self.scales = [part if p else None for part, p in zip(parts, drop)]
 
     def draw(self):
         """Draws new factors, and returns scales."""

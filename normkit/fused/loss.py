@@ -106,11 +106,9 @@ def is_plain_step(criterion, images, parameters):
 
 def is_cross_entropy(criterion):
     """Returns whether a criterion is the plain mean cross-entropy."""
-    if any(replaced(CALLED)):
+    if not IS_ORIGINAL or any(replaced(CALLED)):
         return False
-    if type(criterion) is nn.CrossEntropyLoss:
-        return IS_ORIGINAL and vars(criterion) == SETTINGS
-    return IS_ORIGINAL and criterion is F.cross_entropy
+    return criterion is F.cross_entropy or type(criterion) is nn.CrossEntropyLoss and vars(criterion) == SETTINGS
 
 
 def is_watched(parameter):
