@@ -401,8 +401,7 @@ def test_images_of_any_strides(name, needs_grad):
 
 
 def test_hooks_of_saved_tensors_and_checkpointing():
-    fused = fuse(model.Net("batch", dropout=0))
-    losses = []
+    fused, losses = fuse(model.Net("batch", dropout=0)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
         losses.append(fused(IMAGES).square().sum())
     assert "packs saved tensors" in fused.reason
