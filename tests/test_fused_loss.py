@@ -357,13 +357,16 @@ def test_any_number_of_threads_takes_the_same_step(N, norm, dtype, monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("N, K", [(1, 10), (7, 10), (3, 1), (5, 33)])
 def test_the_cross_entropy_is_the_definitions(N, K, scale):
-    logits, labels = torch.randn(N, K) * scale, torch.randint(K, (N,))
-    scores, gradient = torch.empty(2), torch.empty(N, K)
-    tensors = [each.data_ptr() for each in (logits, labels, gradient, scores)]
-    library().functions.cross_entropy_float(N, K, *tensors)
-    exact = logits.double().requires_grad_()
+    net, labels = model.Net("group", dropout=0), torch.randint(K, (N,))
+    net.C10 = model.Conv2d(32, K, 1)
+    for parameter in net.C10.parameters():
+        parameter.data *= scale
+    fast = FusedLoss(fuse(net), F.cross_entropy, torch.float32)
+    loss, correct = fast.forward(torch.randn(N, 3, 8, 8), labels)
+    exact = fast.step.logits.flatten(1).double().requires_grad_()
+    fast.backward()
     expected = F.cross_entropy(exact, labels)
     expected.backward()
-    torch.testing.assert_close(scores[0].double(), expected.detach(), rtol=1e-6, atol=1e-7)
-    assert scores[1] == (logits.argmax(1) == labels).sum()  # with scale 0 all are equal: the first counts
-    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+    assert correct == (exact.argmax(1) == labels).sum()  # with scale 0 all are equal: the first counts
+    torch.testing.assert_close(net.C10.bias.grad.double(), exact.grad.sum(0), rtol=1e-5, atol=1e-7)

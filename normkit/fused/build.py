@@ -20,7 +20,7 @@ import platformdirs
 from normkit.fused.params import LayerParams
 
 SOURCES = Path(__file__).with_name("csrc")
-FUNCTIONS = "layer_params_size", "forward", "backward", "step", "cross_entropy"
+FUNCTIONS = "layer_params_size", "forward", "backward", "step"
 ACTIVATIONS = "float", "bf16"  # C++'s types of them: each has its functions, such as forward_bf16
 ASKING, BUILDING = 30, 300  # seconds a compiler is waited for; they take one, and five to ten
 
@@ -220,7 +220,7 @@ def declare(functions, activation):
     for name in names:
         if not hasattr(functions, name):
             raise BuildError(f"the compiled kernel does not export {name}: does CXX have a flag that hides it?")
-    params_size, forward, backward, step, cross_entropy = (getattr(functions, name) for name in names)
+    params_size, forward, backward, step = (getattr(functions, name) for name in names)
     params_size.restype = ctypes.c_int64
     if params_size() != ctypes.sizeof(LayerParams):
         raise BuildError("the compiled kernel's LayerParams is not the one of params.py")
@@ -228,6 +228,4 @@ def declare(functions, activation):
     forward.argtypes = [*layers, ctypes.c_bool, ctypes.c_int64, ctypes.c_void_p]
     backward.argtypes = [*layers, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     step.argtypes = [*layers, ctypes.c_int64, *[ctypes.c_void_p] * 3]
-    cross_entropy.argtypes = [ctypes.c_int64] * 2 + [ctypes.c_void_p] * 4
-    cross_entropy.restype = None
     forward.restype = backward.restype = step.restype = ctypes.c_int64

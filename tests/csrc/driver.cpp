@@ -96,7 +96,6 @@ struct Run {
     const auto forward = use_bf16 ? forward_bf16 : forward_float;
     const auto backward = use_bf16 ? backward_bf16 : backward_float;
     const auto step = use_bf16 ? step_bf16 : step_float;
-    const auto cross_entropy = use_bf16 ? cross_entropy_bf16 : cross_entropy_float;
     const int64_t count = layers.size(), threads = omp_get_max_threads();
     const bool needs_grad = mode != EVALUATE;
     const std::unique_ptr<char[]> activations(new char[forward(layers.data(), count, needs_grad, threads, nullptr)]);
@@ -109,7 +108,6 @@ struct Run {
     backward(layers.data(), count, threads, activations.get(), gradients.get());
     if (mode != TRAIN) return;
     float scores[2];
-    cross_entropy(last.N, last.K, (const float*)last.out, labels.data(), Values(last.N * last.K), scores);
     const std::unique_ptr<char[]> both(new char[step(layers.data(), count, threads, labels.data(), scores, nullptr)]);
     step(layers.data(), count, threads, labels.data(), scores, both.get());
   }

@@ -26,11 +26,6 @@ int64_t FUNCTION(step)(LayerParams* layers, int64_t count, int64_t threads, cons
                        char* workspace) {
   return Network<ACTIVATION>{layers, count, threads}.step<GradientFactor<ACTIVATION>>(labels, scores, workspace);
 }
-
-void FUNCTION(cross_entropy)(int64_t N, int64_t K, const float* logits, const int64_t* labels, float* dlogits,
-                             float* scores) {
-  cross_entropy_sum(N, K, logits, labels, dlogits, N).store(N, scores);
-}
 }
 
 #undef FUNCTION
