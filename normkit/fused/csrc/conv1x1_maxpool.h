@@ -95,14 +95,7 @@ template <typename T> struct Conv1x1MaxPool {
     }
   }
 
-  void reduce(const Thread& thread, int64_t chunks) const {
-    thread.for_each(K, [&](int64_t k) {
-      p.dbias[k] = 0;
-      for (int64_t chunk = 0; chunk < chunks; chunk++) p.dbias[k] += p.grads[chunk * grad_size + dweight_size + k];
-      for (int64_t c = 0; c < C; c += LANES)
-        store(p.dweight + k * C + c, sum_of_chunks(p.grads + k * C + c, chunks, grad_size));
-    });
-  }
+  void reduce(const Thread& thread, int64_t chunks) const { reduce_linear(p, thread, chunks, grad_size, dweight_size); }
 };
 
 }  // namespace

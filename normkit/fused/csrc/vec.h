@@ -132,13 +132,6 @@ template <int64_t size, typename Body> inline Sums<size> sum_up(int64_t count, B
   return sums[0];
 }
 
-// The sum of values that each of the chunks has `chunk_size` behind the one before.
-inline vec_f32 sum_of_chunks(const float* first, int64_t chunks, int64_t chunk_size) {
-  vec_f32 sum = {};
-  for (int64_t chunk = 0; chunk < chunks; chunk++) sum += load(first + chunk * chunk_size);
-  return sum;
-}
-
 // The values where the condition holds, else 0.
 inline vec_f32 select(vec_i32 condition, vec_f32 values) { return (vec_f32)(condition & (vec_i32)values); }
 
