@@ -79,10 +79,17 @@ def compute_logits(network, images, compute_dtype):
 
 @contextlib.contextmanager
 def evaluating(network):
-    """Puts a network into evaluation mode; on exit, restores each module's mode by its own train()."""
+    """Puts a network into evaluation mode; on exit, restores each module's mode by its own train().
+
+    An exported program has no modes, and computes in the one in which it was exported.
+    """
     modes = [(module, module.training) for module in network.modules() if hasattr(module, "training")]
     with torch.no_grad():  # as train() may merge weights, in place
-        network.eval()
+        try:
+            network.eval()
+        except NotImplementedError:
+            if not isinstance(network, torch.fx.GraphModule):
+                raise
     try:
         yield
     finally:

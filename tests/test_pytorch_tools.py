@@ -141,6 +141,11 @@ def test_export(net):
     exported = torch.export.export(net.eval(), (IMAGES,), dynamic_shapes={"images": {0: batch}})
     for n in (1, 4):
         torch.testing.assert_close(exported.module()(IMAGES[:n]), net(IMAGES[:n]))
+    batches = [(IMAGES, LABELS), (IMAGES[:1], LABELS[:1])]
+    torch.testing.assert_close(utils.predict(exported.module(), batches), utils.predict(net, batches))
+    assert utils.test(exported.module(), batches).accuracy == utils.test(net, batches).accuracy
+    with pytest.raises(NotImplementedError, match="train"):
+        utils.train(exported.module(), batches, torch.optim.SGD(exported.module().parameters(), 0.1), progress=False)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
