@@ -395,7 +395,9 @@ RECIPES = {
 
 def get_recipe(recipe="classic", **changes):
     """Returns a Recipe, or the one of that name in RECIPES, with the changes that are not None."""
-    if not isinstance(recipe, Recipe):
+    if type(recipe).__qualname__ == "Recipe":  # also one of an earlier loading of this module
+        recipe = Recipe(**asdict(recipe))
+    elif not isinstance(recipe, Recipe):
         checks.check_choice("recipe", recipe, list(RECIPES))
         recipe = RECIPES[recipe]
     return recipe.replace(**changes)

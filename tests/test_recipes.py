@@ -1,4 +1,5 @@
 import copy
+import importlib.util
 import math
 import random
 from dataclasses import FrozenInstanceError, asdict, fields
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import model
 import utils
-from normkit import muon
+from normkit import muon, study
 from normkit.data import Data
 from normkit.randomness import generators_preserved
 from normkit.synthetic import make_synthetic
@@ -59,6 +60,16 @@ def test_a_recipe_knows_which_numbers_of_groups_there_are(groups):
 @pytest.mark.parametrize("groups", [np.int64(4), torch.tensor(4), np.str_("channels")])
 def test_a_number_of_groups_of_anothers_is_a_plain_one(groups):
     assert type(utils.Recipe(num_groups=groups).num_groups) in (int, str)
+
+
+def test_a_recipe_of_another_loading_of_utils_is_one_too(small, tmp_path):
+    """As after importlib.reload(utils): the notebook has one of the classes, and study the other."""
+    spec = importlib.util.spec_from_file_location("utils_anew", utils.__file__)
+    spec.loader.exec_module(anew := importlib.util.module_from_spec(spec))
+    recipe = anew.get_recipe("best", lr=0.02)
+    assert utils.get_recipe(recipe) == utils.get_recipe("best", lr=0.02)
+    runs = [{"norm": "batch", "epochs": 1, "recipe": each} for each in (recipe, utils.get_recipe("best", lr=0.02))]
+    assert len(study.run_many(runs, small.first(9, 5), tmp_path / "study.csv")) == 1  # they are the same
 
 
 def test_a_recipe_cannot_be_changed_and_shows_its_settings_in_one_line():
