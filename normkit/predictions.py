@@ -62,10 +62,7 @@ def logits_by_name(data, given):
 
 
 def class_names(data, *logits):
-    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer.
-
-    A dollar is one, and begins no formula.
-    """
+    """Returns a name for each column of the logits: of the data's classes, of which there may be fewer."""
     columns = max([each.shape[1] for each in logits], default=0)
-    names = [str(name).replace("$", r"\$") for name in data.classes]
+    names = [str(name) for name in data.classes]
     return names + [f"class {label}" for label in range(len(names), columns)]

@@ -136,11 +136,14 @@ def plot_by_layer(rows, quantity):
     for ax, panel in zip(axes[0], panels):
         for norm, each in panel.groupby("norm", sort=False):
             means = each.groupby("layer")["value"].mean().reindex(layers)  # a gap where a network has no such layer
-            ax.plot(layers, means, "-o", color=colors[norm], markersize=5)
+            ax.plot(range(len(layers)), means, "-o", color=colors[norm], markersize=5)
+        ax.set_xticks(range(len(layers)), layers)
         steps = " to ".join(map(str, sorted({panel["step"].min(), panel["step"].max()})))
         ax.set_title("at the start" if steps == "0" else f"after {steps} steps")
     if quantity == "gradient norm":
         axes[0, 0].set_yscale("log")
+        for label in axes[0, 0].get_yticklabels(which="both"):
+            label.set_parse_math(True)  # powers of ten are formulas, which names are not
     axes[0, 0].set_ylabel(captions[quantity])
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
     legend_below(figure, lines, colors)

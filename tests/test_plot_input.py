@@ -9,13 +9,14 @@ import math
 import pandas as pd
 import pytest
 import torch
-from helpers import drawn, study
+from helpers import drawn, study, texts_of
 from matplotlib import pyplot as plt
 
+import model
 import utils
-from normkit import plots
+from normkit import anatomy, plots, probes
 from normkit.data import Data
-from normkit.robustness import calibration, plot_calibration
+from normkit.robustness import calibration, corruptions, plot_calibration, plot_corruptions
 
 
 def row(**changes):
@@ -169,3 +170,41 @@ def test_labels_of_seeds_lie_within_the_axes():
     boxes = [text.get_window_extent() for text in ax.texts]
     assert len(boxes) == 3 and all(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 for box in boxes)
     plt.close("all")
+
+
+def test_dollars_in_names_begin_no_formula(data):
+    first, second = names = ["$0 to $50", "$\\frac{$"]  # matplotlib would not read the second
+    named = dataclasses.replace(data, name=second)
+    logits = dict(zip(names, torch.randn(2, len(data.test_labels), 10)))
+    swept = study(norm=names, seed=range(2), batch_size=[2, 4]).assign(data=second)
+    measured = [
+        {"norm": norm, "seed": 0, "step": step, "quantity": quantity, "layer": layer, "rate": rate, "value": 0.001}
+        for norm in names for step in (0, 1) for quantity in ("gradient norm", "loss") for layer in names
+        for rate in (1, 2)
+    ]  # fmt: skip
+    measured = pd.DataFrame(measured).assign(data=second)
+    images = corruptions(data.test_images[:1])
+    bars = pd.DataFrame({"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in names)
+    gradients = probes.plot_by_layer(measured, "gradient norm")
+    figures = [
+        plots.plot_curves(dict.fromkeys(names, HISTORY), second),
+        plots.plot_disagreements(named, logits),
+        plots.plot_confusions(named, logits),
+        plots.plot_seeds(swept),
+        plots.plot_league(swept),
+        plots.plot_batch_sizes(swept),
+        plots.plot_learning_rates(swept.assign(base_lr=swept["batch_size"])),
+        plot_calibration(named, logits),
+        plot_corruptions(bars, images, second),
+        anatomy.plot_norm_sets(dict.fromkeys(names, torch.nn.GroupNorm(4, 16))),
+        anatomy.plot_activations({second: dict.fromkeys(names, model.Net())}, torch.randn(2, 3, 8, 8), second),
+        probes.plot_loss_ranges(measured),
+        gradients,
+    ]
+    for figure in figures:
+        drawn(figure)
+        texts = [text for text in texts_of(figure) if "$0" in text.get_text() or "frac" in text.get_text()]
+        assert texts and not any(text._preprocess_math(text.get_text())[1] for text in texts)
+    powers = [text.get_text() for text in gradients.axes[0].get_yticklabels() if text.get_text()]
+    assert powers and all(text.startswith(r"$\mathdefault{10^{") for text in powers)
+    assert all(text.get_parse_math() for text in gradients.axes[0].get_yticklabels())
