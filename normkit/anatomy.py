@@ -17,7 +17,7 @@ from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
 from normkit.copies import blocks_of, copy_of
-from normkit.style import COLORS, colors_of, styled, subplots
+from normkit.style import COLORS, colors_of, panels, styled, subplots
 from normkit.text import legend_below
 
 
@@ -84,11 +84,11 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     layers: a dict from a name to a norm layer for `channels` channels. Which to colour is measured: those where
     the gradient of one output of the front image's last channel is not zero.
     """
-    figure, axes = subplots(1, len(layers), figsize=(2.9 * len(layers), 2.5), squeeze=False)
+    figure, axes = panels(len(layers), (2.9, 2.5))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, channels, size, size, generator=generator, dtype=torch.float32, device="cpu")
     colors = colors_of(layers)
-    for ax, (name, layer) in zip(axes[0], layers.items()):
+    for ax, (name, layer) in zip(axes, layers.items()):
         shared = moved_by(layer_of(layer), x, 0, channels - 1, 0, 0).flatten(2)  # N, C, H·W
         draw_block(ax, shared, colors[name])
         ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
@@ -335,9 +335,10 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
     norm = kept[block]
     channel = whole_number("channel", channel, 0, len(norm.running_mean) - 1)
     loaders = loaders if isinstance(loaders, list | tuple) and not is_batch(loaders[0]) else [loaders]
-    figure, axes = subplots(1, len(loaders), figsize=(11, 3.2), sharey=True, squeeze=False)
+    size = (max(1.8, 11 / len(loaders)), 3.2)
+    figure, axes = panels(len(loaders), size, f"mean of {block}, channel {channel}", sharey=True)
     color = COLORS["batch"]
-    for ax, loader in zip(axes[0], loaders):
+    for ax, loader in zip(axes, loaders):
         norm.reset_running_stats()
         means, running, sizes = [], [], []
 
@@ -357,7 +358,6 @@ def plot_running_statistics(model, loaders, block="C9", channel=0, steps=120, ti
         spread = f": ± {np.std(means):.2f}" if len(means) > 1 else ""
         ax.set(xlabel="batches seen", title=f"batches of {max(sizes)}{spread}")
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0, 0].set_ylabel(f"mean of {block}, channel {channel}")
     handles = [Line2D([], [], color="#9A9A9A", marker=".", linestyle=""), Line2D([], [], color=color)]
     names = ["mean of one batch (used in training)", "running mean (used in evaluation)"]
     legend_below(figure, handles, names)

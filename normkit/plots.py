@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import COLORS, axes_or_new, colors_of, new_figure, styled, subplots
+from normkit.style import COLORS, axes_or_new, colors_of, new_figure, on_page, panels, styled, subplots
 from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 from normkit.text import (
     LINE,
@@ -259,18 +259,19 @@ def plot_confusions(data, logits):
     logits = logits_by_name(data, logits)
     names, colors = class_names(data, *logits.values()), colors_of(logits)
     step = math.ceil(len(names) / 25)  # of many classes, not all are named
-    columns = rows = [shortened(name) for name in names[::step]]
-    if len(rows) <= 10:  # which have room for two lines
-        rows = [broken(name, max(24, len(name) // 2 + 5)) for name in names]
-    classes, spacing, longest = range(len(names)), min(0.16, 0.8 / len(logits)), max(map(len, columns))
-    figure = new_figure((max(11, 3.6 * len(logits)), 7.2 + 0.16 * max(0, longest - 10)))
-    grid = figure.add_gridspec(2, len(logits), height_ratios=[3, 2])
-    below = figure.add_subplot(grid[1, :])
+    short = long = [shortened(name) for name in names[::step]]
+    if len(long) <= 10:  # which have room for two lines
+        long = [broken(name, max(24, len(name) // 2 + 5)) for name in names]
+    classes, spacing, longest = range(len(names)), min(0.16, 0.8 / len(logits)), max(map(len, short))
+    rows, columns = on_page(len(logits), 3.6)
+    figure = new_figure((max(11, 3.6 * columns), 2.9 + rows * 4.3 + 0.16 * max(0, longest - 10)))
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[3] * rows + [2])
+    below = figure.add_subplot(grid[-1, :])
     for i, (name, each) in enumerate(logits.items()):
         pairs = len(classes) * data.test_labels + each.argmax(1)
         counts = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).float()
         percent = (100 * counts / counts.sum(1, keepdim=True)).numpy()  # of a class without a test image, NaN
-        ax = figure.add_subplot(grid[0, i])
+        ax = figure.add_subplot(grid[divmod(i, columns)])
         shades = LinearSegmentedColormap.from_list(name, ["white", colors[name]])
         mistakes = percent * (1 - np.eye(len(classes)))
         ax.imshow(mistakes, cmap=shades, vmax=20)
@@ -280,16 +281,18 @@ def plot_confusions(data, logits):
                 weight = "bold" if truth == guess else "normal"
                 text = {"ha": "center", "va": "center", "fontsize": 8, "color": color, "fontweight": weight}
                 ax.text(guess, truth, f"{percent[truth, guess]:.0f}", **text)
-        ax.set_xticks(classes[::step], columns, rotation=90, fontsize=9)
-        ax.set_yticks(classes[::step], [] if i else rows, fontsize=9)
+        ax.set_xticks(classes[::step], short, rotation=90, fontsize=9)
+        first = i % columns == 0
+        ax.set_yticks(classes[::step], long if first else [], fontsize=9)
         ax.grid(False)
         ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.tick_params(length=0)
-        ax.set(xlabel="predicted", ylabel="" if i else "true", title=f"{name}, % of a class")
+        ax.set(xlabel="predicted", ylabel="true" if first else "", title=f"{name}, % of a class")
         places = np.array(classes) + spacing * (i - (len(logits) - 1) / 2)
         below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name])
-    below.set_xticks(classes[::step], columns, rotation=90 * (longest > 12 or len(names) > 12))
+    below.set_xticks(classes[::step], short, rotation=90 * (longest > 12 or len(names) > 12))
     below.set_xlim(-0.7, len(names) - 0.3)
+    below.set_ylim(0, max(1, below.get_ylim()[1]))  # also where all are at 0 %
     below.grid(axis="x", visible=False)
     below.set(ylabel="accuracy, %", title=f"Accuracy by class, {data.name}")
     legend_beside(below, logits)
@@ -355,9 +358,8 @@ def plot_league(rows):
     groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
     titles = [broken(", ".join(captions_of(group)), 48) for group, _ in groups]
     height = 1.2 + 0.42 * max(3, len(norms)) + 0.2 * max(title.count("\n") for title in titles)
-    size = (5.5 * len(groups), height)
-    figure, axes = subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
-    for ax, title, (_, runs) in zip(axes[0], titles, groups):
+    figure, axes = panels(len(groups), (5.5, height), sharey=True)
+    for ax, title, (_, runs) in zip(axes, titles, groups):
         for norm, each in runs.groupby("norm", observed=True):
             place, values, color = norms.get_loc(norm), each["test_acc"], colors[norm]
             ax.plot(values, [place] * len(values), "o", color=color, alpha=0.45, markersize=6, markeredgewidth=0)

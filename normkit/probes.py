@@ -14,7 +14,7 @@ from torchvision.ops import DropBlock2d, StochasticDepth
 
 from normkit.checks import check_choice
 from normkit.copies import blocks_of, copy_of
-from normkit.style import colors_of, styled, subplots
+from normkit.style import colors_of, panels, styled
 from normkit.tables import data_of
 from normkit.text import legend_below
 
@@ -128,23 +128,22 @@ def plot_by_layer(rows, quantity):
     rows = rows_of(rows, quantity).sort_index(kind="stable")
     colors = colors_of(rows["norm"])
     start, last = rows["step"].min(), rows.groupby("norm")["step"].transform("max")  # each norm's own
-    panels = [rows[rows["step"] == start], rows[(rows["step"] == last) & (last > start)]]
-    panels = [panel for panel in panels if len(panel)]
-    figure, axes = subplots(1, len(panels), figsize=(5.5 * len(panels), 3.4), sharey=True, squeeze=False)
+    parts = [rows[rows["step"] == start], rows[(rows["step"] == last) & (last > start)]]
+    parts = [part for part in parts if len(part)]
+    figure, axes = panels(len(parts), (5.5, 3.4), captions[quantity], sharey=True)
     orders = [each["layer"].unique() for _, each in rows.groupby("norm", sort=False)]
     layers = list(dict.fromkeys(itertools.chain(*sorted(orders, key=len, reverse=True))))  # some may lack some
-    for ax, panel in zip(axes[0], panels):
-        for norm, each in panel.groupby("norm", sort=False):
+    for ax, part in zip(axes, parts):
+        for norm, each in part.groupby("norm", sort=False):
             means = each.groupby("layer")["value"].mean().reindex(layers)  # a gap where a network has no such layer
             ax.plot(range(len(layers)), means, "-o", color=colors[norm], markersize=5)
         ax.set_xticks(range(len(layers)), layers)
-        steps = " to ".join(map(str, sorted({panel["step"].min(), panel["step"].max()})))
+        steps = " to ".join(map(str, sorted({part["step"].min(), part["step"].max()})))
         ax.set_title("at the start" if steps == "0" else f"after {steps} steps")
     if quantity == "gradient norm":
-        axes[0, 0].set_yscale("log")
-        for label in axes[0, 0].get_yticklabels(which="both"):
+        axes[0].set_yscale("log")
+        for label in axes[0].get_yticklabels(which="both"):
             label.set_parse_math(True)  # powers of ten are formulas, which names are not
-    axes[0, 0].set_ylabel(captions[quantity])
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
     legend_below(figure, lines, colors)
     name_data(figure, rows)
@@ -160,8 +159,8 @@ def plot_loss_ranges(rows):
     """
     rows = rows_of(rows, "loss")
     colors = colors_of(rows["norm"])
-    figure, axes = subplots(1, len(colors), figsize=(max(11, 2 * len(colors)), 3), sharey=True, squeeze=False)
-    for ax, norm in zip(axes[0], colors):
+    figure, axes = panels(len(colors), (max(2, 11 / len(colors)), 3), "loss, nats", sharey=True)
+    for ax, norm in zip(axes, colors):
         own = rows[rows["norm"] == norm]
         by_step = own[own["seed"] == own["seed"].min()].groupby("step")["value"]
         low, high = by_step.min(), by_step.max()
@@ -172,8 +171,7 @@ def plot_loss_ranges(rows):
             ax.set_xticks(low.index)
         ranges = own.groupby(["seed", "step"])["value"].agg(np.ptp)
         ax.set(title=f"{norm}: {ranges.median():.2f} nats", xlabel="step")
-    axes[0, 0].set_ylabel("loss, nats")
-    axes[0, 0].set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)
     name_data(figure, rows)
     return figure
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as transforms
 from normkit.checks import check_choice, check_pixels, whole_number
 from normkit.meter import classes_of
 from normkit.predictions import as_logits, logits_by_name
-from normkit.style import colors_of, styled, subplots
+from normkit.style import colors_of, panels, styled, subplots
 from normkit.text import legend_below
 
 HATCHES = ("///", "...", "xxx", "\\\\\\", "ooo")
@@ -43,8 +43,8 @@ def plot_calibration(data, logits):
     """
     logits = logits_by_name(data, logits)
     colors = colors_of(logits)
-    figure, axes = subplots(1, len(logits), figsize=(max(7, 3.2 * len(logits)), 3.6), sharey=True, squeeze=False)
-    for ax, (name, each) in zip(axes[0], logits.items()):
+    figure, axes = panels(len(logits), (max(3.2, 7 / len(logits)), 3.6), "accuracy", sharey=True)
+    for ax, (name, each) in zip(axes, logits.items()):
         error, points = calibration(each, data.test_labels)
         confidence, accuracy, share = map(np.array, zip(*points))
         ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--")
@@ -52,7 +52,6 @@ def plot_calibration(data, logits):
         ax.scatter(confidence, accuracy, color=colors[name], **dots)
         ax.set(title=f"{name}: ECE {100 * error:.1f} %", xlabel="confidence", aspect="equal")
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
-    axes[0, 0].set_ylabel("accuracy")
     figure.suptitle(f"Test images of {data.name}; a dot's area is its share of them")
     return figure
 

@@ -4,6 +4,7 @@ import colorsys
 import contextlib
 import functools
 import itertools
+import math
 import threading
 
 import matplotlib.style
@@ -32,6 +33,7 @@ STYLE = {
     "lines.linewidth": 2,
     "axes.formatter.useoffset": False,  # of a network that learns nothing, 10.002 rather than 0.002 and, aside, 1e1
 }
+PAGE = 14.5  # inches
 LOCK = threading.RLock()  # rcParams are the whole process's
 
 
@@ -115,3 +117,23 @@ def subplots(*shape, figsize, **options):
     """Returns such a figure and its axes, as plt.subplots does."""
     figure = new_figure(figsize)
     return figure, figure.subplots(*shape, **options)
+
+
+def on_page(count, width):
+    """Returns the numbers of rows and columns in which so many panels of a width in inches fit on a page."""
+    if not count:
+        raise ValueError("there is nothing to draw: what was given is empty")
+    rows = math.ceil(count / int(PAGE / width))
+    return rows, math.ceil(count / rows)
+
+
+def panels(count, size, ylabel="", sharey=False):
+    """Returns such a figure and a list of its axes, so many of a size in inches, in rows no wider than a page."""
+    rows, columns = on_page(count, size[0])
+    figure, axes = subplots(rows, columns, figsize=(columns * size[0], rows * size[1]), sharey=sharey, squeeze=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(ylabel)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    figure.get_layout_engine().set(hspace=0.05)
+    return figure, list(axes.flat[:count])

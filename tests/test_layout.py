@@ -11,8 +11,9 @@ import torch
 from helpers import study, texts_of
 from matplotlib.colors import to_hex
 
+import model
 import utils
-from normkit import plots, probes, robustness
+from normkit import anatomy, plots, probes, robustness
 from normkit.data import Data
 
 LONG = "CIFAR-10, JPEG copy, 5000 training images held out class by class"
@@ -131,6 +132,28 @@ def test_long_names_of_variants(data, logits):
     for names, kinds in ((logits, ["clean"]), ([f"batch, statistics anew, {i}" for i in range(5)], images)):
         rows = [{"images": kind, "norm": norm, "test_acc": 50.0} for kind in kinds for norm in names]
         check_layout(robustness.plot_corruptions(pd.DataFrame(rows), images, LONG))
+
+
+def test_panels_of_many_variants_stay_on_a_page(data):
+    torch.manual_seed(0)
+    names = [f"standardised {i}" for i in range(10)]
+    logits = {name: torch.randn(len(data.test_labels), 10) for name in names}
+    losses = pd.DataFrame(itertools.product(names, [0], ["loss"], [0, 1], [1.0, 2.0]))
+    losses.columns = ["norm", "seed", "quantity", "step", "value"]
+    batches = [[(torch.randn(2, 3, 8, 8), None) for _ in range(5)]] * 10
+    figures = [
+        plots.plot_confusions(data, logits),
+        plots.plot_league(study(norm=["batch"], seed=range(2), batch_size=range(2, 12))),
+        robustness.plot_calibration(data, logits),
+        anatomy.plot_norm_sets(dict.fromkeys(names, torch.nn.GroupNorm(4, 16))),
+        anatomy.plot_running_statistics(model.Net("batch"), batches),
+        probes.plot_loss_ranges(losses),
+    ]
+    for figure in figures:
+        check_layout(figure)
+        assert len(figure.axes) in (10, 11) and figure.get_size_inches()[0] <= 14.5
+    with pytest.raises(ValueError, match="there is nothing to draw: what was given is empty"):
+        anatomy.plot_norm_sets({})
 
 
 CLASSES = {

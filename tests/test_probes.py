@@ -289,13 +289,6 @@ def test_norms_that_end_after_other_steps_are_all_drawn_at_their_end(table):
     assert [len(ax.lines) for ax in probes.plot_by_layer(only_start, "similarity").axes] == [2, 1]
 
 
-def test_headings_of_many_norms_keep_apart(table):
-    rows = [table.assign(norm=f"standardised {i}") for i in range(10)]
-    figure = probes.plot_loss_ranges(pd.concat(rows))
-    boxes = [ax.title.get_window_extent() for ax in figure.axes]
-    assert len(boxes) == 10 and all(right.x0 > left.x1 for left, right in itertools.pairwise(boxes))
-
-
 @pytest.mark.parametrize("name", ["", np.nan])  # what a file has of it
 def test_data_may_lack_a_name(table, name):
     for figure in (
