@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import COLORS, axes_or_new, colors_of, new_figure, on_page, panels, styled, subplots
+from normkit.style import COLORS, axes_or_new, colors_of, gallery, new_figure, on_page, panels, styled, subplots
 from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 from normkit.text import (
     LINE,
@@ -29,6 +29,7 @@ from normkit.text import (
     line_count,
     point_labels,
     shortened,
+    some_of,
 )
 
 CHANCE = 10  # percent, of CIFAR-10's ten classes
@@ -63,7 +64,9 @@ def plot_curves(histories, title=None, until=None):
         label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
         ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    styles = [Line2D([], [], color="#555555", linestyle=style) for style in ("-", "--")]
+    one_epoch = all(len(history) == 1 for history in runs.values())
+    styles = [("", "o"), ("", "_")] if one_epoch else [("-", None), ("--", None)]
+    styles = [Line2D([], [], color="#555555", linestyle=line, marker=mark) for line, mark in styles]
     legend_below(figure, styles, ["test, after the epoch", "training, during the epoch"])
     if title:
         figure.suptitle(title)
@@ -160,27 +163,31 @@ class LiveCurves:
 
 @styled
 def plot_samples(data, each=10):
-    """Draws a row of training images for each class."""
+    """Draws a row of training images for each class, or of many classes for some: every second, say."""
     each = whole_number("each", each)
-    classes = len(data.classes)
-    names = [broken(name) for name in class_names(data)]
-    longest = max((len(line) for name in names for line in name.splitlines()), default=0)
+    if not len(data.train_labels):
+        raise ValueError(f"{data.name} has no training images: there is nothing to draw")
+    each = min(each, int(data.train_labels.bincount().max()))
+    shown = some_of(range(len(data.classes)))
+    names = [broken(name) for name in some_of(class_names(data))]
+    longest = max(len(line) for name in names for line in name.splitlines())
     height, width = data.train_images.shape[2:]
     gap, widest, text = 0.09, max(0.63, 11 / each), LINE * max(line_count([name]) for name in names)  # inches
     pixel = min(0.63 / height, widest / width)  # inches
     across, down = width + gap / pixel, max(height + gap / pixel, text / pixel)  # pixels, to the next image
-    size = each * across * pixel + 0.1 * longest + 0.3, classes * down * pixel + 0.4
+    size = each * across * pixel + 0.1 * longest + 0.3, len(shown) * down * pixel + 0.4
     figure, ax = subplots(figsize=(max(size[0], 4), size[1]))
-    for label in range(classes):
+    for row, label in enumerate(shown):
         for i, image in enumerate(data.train_images[data.train_labels == label][:each]):
-            place = i * across, i * across + width, label * down + height, label * down
+            place = i * across, i * across + width, row * down + height, row * down
             ax.imshow(image.permute(1, 2, 0).numpy(), extent=place)
-    ax.set(xlim=(0, (each - 1) * across + width), ylim=((classes - 1) * down + height, 0), xticks=[])
-    ax.set_yticks([label * down + height / 2 for label in range(classes)], names)
+    ax.set(xlim=(0, (each - 1) * across + width), ylim=((len(shown) - 1) * down + height, 0), xticks=[])
+    ax.set_yticks([row * down + height / 2 for row in range(len(shown))], names)
     ax.tick_params(length=0, pad=9)
     ax.spines[:].set_visible(False)
     ax.grid(False)
-    figure.suptitle(f"{data.name}, training images")
+    of_some = f" of {len(shown)} of {len(data.classes)} classes" if len(shown) < len(data.classes) else ""
+    figure.suptitle(f"{data.name}, training images{of_some}")
     return figure
 
 
@@ -195,12 +202,11 @@ def plot_mistakes(data, logits, title=None, rows=2, columns=5):
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.test_labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][: rows * columns]
-    rows = max(1, min(rows, math.ceil(len(wrong) / columns)))
-    figure, axes = subplots(rows, columns, figsize=(columns * 1.9, rows * 2.3), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, i in zip(axes.flat, wrong.tolist()):
-        ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
+    height, width = data.test_images.shape[2:]
+    figure, axes = gallery(data.test_images[wrong], columns, (1.9, 1.7 * height / width + 0.6))
+    if not len(wrong):
+        axes[0].set_title("no mistakes")
+    for ax, i in zip(axes, wrong.tolist()):
         truth, guess = names[data.test_labels[i]], names[predicted[i]]
         ax.set_title(f"{guess} {100 * confidence[i]:.0f} %\nis {truth}", fontsize=10, fontweight="normal")
     figure.suptitle(title or f"{data.name}, most confident mistakes")
@@ -220,7 +226,6 @@ def plot_disagreements(data, logits, rows=2, columns=5):
     differ = (predicted != predicted[0]).any(0) & (predicted == data.test_labels).any(0)
     chosen = differ.nonzero().flatten()
     chosen = chosen[confidence[:, chosen].min(0).values.argsort(descending=True)][: rows * columns]
-    rows = max(1, min(rows, math.ceil(len(chosen) / columns)))
     longest = max(map(len, names)) + len(": 100 %")
     labels = {name: broken(name) + (": " if len(name) + longest <= 28 else ":\n") for name in logits}
     texts = {}
@@ -231,12 +236,8 @@ def plot_disagreements(data, logits, rows=2, columns=5):
     height, width = data.test_images.shape[2:]
     line_height = width / 8  # of text below an image, in its pixels
     bottom = height + line_height * sum(depths.values())
-    size = (columns * 2.2, rows * (2.1 * bottom / width + 0.3) + 0.3)
-    figure, axes = subplots(rows, columns, figsize=size, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for place, (ax, i) in enumerate(zip(axes.flat, chosen.tolist())):
-        ax.imshow(data.test_images[i].permute(1, 2, 0).numpy())
+    figure, axes = gallery(data.test_images[chosen], columns, (2.2, 2.1 * bottom / width + 0.3), heading=0.3)
+    for place, (ax, i) in enumerate(zip(axes, chosen.tolist())):
         ax.set_ylim(bottom, -0.5)  # the text lies within the axes, so that no layout can push it onto a neighbour
         ax.set_title(broken(f"is {names[data.test_labels[i]]}"), fontsize=10)
         top = height
@@ -258,8 +259,7 @@ def plot_confusions(data, logits):
     """
     logits = logits_by_name(data, logits)
     names, colors = class_names(data, *logits.values()), colors_of(logits)
-    step = math.ceil(len(names) / 25)  # of many classes, not all are named
-    short = long = [shortened(name) for name in names[::step]]
+    short = long = [shortened(name) for name in some_of(names)]
     if len(long) <= 10:  # which have room for two lines
         long = [broken(name, max(24, len(name) // 2 + 5)) for name in names]
     classes, spacing, longest = range(len(names)), min(0.16, 0.8 / len(logits)), max(map(len, short))
@@ -276,21 +276,21 @@ def plot_confusions(data, logits):
         mistakes = percent * (1 - np.eye(len(classes)))
         ax.imshow(mistakes, cmap=shades, vmax=20)
         for truth, guess in np.ndindex(*percent.shape):
-            if step == 1 and percent[truth, guess] >= (0 if truth == guess else 5):
+            if len(short) == len(names) and percent[truth, guess] >= (0 if truth == guess else 5):
                 color = "white" if mistakes[truth, guess] > 11 else "#333333"
                 weight = "bold" if truth == guess else "normal"
                 text = {"ha": "center", "va": "center", "fontsize": 8, "color": color, "fontweight": weight}
                 ax.text(guess, truth, f"{percent[truth, guess]:.0f}", **text)
-        ax.set_xticks(classes[::step], short, rotation=90, fontsize=9)
+        ax.set_xticks(some_of(classes), short, rotation=90, fontsize=9)
         first = i % columns == 0
-        ax.set_yticks(classes[::step], long if first else [], fontsize=9)
+        ax.set_yticks(some_of(classes), long if first else [], fontsize=9)
         ax.grid(False)
         ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.tick_params(length=0)
         ax.set(xlabel="predicted", ylabel="true" if first else "", title=f"{name}, % of a class")
         places = np.array(classes) + spacing * (i - (len(logits) - 1) / 2)
         below.bar(places, percent.diagonal(), spacing * 0.875, color=colors[name])
-    below.set_xticks(classes[::step], short, rotation=90 * (longest > 12 or len(names) > 12))
+    below.set_xticks(some_of(classes), short, rotation=90 * (longest > 12 or len(names) > 12))
     below.set_xlim(-0.7, len(names) - 0.3)
     below.set_ylim(0, max(1, below.get_ylim()[1]))  # also where all are at 0 %
     below.grid(axis="x", visible=False)

@@ -137,3 +137,17 @@ def panels(count, size, ylabel="", sharey=False):
         ax.remove()
     figure.get_layout_engine().set(hspace=0.05)
     return figure, list(axes.flat[:count])
+
+
+def gallery(images, columns, size, heading=0):
+    """Returns a figure of images uint8 (N, 3, H, W), so many a row, and a list of their axes.
+
+    size: inches that each takes with its text. heading: inches that the one above them takes beyond that.
+    """
+    rows = max(1, math.ceil(len(images) / columns))
+    figure, axes = subplots(rows, columns, figsize=(columns * size[0], rows * size[1] + heading), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image in zip(axes.flat, images):
+        ax.imshow(image.permute(1, 2, 0).numpy())
+    return figure, list(axes.flat)

@@ -27,6 +27,11 @@ def shortened(text, longest=24):
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
+def some_of(classes):
+    """Returns at most 25 of the classes, or of their names: as many as a picture has room for, equally far apart."""
+    return classes[:: math.ceil(len(classes) / 25)]
+
+
 def line_count(names):
     """Returns how many lines names take, each broken, below one another."""
     return sum(broken(name).count("\n") + 1 for name in names)

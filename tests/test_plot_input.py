@@ -87,6 +87,45 @@ def test_data_without_test_images_has_nothing_to_draw(data):
             plot(data, torch.zeros(0, 10))
 
 
+def test_data_without_training_images_has_no_samples(data):
+    none = dataclasses.replace(data, train_images=data.train_images[:0], train_labels=data.train_labels[:0])
+    with pytest.raises(ValueError, match="synthetic stand-in has no training images: there is nothing to draw"):
+        plots.plot_samples(none)
+
+
+def test_samples_of_many_classes_and_of_few_images_fit_on_a_page():
+    labels = torch.arange(200) % 100
+    own = Data("mine", range(100), *[torch.zeros(200, 3, 8, 8, dtype=torch.uint8), labels] * 2)
+    (ax,) = (figure := plots.plot_samples(own)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [str(label) for label in range(0, 100, 4)]
+    assert len(ax.images) == 50 and "25 of 100 classes" in drawn(figure)  # two each
+    assert max(figure.get_size_inches()) < 20
+
+
+def test_where_there_are_no_mistakes_the_picture_says_so(data):
+    right = 9.0 * torch.nn.functional.one_hot(data.test_labels, 10)
+    assert "no mistakes" in drawn(plots.plot_mistakes(data, right, "batch norm"))
+    assert "no mistakes" not in drawn(plots.plot_mistakes(data, -right))
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16)])
+def test_long_images_of_mistakes_fill_their_place(size):
+    labels = torch.arange(20) % 2
+    own = Data("mine", ("a", "b"), *[torch.zeros(20, 3, *size, dtype=torch.uint8), labels] * 2)
+    figure = plots.plot_mistakes(own, -torch.eye(2)[labels])
+    drawn(figure)
+    assert all(ax.get_window_extent().width > 1.6 * figure.dpi for ax in figure.axes)
+    assert figure.get_size_inches()[1] == pytest.approx(2 * (1.7 * size[0] / size[1] + 0.6))
+
+
+def test_the_legend_of_a_single_epoch_shows_the_marks_that_are_drawn():
+    figure = plots.plot_curves({"batch": HISTORY[:1], "group": HISTORY[:1]})
+    test, train = figure.legends[0].legend_handles
+    assert [(each.get_marker(), each.get_linestyle()) for each in (test, train)] == [("o", "None"), ("_", "None")]
+    test, train = plots.plot_curves({"batch": HISTORY, "group": HISTORY[:1]}).legends[0].legend_handles
+    assert [(each.get_marker(), each.get_linestyle()) for each in (test, train)] == [("None", "-"), ("None", "--")]
+
+
 def test_axes_may_be_of_a_subfigure_and_have_to_be_straight():
     rows = study(norm=["batch"], batch_size=[2, 4], seed=range(2))
     figure = plt.figure(layout="constrained")
