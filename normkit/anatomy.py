@@ -13,6 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon, Rectangle
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torchsummary import summary
 
 from normkit.checks import check_choice, whole_number
@@ -159,18 +161,19 @@ def norm_table(layers, x):
 def plot_network(model, size=32):
     """Draws the network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
     steps, skips = trace_network(model, size)
+    most, highest = max(32, *(step["channels"] for step in steps)), max(size, *(step["map"] for step in steps))
     figure, ax = subplots(figsize=(11, 3.4))
     shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0", "other": "#ECEFF2"}
     colors = {step["kind"]: next(shades[word] for word in shades if word in step["kind"]) for step in steps}
     x, places = 0.0, {}
     for step in steps:
-        height, width = 2.57 * (step["map"] / size) ** 0.5, 0.12 + step["channels"] / 45
-        pitch = max(width, 0.62)
+        height, width = 2.57 * (step["map"] / highest) ** 0.5, 0.12 + 32 / 45 * step["channels"] / most
+        field = f"{step['field']}" if step["field"] < size else "all"
+        lines = (f"{step['channels']}", f"{step['map']}×{step['map']}", f"{step['parameters']:,}", field)
+        pitch = max(width, 0.62, 0.105 * max(map(len, lines)), 0.15 * len(step["name"]))
         places[step["name"]] = middle = x + pitch / 2
         ax.add_patch(Rectangle((middle - width / 2, -height / 2), width, height, color=colors[step["kind"]]))
-        field = f"{step['field']}" if step["field"] < size else "all"
         ax.text(middle, 1.45, step["name"], ha="center", va="bottom", fontweight="bold")
-        lines = (f"{step['channels']}", f"{step['map']}×{step['map']}", f"{step['parameters']:,}", field)
         for line, text in enumerate(lines):
             ax.text(middle, -1.65 - 0.36 * line, text, ha="center", va="center", fontsize=9.5)
         x += pitch + 0.14
@@ -179,7 +182,9 @@ def plot_network(model, size=32):
     for start, end in skips:
         arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=-0.25", "color": "#666666", "linewidth": 1.4}
         ax.annotate("", (places[end], 0.95), (places[start], 0.95), arrowprops=arrow)
-    ax.set(xlim=(-1.6, x), ylim=(-2.9, 1.8))
+    spare = max(0, 12 - x) / 2  # beside a network of few steps
+    figure.set_figwidth(max(11, 0.8 * (x + 1.6)))
+    ax.set(xlim=(-1.6 - spare, x + spare), ylim=(-2.9, 1.8))
     ax.axis("off")
     legend = {kind: Rectangle((0, 0), 1, 1, color=color) for kind, color in colors.items()}
     if skips:
@@ -195,31 +200,53 @@ def first_of(given):
     return given[0] if isinstance(given, tuple | list) else given
 
 
+class Reaching(TorchFunctionMode):
+    """Has tensors know their reach: receptive field and stride in pixels of the images, each of rows and columns.
+
+    What is computed from several tensors reaches as far as the furthest of them. What makes maps smaller, and is no
+    layer with a kernel, is taken for a pooling without overlap. Behind several transposed convolutions a field may be
+    a pixel or two smaller than said, as they see their inputs in turn.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        known = [x for x in tree_leaves((args, kwargs)) if hasattr(x, "reach")]
+        for y in tree_leaves(output):
+            if known and isinstance(y, torch.Tensor):
+                field, stride = np.max([x.reach for x in known], axis=0)
+                if y.dim() == known[0].dim() == 4:
+                    before, after = (np.array(x.shape[2:]) for x in (known[0], y))
+                    smaller, larger = (np.maximum(1, np.round(ratio)) for ratio in (before / after, after / before))
+                    field, stride = field + (smaller - 1) * stride, stride * smaller / larger
+                y.reach = field, stride
+        return output
+
+
 def trace_network(model, size):
     """Returns (steps, skips): a dict per child module, in execution order, and name pairs (start, end) of skips."""
     steps, skips, outputs = [], [], {}
-    field = np.ones(2, int)  # rows, columns
-    jumps = {(size, size): field}  # map size -> its stride in input pixels: branches that meet have maps of one size
+    images = torch.zeros(1, 3, size, size, dtype=torch.float32, device="cpu")
+    images.reach = np.ones(2), np.ones(2)
 
     def widen(layer, args, keywords, output):
-        nonlocal field
-        before, after = (tuple(first_of(x).shape[2:]) for x in ([*args, *keywords.values()], output))
-        jump = jumps.get(before, np.array([size, size]) / before)
-        field = field + (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1) * jump
-        jumps[after] = jump * layer.stride
+        x, y = first_of([*args, *keywords.values()]), first_of(output)
+        field, stride = getattr(x, "reach", images.reach)
+        span, step = (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1), np.array(layer.stride)
+        if isinstance(layer, nn.ConvTranspose2d):
+            span, step = span // step, 1 / step
+        y.reach = field + span * stride, stride * step
 
     def record(name, module, args, keywords, output):
-        nonlocal field
         output = first_of(output)
         kind, side = "other", output.shape[2] if output.dim() == 4 else 1
         last = steps[-1] if steps else {"channels": 3, "map": size}
         if output.shape[1] == last["channels"] and side < last["map"]:
             kind = "pooling"
         for layer in module.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):  # a linear layer is a convolution of a 1×1 map
-                kind = "{}×{} convolution".format(*getattr(layer, "kernel_size", (1, 1)))
-        if side == 1:  # after global pooling
-            field = np.maximum(field, size)
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):  # the last as if of a 1×1 map
+                transposed = "transposed " * isinstance(layer, nn.ConvTranspose2d)
+                kind = "{}×{} {}convolution".format(*getattr(layer, "kernel_size", (1, 1)), transposed)
+        field, _ = getattr(output, "reach", images.reach)
         skips.extend((key, name) for key, kept in outputs.items() if any(kept is x for x in keywords.values()))
         outputs[name] = output
         steps.append(
@@ -229,7 +256,7 @@ def trace_network(model, size):
                 "channels": output.shape[1],
                 "map": side,
                 "parameters": sum(p.numel() for p in module.parameters()),
-                "field": int(field.max()),
+                "field": size if side == 1 else min(size, int(field.max())),  # 1: after global pooling
             }
         )
 
@@ -239,8 +266,8 @@ def trace_network(model, size):
             layer.register_forward_hook(widen, with_kwargs=True)
     for name, module in model.named_children():
         module.register_forward_hook(partial(record, name), with_kwargs=True)
-    with torch.no_grad(), torch.device("cpu"):
-        model(torch.zeros(1, 3, size, size, dtype=torch.float32))
+    with torch.no_grad(), torch.device("cpu"), Reaching():
+        model(images)
     return steps, skips
 
 
