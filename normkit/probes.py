@@ -155,23 +155,27 @@ def plot_loss_ranges(rows):
     """Draws the range of the loss along the gradient during training, one panel a norm.
 
     rows: a DataFrame with the columns norm, seed, step, quantity, rate, value. Each norm's first seed's are drawn; the
-    median width in a heading is that of all. A column data is named above them.
+    median width in a heading is that of all. A column data is named above them. What reaches beyond five times the
+    usual loss is cut off, and a heading says how far it goes, so that one spike leaves all others their room.
     """
     rows = rows_of(rows, "loss")
+    drawn = rows[rows["seed"] == rows.groupby("norm", observed=True)["seed"].transform("min")]
+    top = 5 * drawn.groupby(["norm", "step"], observed=True)["value"].max().median() or np.inf  # nats
     colors = colors_of(rows["norm"])
     figure, axes = panels(len(colors), (max(2, 11 / len(colors)), 3), "loss, nats", sharey=True)
     for ax, norm in zip(axes, colors):
         own = rows[rows["norm"] == norm]
-        by_step = own[own["seed"] == own["seed"].min()].groupby("step")["value"]
-        low, high = by_step.min(), by_step.max()
+        by_step = drawn[drawn["norm"] == norm].groupby("step")["value"]
+        low, high = by_step.min().clip(upper=2 * top), by_step.max().clip(upper=2 * top)
         ax.fill_between(low.index, low, high, color=colors[norm], alpha=0.35, linewidth=0)
         ax.plot(low.index, low, color=colors[norm], linewidth=1)
         if len(low) == 1:  # of which neither shows anything
             ax.errorbar(low.index, low, [0 * low, high - low], color=colors[norm], fmt="none", capsize=8)
             ax.set_xticks(low.index)
         ranges = own.groupby(["seed", "step"])["value"].agg(np.ptp)
-        ax.set(title=f"{norm}: {ranges.median():.2f} nats", xlabel="step")
-    axes[0].set_ylim(bottom=0)
+        beyond = f"\nup to {by_step.max().max():.3g} nats" if high.max() > top else ""
+        ax.set(title=f"{norm}: {ranges.median():.2f} nats{beyond}", xlabel="step")
+    axes[0].set_ylim(0, np.nanmin([top, axes[0].get_ylim()[1]]))
     name_data(figure, rows)
     return figure
 

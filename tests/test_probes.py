@@ -280,6 +280,24 @@ def test_a_norm_that_lacks_the_first_seed_has_its_own_first_ones_range(table):
     assert [ax.get_title() for ax in figure.axes] == ["batch: 0.10 nats", "layer: 0.10 nats"]
 
 
+@pytest.mark.parametrize("spike", [500.0, np.inf])
+def test_a_spike_of_the_loss_leaves_the_others_their_room(table, spike):
+    at_spike = (table["norm"] == "layer") & (table["seed"] == 0) & (table["step"] == 4) & (table["rate"] == 0.2)
+    figure = probes.plot_loss_ranges(table.assign(value=table["value"].mask(at_spike, spike)))
+    batch, layer = figure.axes
+    assert batch.get_ylim() == layer.get_ylim() == (0, pytest.approx(1.0))  # 5 times 0.2
+    assert (batch.get_title(), layer.get_title()) == ("batch: 0.10 nats", f"layer: 0.10 nats\nup to {spike:.3g} nats")
+    (band,) = layer.collections
+    assert band.get_paths()[0].vertices[:, 1].max() > 1  # out of the panel
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_losses_that_are_all_zero_or_no_numbers_have_a_picture(table, value):
+    figure = probes.plot_loss_ranges(table.assign(value=value))
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_ylim()[1] > 0
+
+
 def test_norms_that_end_after_other_steps_are_all_drawn_at_their_end(table):
     longer = table.replace({"step": {4: 8}})[table["norm"] == "layer"]
     start, end = probes.plot_by_layer(pd.concat([table[table["norm"] == "batch"], longer]), "similarity").axes
