@@ -93,7 +93,8 @@ def plot_norm_sets(layers, images=6, channels=16, size=2):
     for ax, (name, layer) in zip(axes, layers.items()):
         shared = moved_by(layer_of(layer), x, 0, channels - 1, 0, 0).flatten(2)  # N, C, H·W
         draw_block(ax, shared, colors[name])
-        ax.set_title(f"{name} norm\n{int(shared.sum())} values share a mean")
+        values = int(shared.sum())
+        ax.set_title(f"{name} norm\n{values if values > 1 else 'no'} values share a mean")
     return figure
 
 
@@ -118,9 +119,15 @@ def draw_block(ax, shared, color):
         end = [(channels, n, p), (channels, n + 1, p), (channels, n + 1, p + 1), (channels, n, p + 1)]
         face(end, shared[n, -1, p], 0.8)
     text = {"fontsize": 9, "color": "#555555"}
-    ax.text(*corner(channels / 2, 0, -0.25), f"{channels} channels", ha="center", va="top", **text)
+    ax.text(*corner(channels / 2, 0, -0.25), f"{channels} channel{'s' * (channels > 1)}", ha="center", va="top", **text)
     ax.text(*corner(-0.4, 0, pixels / 2), "pixels", ha="right", va="center", rotation=90, **text)
-    ax.text(*(corner(channels, images / 2, 0) + (0.35, -0.1)), f"{images} images", ha="left", va="top", **text)
+    ax.text(
+        *(corner(channels, images / 2, 0) + (0.35, -0.1)),
+        f"{images} image{'s' * (images > 1)}",
+        ha="left",
+        va="top",
+        **text,
+    )
     ax.autoscale_view()
     ax.set_aspect("equal")
     ax.axis("off")

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from normkit.checks import whole_number
 from normkit.predictions import class_names, logits_by_name, logits_of
-from normkit.style import COLORS, axes_or_new, colors_of, gallery, new_figure, on_page, panels, styled, subplots
+from normkit.style import axes_or_new, colors_of, gallery, new_figure, on_page, panels, percent_axis, styled, subplots
 from normkit.tables import about, groups_of, histories_of, last_epochs, refuse_mix, separated
 from normkit.text import (
     LINE,
@@ -49,7 +49,7 @@ def plot_curves(histories, title=None, until=None):
     last = max(history[-1]["epoch"] for history in runs.values())
     title, colors = title or data, colors_of(runs)
     figure, axes = subplots(1, 2, figsize=(11, height_for(runs, 4.4)))
-    for ax, metric, unit in zip(axes, ("loss", "acc"), ("cross-entropy, nats", "accuracy, %")):
+    for ax, metric in zip(axes, ("loss", "acc")):
         ends = {}
         for label, history in runs.items():
             epochs = [row["epoch"] for row in history]
@@ -62,8 +62,10 @@ def plot_curves(histories, title=None, until=None):
             ax.set_xlim(min(1, first) - 0.5, until + 0.5)
         mark_learning_rates(ax, runs.values(), high=metric == "loss")
         label_ends(ax, ends, colors, "{:.1f} %" if metric == "acc" else "{:.2f}")
-        ax.set(xlabel="epoch", ylabel=unit, title={"loss": "Loss", "acc": "Accuracy"}[metric])
+        ax.set(xlabel="epoch", title={"loss": "Loss", "acc": "Accuracy"}[metric])
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes[0].set_ylabel("cross-entropy, nats")
+    percent_axis(axes[1].yaxis, "accuracy, %")
     one_epoch = all(len(history) == 1 for history in runs.values())
     styles = [("", "o"), ("", "_")] if one_epoch else [("-", None), ("--", None)]
     styles = [Line2D([], [], color="#555555", linestyle=line, marker=mark) for line, mark in styles]
@@ -90,16 +92,9 @@ def mark_learning_rates(ax, histories, high):
             ax.axvline(epoch - 0.5, color="#999999", linewidth=1, linestyle=":")
             if following - epoch < room:
                 continue
-            ax.annotate(
-                f"lr {lr:.3g}",
-                (epoch - 0.5, 1 if high else 0),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -2 if high else 2),
-                textcoords="offset points",
-                va="top" if high else "bottom",
-                fontsize=9,
-                color="#666666",
-            )
+            text = {"va": "top" if high else "bottom", "fontsize": 9, "color": "#666666"}
+            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            ax.annotate(f"lr {lr:.3g}", (epoch - 0.5, int(high)), (3, -2 if high else 2), **place, **text)
 
 
 def rate_changes(history):
@@ -334,7 +329,8 @@ def plot_seeds(rows, ax=None):
     ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))
     left, right = ax.get_xlim()  # and room for the outer labels, which may be as wide as points are apart
     ax.set_xlim(min(left, -0.5), max(right, (len(groups) - 1) * pitch + len(norms) - 0.5))
-    ax.set(ylabel="test accuracy, %", title=f"{data}: {seeds}, last epoch")
+    percent_axis(ax.yaxis, "test accuracy, %")
+    ax.set_title(f"{data}: {seeds}, last epoch")
     return ax
 
 
@@ -371,7 +367,8 @@ def plot_league(rows):
         ax.set_yticks(range(len(norms)), norms)
         ax.grid(axis="y", visible=False)
         ax.margins(x=0.14)
-        ax.set(xlabel="test accuracy, %", title=title, ylim=(-0.6, len(norms) - 0.4))
+        percent_axis(ax.xaxis, "test accuracy, %")
+        ax.set(title=title, ylim=(-0.6, len(norms) - 0.4))
     figure.suptitle(f"{data}: {seeds}, last epoch")
     return figure
 
@@ -413,7 +410,8 @@ def draw_norms_over(setting, rows, ax):
     ax = axes_or_new(ax, (7.5, height_for(colors, 4.2)))
     runs = last.groupby("norm", sort=False, observed=True)
     means = {norm: draw_means(ax, each, setting, colors[norm]).tolist() for norm, each in runs}
-    ax.set(ylabel="test accuracy, %", title="\n".join(about(last)))
+    percent_axis(ax.yaxis, "test accuracy, %")
+    ax.set_title("\n".join(about(last)))
     return ax, sorted(last[setting].unique()), means
 
 
@@ -443,8 +441,9 @@ def plot_groups(rows, ax=None):
         raise ValueError(f"there are no rows of group norm, but of {', '.join(rows['norm'].dropna().unique())}")
     refuse_mix(last, ["num_groups"])
     sizes = sorted(last["num_groups"].unique(), key=lambda size: float(size) if str(size).isdigit() else math.inf)
-    draw_means(ax, last.assign(place=last["num_groups"].map(sizes.index)), "place", COLORS["group"])
+    draw_means(ax, last.assign(place=last["num_groups"].map(sizes.index)), "place", colors_of(["group"])["group"])
     names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
     ax.set_xticks(range(len(sizes)), [names.get(str(size), str(size)) for size in sizes])
-    ax.set(xlabel="groups", ylabel="test accuracy, %", title="\n".join(about(last)))
+    percent_axis(ax.yaxis, "test accuracy, %")
+    ax.set(xlabel="groups", title="\n".join(about(last)))
     return ax

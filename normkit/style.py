@@ -9,6 +9,7 @@ import threading
 
 import matplotlib.style
 from matplotlib.colors import to_hex
+from matplotlib.ticker import AutoLocator
 
 from normkit.checks import describe
 from normkit.text import fit_text
@@ -89,6 +90,19 @@ def further_colors():
 
 
 # ------------------------------------------------------------------------------------- figures
+
+
+class PercentLocator(AutoLocator):
+    """Places ticks as matplotlib does, but none below 0 or above 100 %."""
+
+    def tick_values(self, low, high):
+        return super().tick_values(max(low, 0), min(high, 100))
+
+
+def percent_axis(axis, label):
+    """Labels an axis, such as ax.yaxis, as one of percentages."""
+    axis.set_label_text(label)
+    axis.set_major_locator(PercentLocator())
 
 
 def axes_or_new(ax, figsize):

@@ -65,6 +65,11 @@ def test_norm_sets_are_drawn_as_they_are(layers):
         assert name in ax.get_title()
 
 
+def test_numbers_in_the_picture_of_norm_sets_agree_with_their_nouns():
+    text = drawn(anatomy.plot_norm_sets({"none": torch.nn.Identity()}, images=1, channels=1))
+    assert "no values share a mean" in text and "1 image " in text + " " and "1 channel " in text + " "
+
+
 def test_a_further_norm_is_drawn_too_and_drawing_leaves_it_alone():
     further = torch.nn.BatchNorm2d(16)
     assert "mine norm" in drawn(anatomy.plot_norm_sets({"mine": further}))

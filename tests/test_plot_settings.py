@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import study
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -71,6 +72,24 @@ def test_names_of_curves_that_end_alike_keep_apart_beside_the_axes(accuracy):
     boxes.sort(key=lambda box: box.y0)
     assert len(boxes) == 8 and all(above.y0 >= below.y1 for below, above in zip(boxes, boxes[1:]))
     assert ax.bbox.y0 - PAD <= boxes[0].y0 and boxes[-1].y1 <= ax.bbox.y1 + PAD
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 100.0])
+def test_no_axis_of_accuracies_has_ticks_beyond_0_and_100(accuracy):
+    rows = study(norm=["group"], batch_size=[2, 4], seed=range(2)).assign(test_acc=accuracy)
+    one = rows[rows["batch_size"] == 2].assign(base_lr=0.1, num_groups="4")
+    row = {"lr": 0.01, "train_loss": 2.0, "train_acc": accuracy, "test_loss": 1.0, "test_acc": accuracy}
+    axes = [
+        plots.plot_curves([row | {"epoch": epoch} for epoch in (1, 2)]).axes[1].yaxis,
+        plots.plot_seeds(rows).axes[0].yaxis,
+        plots.plot_league(rows).axes[0].xaxis,
+        plots.plot_batch_sizes(rows).axes[0].yaxis,
+        plots.plot_learning_rates(one).axes[0].yaxis,
+        plots.plot_groups(one).axes[0].yaxis,
+    ]
+    for axis in axes:
+        assert "accuracy, %" in axis.label.get_text() and accuracy in axis.get_ticklocs().round(9)
+        assert all(0 <= tick <= 100 for tick in axis.get_ticklocs())
 
 
 def test_a_saved_picture_is_on_its_own_background(results, tmp_path):
