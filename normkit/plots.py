@@ -162,7 +162,6 @@ def plot_samples(data, each=10):
     each = whole_number("each", each)
     if not len(data.train_labels):
         raise ValueError(f"{data.name} has no training images: there is nothing to draw")
-    each = min(each, int(data.train_labels.bincount().max()))
     shown = some_of(range(len(data.classes)))
     names = [broken(name) for name in some_of(class_names(data))]
     longest = max(len(line) for name in names for line in name.splitlines())

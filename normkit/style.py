@@ -64,8 +64,9 @@ def styled(plot):
     @functools.wraps(plot)
     def wrapper(*args, **options):
         with in_style():
-            with matplotlib.rc_context({"text.parse_math": False}):  # a name with a $ is one, and no formula
-                drawn = plot(*args, **options)
+            matplotlib.rcParams["text.parse_math"] = False  # a name with a $ is one, and no formula
+            drawn = plot(*args, **options)
+            matplotlib.rcParams["text.parse_math"] = True  # as the ticks' powers of ten are
             fit_text(drawn)  # ticks are made here, in the style of the moment
             interactive = matplotlib.is_interactive()
         matplotlib.interactive(interactive)  # a notebook's first figure turns it on, and the end of the style off again

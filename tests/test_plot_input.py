@@ -93,7 +93,7 @@ def test_data_without_training_images_has_no_samples(data):
         plots.plot_samples(none)
 
 
-def test_samples_of_many_classes_and_of_few_images_fit_on_a_page():
+def test_samples_of_many_classes_fit_on_a_page():
     labels = torch.arange(200) % 100
     own = Data("mine", range(100), *[torch.zeros(200, 3, 8, 8, dtype=torch.uint8), labels] * 2)
     (ax,) = (figure := plots.plot_samples(own)).axes
