@@ -302,7 +302,7 @@ def plot_seeds(rows, ax=None):
     is a cross, and counts as chance, one image in ten guessed right.
     """
     last = last_epochs(rows, "norm", "data")
-    data, seeds = about(last)
+    data, shared = about(last)
     last, names = separated(last)
     groups, colors = list(groups_of(last, names)), colors_of(last["norm"])
     norms, captions = list(colors), [broken("\n".join(captions_of(group)), 26) for group, _ in groups]
@@ -329,7 +329,7 @@ def plot_seeds(rows, ax=None):
     left, right = ax.get_xlim()  # and room for the outer labels, which may be as wide as points are apart
     ax.set_xlim(min(left, -0.5), max(right, (len(groups) - 1) * pitch + len(norms) - 0.5))
     percent_axis(ax.yaxis, "test accuracy, %")
-    ax.set_title(f"{data}: {seeds}, last epoch")
+    ax.set_title(f"{data}: {shared}")
     return ax
 
 
@@ -346,7 +346,7 @@ def plot_league(rows):
     run that diverged counts as chance, one image in ten guessed right.
     """
     last = last_epochs(rows, "norm", "data")
-    data, seeds = about(last)
+    data, shared = about(last)
     last, names = separated(last)
     last = last.fillna({"test_acc": CHANCE})
     norms = last.groupby("norm", observed=True)["test_acc"].mean().sort_values().index
@@ -368,7 +368,7 @@ def plot_league(rows):
         ax.margins(x=0.14)
         percent_axis(ax.xaxis, "test accuracy, %")
         ax.set(title=title, ylim=(-0.6, len(norms) - 0.4))
-    figure.suptitle(f"{data}: {seeds}, last epoch")
+    figure.suptitle(f"{data}: {shared}")
     return figure
 
 

@@ -399,11 +399,14 @@ def compare_norms(rows):
 
 
 def about(last):
-    """Names the data of a picture, and says how many seeds lie behind each of its points."""
+    """Names the data of a picture, and says what its runs share: recipe, epochs, and the seeds behind each point."""
+    recipes, epochs = (list(last[name].unique()) if name in last else [] for name in ("recipe", "epochs"))
+    shared = [f"{recipes[0]} recipe"] if len(recipes) == 1 else []
+    shared += [f"{epochs[0]} epochs" if epochs != [1] else "1 epoch"] if len(epochs) == 1 else ["last epoch"]
     settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)
     fewest, most = settings.value_counts().agg(["min", "max"])
     seeds = f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
-    return data_of(last), seeds
+    return data_of(last), ", ".join([*shared, seeds])
 
 
 def data_of(rows):
