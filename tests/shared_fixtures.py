@@ -76,6 +76,20 @@ def importable(tmp_path_factory):
 
 
 @pytest.fixture
+def kit_forgotten():
+    """Within the test the kit is imported as if for the first time; after it, all is as before."""
+
+    def forget():
+        kit = ("model", "utils", "normkit")
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in kit}
+
+    loaded = forget()
+    yield
+    forget()
+    sys.modules.update(loaded)
+
+
+@pytest.fixture
 def float32_by_default(monkeypatch):
     """For tests that compare with PyTorch's own numbers: on processors with bfloat16 instructions "auto" takes that."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)

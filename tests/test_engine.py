@@ -5,9 +5,17 @@ import os
 import numpy as np
 import pytest
 from joblib import parallel_config
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.backend import queues
 
 from normkit.engine import compute
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_processes():
+    """Ends them, or PyTorch, which studies import in theirs, would pass for a leak of memory: each would start anew."""
+    yield
+    get_reusable_executor().shutdown(kill_workers=True)
 
 
 def test_a_task_whose_process_dies_is_tried_again_and_one_that_kills_each_costs_no_other(tmp_path):

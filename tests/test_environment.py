@@ -1,13 +1,11 @@
-import os
-import subprocess
+import importlib
+import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import utils
 from normkit import environment
 from normkit.environment import check_setup
 from normkit.fused.build import Library
@@ -54,11 +52,10 @@ def test_check_setup_names_the_kernel_or_why_there_is_none(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["model", "utils"])
-def test_a_file_of_the_users_that_is_found_in_place_of_the_kits_is_named(name, tmp_path):
+def test_a_file_of_the_users_that_is_found_in_place_of_the_kits_is_named(name, tmp_path, kit_forgotten, monkeypatch):
     """As where the kit's folder was added to the end of sys.path: their names are everybody's."""
     file = tmp_path / f"{name}.py"
     file.write_text("class Mine: ...")
-    command = [sys.executable, "-c", "import normkit.study"]
-    path = os.environ | {"PYTHONPATH": str(Path(utils.__file__).parent)}
-    done = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
-    assert f"from '{name}' ({file})" in done.stderr.splitlines()[-1]
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=re.escape(f"from '{name}' ({file})")):
+        importlib.import_module("normkit.study")

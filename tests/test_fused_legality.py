@@ -1,8 +1,7 @@
 """Where the kernel cannot compute what is asked, the modules run, and the reason says why."""
 
 import copy
-import subprocess
-import sys
+import importlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -326,27 +325,16 @@ EDITS = {
 }
 
 
-def test_who_edits_the_network_in_model_py_gets_that_network(tmp_path):
-    root, folders = Path(model.__file__).parent, [tmp_path / edit for edit in EDITS]
-    source = (root / "model.py").read_text(encoding="utf-8")
-    for folder, (old, new, _) in zip(folders, EDITS.values()):
-        assert source.count(old) == 1
-        folder.mkdir()
-        (folder / "model.py").write_text(source.replace(old, new), encoding="utf-8")
-    script = """if True:  # each model.py is imported as if it were the first
-        import sys, torch
-        for folder in sys.argv[1:]:
-            sys.path.insert(0, folder)
-            [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in ("model", "normkit")]
-            import model, normkit.fused
-            fused, images = normkit.fused.fuse(model.Net("group", dropout=0)), torch.randn(2, 3, 32, 32)
-            torch.testing.assert_close(fused(images), fused.model(images))
-            print(fused.reason)
-    """
-    done = subprocess.run([sys.executable, "-c", script, *folders], cwd=root, capture_output=True, text=True)
-    other = "{} in model.py is another one than the kernel was written for".format
-    reasons = [str(edited and other(edited)) for _, _, edited in EDITS.values()]
-    assert (done.returncode, done.stdout.splitlines()) == (0, reasons), done.stderr
+@pytest.mark.parametrize("old, new, edited", EDITS.values(), ids=EDITS)
+def test_who_edits_the_network_in_model_py_gets_that_network(old, new, edited, tmp_path, kit_forgotten, monkeypatch):
+    source = Path(model.__file__).read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "model.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs, fused = importlib.import_module("model"), importlib.import_module("normkit.fused")
+    network = fused.fuse(theirs.Net("group", dropout=0))
+    torch.testing.assert_close(network(IMAGES), network.model(IMAGES))
+    assert network.reason == (edited and f"{edited} in model.py is another one than the kernel was written for")
 
 
 def test_a_gradient_without_memory_of_its_own_or_behind_a_minus_sign():

@@ -15,12 +15,6 @@ from test_study import FEW, ONE, names
 from normkit.study import describe_error, run_many
 
 
-def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
-    run = ONE | {"seed": 1, "on_epoch": functools.partial(print, threading.Lock())}
-    with pytest.raises(RuntimeError, match="seed=1 .*ickl.*thread.lock' object. Ask for processes=1"):
-        run_many(run, small, tmp_path / "study.csv", processes=2)
-
-
 def test_the_stop_button_in_the_last_epochs_callback_stops_the_study_and_the_note_is_made_later(small, tmp_path):
     calls = []
 
@@ -60,6 +54,12 @@ def test_a_full_disk_stops_the_study_and_what_is_finished_is_kept(small, tmp_pat
     assert file.read_text() == content
     rows = run_many(runs, small, file)
     assert rows["seed"].tolist() == [0, 1, 2] and names(tmp_path) == ["study.csv"]
+
+
+def test_a_run_that_cannot_be_sent_is_told_with_the_next_step(small, tmp_path):
+    run = ONE | {"seed": 1, "on_epoch": functools.partial(print, threading.Lock())}
+    with pytest.raises(RuntimeError, match="seed=1 .*ickl.*thread.lock' object. Ask for processes=1"):
+        run_many(run, small, tmp_path / "study.csv", processes=2)
 
 
 def die(*_):
