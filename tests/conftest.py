@@ -4,8 +4,10 @@ import os
 import pytest
 
 gc.disable()  # until all tests are collected: what is imported stays
-# Two processes run the tests, and some start others: threads of each would wait for one another.
+# Two processes run the tests, and some start others: threads of each would wait for one another, and where a test asks
+# for several, turn in circles while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads what is set here

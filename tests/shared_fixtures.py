@@ -63,7 +63,9 @@ def device(request):
 @pytest.fixture(autouse=True)
 def fresh_seed():
     """What a test draws depends on no test before it, and so not on which process ran those."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else torch.manual_seed notes the call, with its stack, for a GPU to come
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,6 +31,7 @@ def test_runs_from_start_to_end(tmp_path):
 
     nbformat.write(notebook_on_few_images(tmp_path / "images"), tmp_path / "S8.ipynb")
     options = {"cwd": ROOT, "progress_bar": False, "shutdown_kernel": "immediate"}
+    options |= {"request_save_on_cell_execute": False, "autosave_cell_every": 0}  # else it is written 100 times
     done = papermill.execute_notebook(tmp_path / "S8.ipynb", tmp_path / "run.ipynb", **options)
     norms = len(model.NORMS)  # one more has one more gallery of mistakes
     pictures = outputs(done, "image/png")

@@ -138,7 +138,7 @@ def test_looking_changes_nothing(data, capsys):
 @pytest.mark.parametrize("backend", ["eager", "auto", "compile"])
 def test_evaluation_is_without_dropout_and_restores_the_mode(data, backend, monkeypatch):
     compile_with("eager", monkeypatch)
-    net, loader = model.Net("group", dropout=0.9).eval(), utils.get_loaders(data, device="cpu")[1]
+    net, loader = model.Net("group", dropout=0.9).eval(), utils.get_loaders(data, 101, device="cpu")[1]
     assert utils.test(net, loader, backend=backend) == utils.test(net.train(), loader, backend=backend)
     assert net.training and not (utils.test(net.eval(), loader, backend=backend) and net.training)
 
@@ -147,7 +147,7 @@ def test_evaluation_is_without_dropout_and_restores_the_mode(data, backend, monk
 @pytest.mark.parametrize("frozen", ["C4", "C4.norm", "C9.dropout"])
 def test_evaluation_restores_the_mode_of_each_module(data, wrap, frozen, monkeypatch):
     compile_with("eager", monkeypatch)
-    net, loader = model.Net("batch").train(), utils.get_loaders(data, device="cpu")[1]
+    net, loader = model.Net("batch").train(), utils.get_loaders(data, 101, device="cpu")[1]  # of one batch
     net.get_submodule(frozen).eval()
     modes = [module.training for module in net.modules()]
     network = wrap(net)
