@@ -34,8 +34,9 @@ def check_layout(figure):
     width, height = figure.bbox.size
     outside = [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
     assert not outside
+    boxes = [(text, box.padded(-1)) for text, box in boxes]
     for (text, box), (other, meets) in itertools.combinations(boxes, 2):
-        assert not box.padded(-1).overlaps(meets.padded(-1)), f"{text!r} lies on {other!r}"
+        assert not box.overlaps(meets), f"{text!r} lies on {other!r}"
     assert all(ax.get_window_extent().width > 45 and ax.get_window_extent().height > 45 for ax in figure.axes)
 
 

@@ -443,6 +443,6 @@ def test_dollars_in_names_of_classes_begin_no_formula():
     logits = torch.randn(60, 3)
     figures = plots.plot_samples(own, 3), plots.plot_confusions(own, logits), plots.plot_mistakes(own, logits)
     for figure in figures:
-        drawn(figure)  # matplotlib would not read the third
+        figure.draw_without_rendering()  # matplotlib would not read the third
         names = [text for text in figure.findobj(plt.Text) if "$0" in text.get_text()]
         assert names and all(text._preprocess_math(text.get_text())[1] is False for text in names)
