@@ -120,11 +120,13 @@ def axes_or_new(ax, figsize):
 def new_figure(figsize):
     """Returns a figure that pyplot knows nothing of: it is its caller's, and a notebook shows it once."""
     import matplotlib.pyplot as plt  # takes a while to import, and training draws nothing
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from normkit.figure import Picture
 
     figure = plt.figure(figsize=figsize, FigureClass=Picture, style=in_style)
     plt.close(figure)
+    FigureCanvasAgg(figure)  # for what is closed is left with a canvas that draws nothing
     return figure
 
 

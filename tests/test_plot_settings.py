@@ -167,3 +167,9 @@ def test_a_notebook_keeps_the_words_of_a_picture_for_who_cannot_see_it(results):
     figure = plots.plot_curves(results[:1])
     words = "synthetic stand-in; Loss; cross-entropy, nats; epoch; Accuracy; accuracy, %"
     assert figure._repr_mimebundle_() == ({}, {"image/png": {"alt": words}})
+
+
+def test_a_picture_can_be_drawn_and_its_pixels_read(results):
+    figure = plots.plot_curves(results[:1])
+    figure.canvas.draw()
+    assert np.asarray(figure.canvas.buffer_rgba())[..., :3].std() > 10

@@ -141,7 +141,7 @@ def test_names_that_look_like_numbers_stay_names(small, tmp_path, norms):
 
 def test_data_may_lack_a_name(small, tmp_path):
     rows = run_many(grid(norm=["batch", "layer"], **ONE), dataclasses.replace(small, name=""), tmp_path / "s.csv")
-    assert plots.plot_seeds(rows).axes[0].get_title().startswith("data without a name: 1 seed each")
+    assert plots.plot_seeds(rows).axes[0].get_title() == "data without a name: classic recipe, 1 epoch, 1 seed each"
     plots.plot_batch_sizes(rows)
 
 
