@@ -22,7 +22,8 @@ def get_device(device=None):
     counts = {"cuda": torch.cuda.device_count()} | dict.fromkeys(("cpu", "mps"), 1)
     if found is None or found.type not in available or (found.index or 0) >= counts[found.type]:
         known = " or ".join(f"{name} (0 to {counts[name] - 1})" if counts[name] > 1 else name for name in available)
-        raise ValueError(f"device {shown(device)} is not available here: choose {known}")
+        given = shown(device if found is None else str(found))
+        raise ValueError(f"device {given} is not available here: choose {known}")
     return found
 
 

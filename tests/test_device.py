@@ -60,6 +60,10 @@ def test_a_device_that_is_not_there_names_those_that_are():
     for device in ("abacus", "tpu:0", "cuda" if not torch.cuda.is_available() else "mps"):
         with pytest.raises(ValueError, match=f"{device}.*choose .*cpu"):
             get_device(device)
+    missing = torch.device("cuda:99")
+    for device in (missing, str(missing)):
+        with pytest.raises(ValueError, match="^device 'cuda:99' is not available here"):
+            get_device(device)
     for device in ([], ("cpu", 0), 1.5, True, torch.zeros(2, 2)):
         with pytest.raises(ValueError, match="^device [^\n]* is not available here: choose [^\n]*cpu"):
             get_device(device)
