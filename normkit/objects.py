@@ -116,7 +116,7 @@ def put(owner, name, value):
         owner.__globals__[name] = value
     elif isinstance(owner, functools.partial):
         parts = attributes_of(owner) | {name: value}
-        owner.__setstate__((owner.func, parts["args"], parts["keywords"], vars(owner)))
+        owner.__setstate__((*parts.values(), vars(owner)))
     elif getattr(owner, name, None) is not value:
         try:
             setattr(owner, name, value)

@@ -1,6 +1,7 @@
 """What is trained along in places that no part's state_dict shows goes on, and back, with the weights."""
 
 import copy
+import functools
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from normkit.objects import is_stateful
+from normkit.objects import is_stateful, put
 from normkit.stateful import states_in
 
 
@@ -372,3 +373,10 @@ def test_what_a_state_dict_has_is_kept_once():
 def test_what_has_a_state_is_an_object_with_both_methods_of_its_class():
     net = nn.Identity()
     assert is_stateful(net) and not is_stateful(type(net)) and not is_stateful(mock.MagicMock())
+
+
+def test_a_partial_is_given_another_function_as_well_as_other_arguments():
+    part = functools.partial(round, 2.345, ndigits=1)
+    for name, value in {"func": max, "args": (1, 3), "keywords": {"key": abs}}.items():
+        put(part, name, value)
+    assert (part.func, part.args, part.keywords) == (max, (1, 3), {"key": abs})
