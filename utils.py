@@ -117,20 +117,19 @@ def train(
     backend: "auto", "eager", "fused" or "compile"; see normkit.backend. precision: see run.
     Raises FloatingPointError if a loss is not finite or reaches 1e12.
     """
-    network, backend_line = choose_trainable(backend, model, criterion, optimizer, scheduler)
+    network, backend_line = choose_backend(backend, model)
+    check_trainable(network, criterion, optimizer, scheduler)
     optim.check_schedule(scheduler, optimizer, "batch", epochs=0, batches=0)
     if progress:
         print(f"Backend: {backend_line}")
     return train_epoch(network, loader, optimizer, scheduler, criterion, precision, progress)
 
 
-def choose_trainable(backend, model, criterion, optimizer, scheduler):
-    """Returns choose_backend's (network, line); raises unless it can be trained with these parts."""
+def check_trainable(network, criterion, optimizer, scheduler):
+    """Raises unless a network can be trained with these parts, here and now."""
     checks.check_criterion(criterion)
-    network, line = choose_backend(backend, model)
     checks.check_grad_enabled(network)
     optim.check_optimizer(optimizer, network, scheduler)
-    return network, line
 
 
 def train_epoch(network, loader, optimizer, scheduler, criterion, precision, progress):
@@ -264,7 +263,8 @@ def fit(
     checks.check_choice("scheduler_step", scheduler_step, ["epoch", "batch"])
     checks.check_callback("on_epoch", on_epoch)
     checks.check_loaders(train_loader, test_loader)
-    network, backend_line = choose_trainable(backend, model, criterion, optimizer, scheduler)
+    network, backend_line = choose_backend(backend, model)
+    check_trainable(network, criterion, optimizer, scheduler)
     log = print if progress else lambda *args, **kwargs: None
     parts = (plain_model(network), optimizer, scheduler, criterion, train_loader, test_loader, on_epoch)
     state, history = TrainingState(*parts), History()
@@ -283,6 +283,7 @@ def fit(
         for i, group in enumerate(optimizer.param_groups):
             log(f"Adjusting learning rate of group {i} to {optim.rate_of(group):.4e}.")
         log(f"Epoch {epoch}", flush=True)
+        check_trainable(network, criterion, optimizer, scheduler)  # which on_epoch may have changed
         per_batch = scheduler if scheduler_step == "batch" else None
         try:
             trained = train_epoch(network, train_loader, optimizer, per_batch, criterion, precision, progress)

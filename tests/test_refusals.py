@@ -110,6 +110,18 @@ def test_gradients_that_are_switched_off_are_told(loaders):
             fit(network(), loaders)
 
 
+def test_what_a_callback_switches_off_or_replaces_is_told_in_the_next_epoch(loaders):
+    net = linear()
+
+    def replace(history):
+        net[1].weight, net[1].bias = (nn.Parameter(each.detach().clone()) for each in net[1].parameters())
+
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        fit(net, loaders, epochs=2, on_epoch=replace)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="gradients are switched off here"):
+        fit(linear(), loaders, epochs=2, on_epoch=lambda history: torch.set_grad_enabled(False))
+
+
 @pytest.mark.parametrize("network", [linear, model.Net])
 def test_a_network_made_in_inference_mode_is_told_and_predicts(loaders, network):
     with torch.inference_mode():
