@@ -266,14 +266,14 @@ def fit(
     network, backend_line = choose_backend(backend, model)
     check_trainable(network, criterion, optimizer, scheduler)
     log = print if progress else lambda *args, **kwargs: None
-    parts = (plain_model(network), optimizer, scheduler, criterion, train_loader, test_loader, on_epoch)
-    state, history = TrainingState(*parts), History()
+    state = TrainingState(plain_model(network), optimizer, scheduler, criterion, train_loader, test_loader, on_epoch)
+    history = History()
     saved = state.checkpoint(checkpoint, scheduler_step, precision)
     history[:], source = saved.restore(epochs)
     optim.check_schedule(scheduler, optimizer, scheduler_step, epochs - len(history), len(train_loader))
     log(f"Backend: {backend_line}")
     if source is not None:
-        log(f"Going on after epoch {len(history)}, from {source}{state.kept.note}\n")
+        log(f"Going on after epoch {len(history)}, from {source}\n")
     else:
         saved.save(history)  # so that a run stopped in its first epoch restarts from the same state
 
@@ -304,8 +304,8 @@ def fit(
         return row | {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
 
     try:
-        if source is not None and (unlike := saved.call_again(on_epoch, history)):
-            log(f"It may differ from an uninterrupted run: {'; '.join(unlike)}\n", flush=True)
+        if source is not None and (differences := saved.call_again(on_epoch, history)):
+            log(f"It may differ from an uninterrupted run: {'; '.join(differences)}\n", flush=True)
         for epoch in range(len(history) + 1, epochs + 1):
             with state.undone_on(FloatingPointError, KeyboardInterrupt):
                 history.append(one_epoch(epoch))

@@ -26,11 +26,12 @@ class Checkpoint:
     they contain, and the random state last, as loading the others may draw from it.
     settings: a function that returns a dict from a name to text; a file with other settings is refused. A line that
     changed between the run's start and the save shows progress, not another run, and is not compared.
+    lost: a function that returns, in words, what the parts may have lost when they were restored.
     """
 
-    def __init__(self, path, parts, settings):
+    def __init__(self, path, parts, settings, lost=list):
         self.path, self.previous = files_of(path)
-        self.parts, self.current_settings = parts, settings
+        self.parts, self.current_settings, self.lost = parts, settings, lost
         self.settings = self.settings_left = settings()  # left: by the last finished epoch and on_epoch
         self.check_place()
         self.check_state()
@@ -121,11 +122,11 @@ class Checkpoint:
         return [], None
 
     def call_again(self, on_epoch, history):
-        """Calls on_epoch, if given, with the restored epochs; returns differences that were there before and stay."""
-        before = self.unlike()
+        """Calls on_epoch, if given, with the restored epochs; returns what it leaves unlike an uninterrupted run."""
+        lost, before = self.lost(), self.unlike()
         if history and on_epoch is not None:
             on_epoch(history)
-        return before and [each for each in self.unlike() if each in before]
+        return lost + (before and [each for each in self.unlike() if each in before])
 
     def unlike(self):
         """Returns the differences from the checkpoint's settings, one text per differing line."""

@@ -43,10 +43,10 @@ class TrainingState:
             advice = "call the model once, then use checkpoint="
             raise ValueError(f"{lazy[0]} has no shape before the first batch: {advice}")
         device, _, compute_dtype = place_of(model, self.loaders["loader"], precision)
-        self.kept = CheckpointParts(self.parts, device, **self.loaders | self.roots)
+        kept = CheckpointParts(self.parts, device, **self.loaders | self.roots)
         how = {"scheduler_step": scheduler_step, "compute_dtype": compute_dtype}
         settings = partial(settings_of, **self.trained, loaders=self.loaders, **how)
-        return Checkpoint(path, self.kept.parts, settings)
+        return Checkpoint(path, kept.parts, settings, kept.lost)
 
 
 def lazy_in(part):

@@ -18,27 +18,25 @@ from normkit.randomness import GENERATORS, Generators
 
 
 class CheckpointParts:
-    """Finds all that a checkpoint keeps of training.
+    """Finds all that a checkpoint keeps of training: parts, by name, in the order in which they are to be loaded.
 
-    parts, when it is made: objects by name, each with a state_dict. parts, of it: also what else moves in these, in the
-    roots and in all that they hold, in the order in which it is to be loaded.
+    stateful: those that have a state_dict of their own. The others keep what else moves in these, in the roots and in
+    all that they hold.
     """
 
-    def __init__(self, parts, device=None, **roots):
-        self.owners = dict(objects_of(**roots | parts))
+    def __init__(self, stateful, device=None, **roots):
+        self.owners = dict(objects_of(**roots | stateful))
         generators = {where: owner for where, owner in self.owners.items() if isinstance(owner, GENERATORS)}
         moving = {where: owner for where, owner in self.owners.items() if may_move(owner)}
         self.attributes = MovingAttributes(moving, self.owners)
         # Workers that are started move attributes, and what is loaded may draw random numbers.
-        self.parts = {"workers": PersistentWorkers(self.owners), "attributes": self.attributes} | parts
-        self.parts |= {"samplers": Samplers(self.owners, parts), "random": Generators(device, generators)}
+        self.parts = {"workers": PersistentWorkers(self.owners), "attributes": self.attributes} | stateful
+        self.parts |= {"samplers": Samplers(self.owners, stateful), "random": Generators(device, generators)}
 
-    @property
-    def note(self):
-        """Says what a resumed run may have lost, in words, or ""."""
-        lost = sorted(map(".".join, self.attributes.lost))
-        lost = [*lost_in(self.owners), *(f"{each} cannot be kept" for each in lost)]
-        return f". It may differ from an uninterrupted run: {'; '.join(lost)}" if lost else ""
+    def lost(self):
+        """Returns what a resumed run may have lost, in words."""
+        places = sorted(map(".".join, self.attributes.lost))
+        return [*lost_in(self.owners), *(f"{each} cannot be kept" for each in places)]
 
 
 class Samplers:

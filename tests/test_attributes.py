@@ -398,16 +398,17 @@ def test_what_moves_and_is_too_large_to_keep_is_told(pairs, tmp_path, capsys, mo
         loaders, net = (loader, DataLoader(pairs, 64)), linear()
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
         utils.fit(net, *loaders, optimizer, epochs=epochs, checkpoint=tmp_path / "c")
-    assert "may differ from an uninterrupted run: loader.order cannot be kept" in capsys.readouterr().out
+    said = "It may differ from an uninterrupted run: loader.order cannot be kept; loader.order was '(4,) torch.int64"
+    assert said in capsys.readouterr().out
 
 
 def test_generators_are_found_among_many_objects(pairs, monkeypatch):
     rows = [[("a.png", i)] * 3 for i in range(100)]
     generator = np.random.default_rng(0)
     loader = Turning([], rows, None, more={str(i): list(rows) for i in range(30)}, last=[[[generator]]])
-    assert generator in dict(objects_of(loader=loader)).values() and not CheckpointParts({}, loader=loader).note
+    assert generator in dict(objects_of(loader=loader)).values() and not CheckpointParts({}, loader=loader).lost()
     monkeypatch.setattr("normkit.stateful.MAX_OBJECTS", 50)
-    assert "more than 50 objects" in CheckpointParts({}, loader=loader).note
+    assert "more than 50 objects" in CheckpointParts({}, loader=loader).lost()[0]
 
 
 def test_whatever_an_attribute_holds_it_can_be_looked_at():
