@@ -304,7 +304,7 @@ def fit(
         return row | {"test_loss": tested.loss, "test_acc": tested.accuracy, "seconds": time.perf_counter() - start}
 
     try:
-        if source is not None and (differences := saved.call_again(on_epoch, history)):
+        if source is not None and (differences := saved.call_again(history, on_epoch)):
             log(f"It may differ from an uninterrupted run: {'; '.join(differences)}\n", flush=True)
         for epoch in range(len(history) + 1, epochs + 1):
             with state.undone_on(FloatingPointError, KeyboardInterrupt):

@@ -121,7 +121,7 @@ class Checkpoint:
             )
         return [], None
 
-    def call_again(self, on_epoch, history):
+    def call_again(self, history, on_epoch):
         """Calls on_epoch, if given, with the restored epochs; returns what it leaves unlike an uninterrupted run."""
         lost, before = self.lost(), self.unlike()
         if history and on_epoch is not None:

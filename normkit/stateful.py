@@ -196,9 +196,10 @@ CALLBACKS = ("on_epoch", "hooks")  # roots
 
 
 def objects_of(is_closed=lambda owner: False, left_out=(), **roots):
-    """Yields (where, object) for loaders and whatever they hold: samplers, data sets, transforms, other loaders.
+    """Yields (where, object) for the roots and whatever they hold: samplers, data sets, transforms, other loaders.
 
-    is_closed(owner): whether what an object holds is passed over. left_out: objects that are, themselves too.
+    is_closed(owner): whether what an object holds is passed over. left_out: objects that are passed over themselves,
+    with what they alone hold.
     """
     waiting, seen = collections.deque(roots.items()), set(map(id, left_out))
     while waiting and len(seen) < MAX_OBJECTS:

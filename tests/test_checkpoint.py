@@ -297,8 +297,8 @@ def test_what_on_epoch_sets_right_again_is_not_told(tmp_path):
     checkpoint.save([{}])
     history, _ = checkpoint.restore(1)
     now["rate"] = "2"
-    assert checkpoint.call_again(None, history) == ["rate was '1' and is '2'"]
-    assert checkpoint.call_again(lambda history: now.update(rate="1"), history) == []
+    assert checkpoint.call_again(history, None) == ["rate was '1' and is '2'"]
+    assert checkpoint.call_again(history, lambda history: now.update(rate="1")) == []
 
 
 def test_a_setting_that_the_file_alone_has_makes_another_run(tmp_path):
