@@ -396,12 +396,12 @@ RECIPES = {
 
 def get_recipe(recipe="classic", **changes):
     """Returns a Recipe, or the one of that name in RECIPES, with the changes that are not None."""
-    if type(recipe).__qualname__ == "Recipe":  # also one of an earlier loading of this module
-        recipe = Recipe(**asdict(recipe))
-    elif not isinstance(recipe, Recipe):
-        checks.check_choice("recipe", recipe, list(RECIPES))
-        recipe = RECIPES[recipe]
-    return recipe.replace(**changes)
+    if isinstance(recipe, Recipe):
+        return recipe.replace(**changes)
+    if type(recipe).__qualname__ == "Recipe":  # of another loading of this module
+        return Recipe(**asdict(recipe)).replace(**changes)
+    checks.check_choice("recipe", recipe, list(RECIPES))
+    return RECIPES[recipe].replace(**changes)
 
 
 def build_optimizer(model, recipe):

@@ -2,7 +2,7 @@ import copy
 import importlib.util
 import math
 import random
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 
 import numpy as np
 import pytest
@@ -70,6 +70,15 @@ def test_a_recipe_of_another_loading_of_utils_is_one_too(small, tmp_path):
     assert utils.get_recipe(recipe) == utils.get_recipe("best", lr=0.02)
     runs = [{"norm": "batch", "epochs": 1, "recipe": each} for each in (recipe, utils.get_recipe("best", lr=0.02))]
     assert len(study.run_many(runs, small.first(9, 5), tmp_path / "study.csv")) == 1  # they are the same
+
+
+def test_a_kind_of_recipe_of_ones_own_stays_one_whatever_its_name():
+    @dataclass(frozen=True)
+    class Recipe(utils.Recipe):
+        note: str = ""
+
+    Recipe.__qualname__ = "Recipe"  # as in a notebook
+    assert utils.get_recipe(Recipe(note="mine"), lr=0.1) == Recipe(note="mine", lr=0.1)
 
 
 def test_a_recipe_cannot_be_changed_and_shows_its_settings_in_one_line():
