@@ -151,7 +151,7 @@ class Checkpoint:
                         load_state(part, state[name])
         except Exception as error:
             raise CheckpointRefused(
-                f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build the {name} as it was, "
+                f"{path} does not fit this run's {name}: {' '.join(str(error).split())}. Build all as it was, "
                 f"with what on_epoch added; name another file; or delete {self.names()} to start from the first epoch"
             ) from error
 
