@@ -86,7 +86,7 @@ def text_of(value, told):
     elif isinstance(value, dict):
         yield from text_of(list(value.items()), told)
     elif isinstance(value, set | frozenset):
-        yield from sorted(ADDRESS.sub("", repr(each)) for each in value)
+        yield from text_of(sorted(value, key=lambda each: ADDRESS.sub("", repr(each))), told)
     elif isinstance(value, torch.Tensor | np.ndarray):
         yield f"{crc32_of(value):08x}"
     elif isinstance(value, types.CodeType):

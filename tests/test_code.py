@@ -154,7 +154,14 @@ def parser_of(settings):
     return parser
 
 
-@pytest.mark.parametrize("holder", [Slotted, collections.UserDict, parser_of], ids=["slots", "a dict", "a parser"])
+def set_of_one(settings):
+    return {lambda x: x * settings["eps"]}
+
+
+HOLDERS = {"slots": Slotted, "a dict": collections.UserDict, "a parser": parser_of, "a set": set_of_one}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
 def test_settings_count_whatever_holds_them(holder):
     def builder(eps):
         held = holder({"eps": eps})
