@@ -11,6 +11,7 @@ checkpoint   Checkpoint: the whole state of a run, so that it resumes as if it h
 resume       TrainingState: what is set back where an epoch fails, and kept in a checkpoint
 identity     what identifies a run, as text: settings, code and data
 code         marks of code, and of objects by what they are made of
+network      marks of the network, norms and functions as loaded, by which checkpoints and studies notice edits
 randomness   seeds, the global generators, and the states of generators of any kind
 stateful     finds and keeps what has a state in loaders and callbacks
 objects      user-defined objects and functions, and their attributes
@@ -29,7 +30,6 @@ meter        Meter, Metrics: loss and accuracy, accumulated over a loader
 progress     progress bars
 environment  check_setup: reports versions, device, kernel and data, and what is missing
 engine       compute: many tasks on joblib's active backend: processes, dask or Ray
-network      marks of norms and of the network, by which a study notices edits
 rows         the file of a study: read and checked, and added to
 study        grid, run_many: many runs into one file
 tables       tables of one run and of many

@@ -1,9 +1,7 @@
 """Marks of code, and of objects by what they are made of: the same in every process, and wherever it was written."""
 
 import ast
-import contextlib
 import functools
-import inspect
 import io
 import itertools
 import sys
@@ -132,29 +130,6 @@ def named_in(function):
 def is_from_library(value):
     """Returns whether a function or class comes from a library, whose name tells it apart."""
     return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and not is_user_code(value)
-
-
-def code_of(functions):
-    """Returns a mark of functions' code, whatever it refers to; those of model.py share a mark of the whole file."""
-    texts = []
-    for function in functions:
-        if function.__module__ == "model":
-            with contextlib.suppress(OSError):  # there is no source
-                source, _ = source_as_loaded("model", id(sys.modules["model"].__spec__))
-                texts.append(str(mark_of_source(source, "NORMS", ())))
-                continue
-        consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
-        texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
-    return f"{zlib.crc32(' '.join(texts).encode()):08x}"
-
-
-@functools.cache
-def source_as_loaded(name, number):
-    """Returns a module's source and its specification. The file may be edited: it is read once for each loading.
-
-    number: the id of the specification, which is another for each; held here, it leaves its id to no other.
-    """
-    return inspect.getsource(sys.modules[name]), sys.modules[name].__spec__
 
 
 def functions_of(kind):

@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from normkit.attributes import is_trained, own_attributes
 from normkit.checksum import ADDRESS, crc32_of, crc32_of_file
-from normkit.code import code_of, functions_of, is_from_library, used_by
+from normkit.code import functions_of, is_from_library, used_by
 from normkit.files import is_plain, plain
+from normkit.network import code_of
 from normkit.objects import LIBRARIES, is_user_code
 from normkit.packing import CONTAINERS
 from normkit.randomness import GENERATORS

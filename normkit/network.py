@@ -1,11 +1,14 @@
-"""Marks of the network and of its norms as they were loaded: another code makes another run."""
+"""Marks of the network, of its norms and of functions as they were loaded: another code makes another run."""
 
+import contextlib
 import functools
 import inspect
+import sys
 import types
+import zlib
 
 import model
-from normkit.code import mark_of, mark_of_source
+from normkit.code import mark_of, mark_of_source, text_of
 
 OWN_NORMS = ("batch", "group", "layer")  # which came with model.py
 MARK = 0xE1707C10  # of model.py as it came
@@ -60,4 +63,29 @@ def parts_of_model(made):
     return parts
 
 
-mark_of_network()  # now, for later
+def code_of(functions):
+    """Returns a mark of functions' code, whatever it refers to; those of model.py share a mark of the whole file."""
+    texts = []
+    for function in functions:
+        if function.__module__ == "model":
+            with contextlib.suppress(OSError):  # there is no source
+                source, _ = source_as_loaded(id(sys.modules["model"].__spec__))
+                texts.append(str(mark_of_source(source, "NORMS", ())))
+                continue
+        consts = [None if each == function.__doc__ else each for each in function.__code__.co_consts]
+        texts += text_of(function.__code__.replace(co_consts=tuple(consts)), {})
+    return f"{zlib.crc32(' '.join(texts).encode()):08x}"
+
+
+@functools.cache
+def source_as_loaded(number):
+    """Returns the source of model.py, or of another that a notebook put in its place, and the specification.
+
+    It is read once for each loading; number: as of as_loaded.
+    """
+    return inspect.getsource(sys.modules["model"]), sys.modules["model"].__spec__
+
+
+# Now, for later, when the file may have been edited.
+mark_of_network()
+code_of([model.Net.forward])

@@ -8,7 +8,10 @@ import logging
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -243,3 +246,19 @@ def test_a_model_py_that_is_edited_meanwhile_counts_once_it_is_loaded_anew(monke
     assert dict(lines_of({"model": model.Net()}, {})) == before
     monkeypatch.setattr(model, "__spec__", copy.copy(model.__spec__))  # another one, as importlib.reload gives it
     assert dict(lines_of({"model": model.Net()}, {}))["model.C1"] != before["model.C1"]
+
+
+def test_a_model_py_that_was_edited_before_a_processs_first_run_counts_as_it_was_loaded(tmp_path):
+    (tmp_path / "model.py").write_text(inspect.getsource(model))
+    script = f"""if True:
+        import pathlib, sys
+        sys.path[:0] = [{str(tmp_path)!r}, {str(Path(utils.__file__).parent)!r}]
+        import model, utils
+        file = pathlib.Path(model.__file__)
+        file.write_text(file.read_text().replace("x + skip", "x - skip"))
+        from normkit.identity import lines_of
+        print(dict(lines_of({{"model": model.Net()}}, {{}}))["model.C1"])
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == dict(lines_of({"model": model.Net()}, {}))["model.C1"], done.stderr
+    assert "x - skip" in (tmp_path / "model.py").read_text()
