@@ -137,7 +137,7 @@ def test_norms_are_compared_seed_by_seed(rows):
     assert (tables.compare_norms(rows)["significant"] == "no").all()
 
 
-def test_where_a_run_diverged_no_difference_is_called_real(rows):
+def test_where_a_run_diverged_no_difference_is_called_significant(rows):
     one = (rows["norm"] == "batch") & (rows["seed"] == 3)
     rows = rows.assign(diverged=np.where(one, "boom", None), test_acc=rows["test_acc"].mask(one))
     table = tables.compare_norms(rows)
