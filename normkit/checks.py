@@ -269,17 +269,18 @@ def unsound_loss(meter, batch_id, rate, model, images):
     """Returns, in words, from which batch on the loss is huge or not finite, and where that is first seen."""
     kind, place = "huge or not finite", f"batch {batch_id}, as it is read now and then"
     if meter.first_unsound == batch_id:  # else a GPU was read too late to find the module
-        kind, place = "huge", "the loss"
-        if not math.isfinite(meter.loss):
-            kind, place = "not finite", first_non_finite(model, images)
+        kind, otherwise = "not finite", "the criterion, which may count no image of the batch"
+        if math.isfinite(meter.loss):
+            kind, otherwise = "huge", "the loss"
+        place = first_non_finite(model, images) or otherwise
     return f"the loss is {kind} from batch {meter.first_unsound} on, at learning rate {rate:g}; first seen in {place}"
 
 
 def first_non_finite(model, images):
-    """Returns, in words, where a loss that is not finite comes from, as far as hooks can tell."""
+    """Returns, in words, where in the model a value is first not finite, or None, as far as hooks can tell."""
     if not images.isfinite().all():
         return "the images themselves"
-    found, otherwise = [], "the criterion, which may count no image of the batch"
+    found, otherwise = [], None
 
     def record(name, module, args, output):
         if isinstance(output, Tensor) and not output.isfinite().all():

@@ -1,5 +1,6 @@
 """The promises of the README: nothing changes by looking, and what goes wrong is said."""
 
+import math
 import signal
 import sys
 import threading
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import model
 import utils
 from normkit import anatomy, plots
-from normkit.checks import first_non_finite
+from normkit.checks import first_non_finite, unsound_loss
 from normkit.files import read_state
+from normkit.meter import Meter
 from normkit.randomness import check_seed, seed_everything
 from normkit.study import grid, run_many
 
@@ -196,6 +198,18 @@ def test_of_a_network_that_fails_with_such_weights_the_place_is_told_as_far_as_i
     assert first_non_finite(nn.Sequential(Failing()), torch.zeros(3, 2)) == "the network"
     assert first_non_finite(nn.Sequential(spoilt, nn.ReLU()), torch.zeros(3, 2)) == "module 0"
     assert not spoilt._forward_hooks
+
+
+def test_a_loss_that_is_huge_or_not_finite_is_followed_into_the_network():
+    """The kernel's may be huge, in bfloat16, where a module's output in float32 is no number at all."""
+    sound, spoilt = nn.Linear(2, 2), nn.Linear(2, 2)
+    nn.init.constant_(spoilt.weight, torch.nan)
+    for loss, kind, otherwise in ((1e20, "huge", "the loss"), (math.nan, "not finite", "the criterion, which may")):
+        meter = Meter()
+        meter.count(loss, 0, 3)
+        for layer, place in ((spoilt, "module 0"), (sound, otherwise)):
+            said = unsound_loss(meter, 0, 0.1, nn.Sequential(layer), torch.zeros(3, 2))
+            assert f"the loss is {kind} from batch 0 on, at learning rate 0.1; first seen in {place}" in said
 
 
 @pytest.mark.parametrize(
