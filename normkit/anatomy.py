@@ -168,7 +168,7 @@ def norm_table(layers, x):
 def plot_network(model, size=32):
     """Draws the network step by step, for images of size×size pixels: channels, map, parameters, receptive field."""
     steps, skips = trace_network(model, size)
-    most, highest = max(32, *(step["channels"] for step in steps)), max(size, *(step["map"] for step in steps))
+    most, highest = max([32, *(step["channels"] for step in steps)]), max([size, *(step["map"] for step in steps)])
     figure, ax = subplots(figsize=(11, 3.4))
     shades = {"norm": "#4C6A92", "convolution": "#9DB2CC", "pooling": "#D4D9E0", "other": "#ECEFF2"}
     colors = {step["kind"]: next(shades[word] for word in shades if word in step["kind"]) for step in steps}
@@ -218,7 +218,7 @@ class Reaching(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         known = [x for x in tree_leaves((args, kwargs)) if hasattr(x, "reach")]
-        for y in tree_leaves(output):
+        for y in tree_leaves(args[:1] if output is None else output):  # None: of x[:, :2] = y, say
             if known and isinstance(y, torch.Tensor):
                 field, stride = np.max([x.reach for x in known], axis=0)
                 if y.dim() == known[0].dim() == 4:
@@ -238,7 +238,8 @@ def trace_network(model, size):
     def widen(layer, args, keywords, output):
         x, y = first_of([*args, *keywords.values()]), first_of(output)
         field, stride = getattr(x, "reach", images.reach)
-        span, step = (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1), np.array(layer.stride)
+        span = (np.array(layer.kernel_size) - 1) * getattr(layer, "dilation", 1)
+        step = np.array(layer.stride or layer.kernel_size)  # LPPool2d's None means that
         if isinstance(layer, nn.ConvTranspose2d):
             span, step = span // step, 1 / step
         y.reach = field + span * stride, stride * step

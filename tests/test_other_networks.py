@@ -21,6 +21,15 @@ class Branches(torch.nn.Module):
         return torch.cat([layer(x) for layer in self.layers], 1)
 
 
+class Halves(torch.nn.Module):
+    """Writes its output into memory of its own, part by part."""
+
+    def forward(self, x):
+        out = torch.empty(x.shape)
+        out[:, :2], out[:, 2:] = x[:, 2:], x[:, :2]
+        return out
+
+
 class Pooled(torch.nn.Module):
     def forward(self, x):
         return torch.nn.functional.max_pool2d(torch.nn.functional.pad(x, (1, 1, 1, 1)), 2)
@@ -41,6 +50,8 @@ OF_ONES_OWN = {
         conv(4, 4, 3, padding=1),
     ],
     "functions": [conv(3, 4, 3, padding=1), Pooled(), conv(4, 4, 5), torch.nn.Upsample(scale_factor=2), conv(4, 4, 3)],
+    "written in parts": [conv(3, 4, 3, padding=1), Halves(), conv(4, 4, 3)],
+    "pooling of its own stride": [torch.nn.LPPool2d(2, 2), conv(3, 4, 3)],
 }
 
 
@@ -59,7 +70,7 @@ def test_the_texts_of_any_network_keep_apart():
     wide = torch.nn.Sequential(conv(3, 64, 5, stride=2), torch.nn.Flatten(), torch.nn.LazyLinear(10))
     up = torch.nn.Sequential(*[conv(3, 3, 2, kind=torch.nn.ConvTranspose2d, stride=2) for _ in range(3)])  # to 256×256
     wide(torch.zeros(1, 3, 32, 32))
-    for net, size in ((wide, 32), (up, 32), (model.Net(), 224), (resnet18(), 64)):
+    for net, size in ((wide, 32), (up, 32), (model.Net(), 224), (resnet18(), 64), (conv(3, 4, 3), 32)):
         figure = anatomy.plot_network(net, size)
         figure.canvas.draw()
         (ax,) = figure.axes
