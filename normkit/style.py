@@ -101,9 +101,10 @@ class PercentLocator(AutoLocator):
 
 
 def percent_axis(axis, label):
-    """Labels an axis, such as ax.yaxis, as one of percentages."""
+    """Labels an axis, such as ax.yaxis, as one of percentages; ticks that a user has placed stay."""
     axis.set_label_text(label)
-    axis.set_major_locator(PercentLocator())
+    if axis.isDefault_majloc:
+        axis.set_major_locator(PercentLocator())
 
 
 def axes_or_new(ax, figsize):

@@ -92,6 +92,14 @@ def test_no_axis_of_accuracies_has_ticks_beyond_0_and_100(accuracy):
         assert all(0 <= tick <= 100 for tick in axis.get_ticklocs())
 
 
+def test_ticks_that_a_user_has_set_stay():
+    _, ax = plt.subplots()
+    ax.set_yticks([60, 70, 80])
+    plots.plot_batch_sizes(study(norm=["group"], batch_size=[2, 4], seed=range(2)), ax=ax)
+    assert [*ax.get_yticks()] == [60, 70, 80]
+    plt.close("all")
+
+
 def test_a_saved_picture_is_on_its_own_background(results, tmp_path):
     with plt.style.context(["dark_background", {"savefig.facecolor": "black"}]):  # as that style has had it, too
         figure = pickle.loads(pickle.dumps(plots.plot_curves(results)))
