@@ -142,8 +142,8 @@ def plot_by_layer(rows, quantity):
         ax.set_title("at the start" if steps == "0" else f"after {steps} steps")
     if quantity == "gradient norm":
         axes[0].set_yscale("log")
-        for label in axes[0].get_yticklabels(which="both"):
-            label.set_parse_math(True)  # powers of ten are formulas, which names are not
+        for tick in (*axes[0].yaxis.majorTicks, *axes[0].yaxis.minorTicks):  # also those that no number has yet
+            tick.label1.set_parse_math(True)  # powers of ten are formulas, which names are not
     lines = [Line2D([], [], color=color, marker="o") for color in colors.values()]
     legend_below(figure, lines, colors)
     name_data(figure, rows)

@@ -217,11 +217,11 @@ def test_dollars_in_names_begin_no_formula(data):
     logits = dict(zip(names, torch.randn(2, len(data.test_labels), 10)))
     swept = study(norm=names, seed=range(2), batch_size=[2, 4]).assign(data=second)
     measured = [
-        {"norm": norm, "seed": 0, "step": step, "quantity": quantity, "layer": layer, "rate": rate, "value": 0.001}
+        {"norm": norm, "step": step, "quantity": quantity, "layer": layer, "rate": rate, "value": 1e-12**step}
         for norm in names for step in (0, 1) for quantity in ("gradient norm", "loss") for layer in names
         for rate in (1, 2)
     ]  # fmt: skip
-    measured = pd.DataFrame(measured).assign(data=second)
+    measured = pd.DataFrame(measured).assign(data=second, seed=0)
     images = corruptions(data.test_images[:1])
     bars = pd.DataFrame({"images": kind, "norm": norm, "test_acc": 50.0} for kind in images for norm in names)
     gradients = probes.plot_by_layer(measured, "gradient norm")
@@ -244,6 +244,11 @@ def test_dollars_in_names_begin_no_formula(data):
         drawn(figure)
         texts = [text for text in texts_of(figure) if "$0" in text.get_text() or "frac" in text.get_text()]
         assert texts and not any(text._preprocess_math(text.get_text())[1] for text in texts)
-    powers = [text.get_text() for text in gradients.axes[0].get_yticklabels() if text.get_text()]
+    ax = gradients.axes[0]
+    powers = [text.get_text() for text in ax.get_yticklabels() if text.get_text()]
     assert powers and all(text.startswith(r"$\mathdefault{10^{") for text in powers)
-    assert all(text.get_parse_math() for text in gradients.axes[0].get_yticklabels())
+    for limits in (ax.get_ylim(), (2e-3, 2.3e-3), (1e-14, 1e12)):  # also as a reader zooms in and out
+        ax.set_ylim(limits)
+        gradients.canvas.draw()
+        ticks = ax.get_yticklabels(which="both")
+        assert any(text.get_text() for text in ticks) and all(text.get_parse_math() for text in ticks)
