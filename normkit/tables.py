@@ -400,7 +400,8 @@ def compare_norms(rows):
 
 def about(last):
     """Names the data of a picture, and says what its runs share: recipe, epochs, and the seeds behind each point."""
-    recipes, epochs = (list(last[name].unique()) if name in last else [] for name in ("recipe", "epochs"))
+    known = last.dropna(axis="columns", how="all").convert_dtypes()  # epochs stay whole beside rows that lack them
+    recipes, epochs = (list(known[name].unique()) if name in known else [] for name in ("recipe", "epochs"))
     shared = [f"{recipes[0]} recipe"] if len(recipes) == 1 else []
     shared += [f"{epochs[0]} epochs" if epochs != [1] else "1 epoch"] if len(epochs) == 1 else ["last epoch"]
     settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)

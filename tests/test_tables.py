@@ -377,3 +377,16 @@ def test_what_is_no_study_is_refused_with_the_next_step(results, rows):
             tables.seeds_table(nothing)
     with pytest.raises(ValueError, match="norm is missing.*keep_default_na"):
         tables.seeds_table(rows.replace({"norm": {"layer": np.nan}}))
+
+
+def test_the_heading_of_a_study_says_what_its_runs_share():
+    rows = study(norm=["batch"], seed=range(2))
+    named, older = rows.assign(recipe="best", epochs=20), rows.assign(settings="of old, " + rows["settings"])
+    both = pd.concat([named, older])  # whose epochs are 20.0 and missing
+    for runs, shared in (
+        (named.assign(epochs=1), "best recipe, 1 epoch"),
+        (both[both["recipe"].notna()], "best recipe, 20 epochs"),
+        (both[both["recipe"].isna()], "last epoch"),
+        (both, "last epoch"),
+    ):
+        assert tables.about(tables.last_epochs(runs, "norm")) == ("CIFAR-10", f"{shared}, 2 seeds each")
