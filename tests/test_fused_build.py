@@ -21,7 +21,7 @@ from normkit.fused import build, fuse
 ROOT = Path(__file__).parents[1]
 COMPILER = pytest.mark.skipif(build.library().reason is not None, reason=f"no kernel: {build.library().reason}")
 IMAGES = torch.randn(2, 3, 8, 8)
-WORDS = "env LANG=C c++"  # a compiler of several
+WORDS = f"env LANG=C {os.environ.get('CXX') or 'c++'}"  # a compiler of several
 
 
 @pytest.fixture
