@@ -28,6 +28,7 @@ from normkit.text import (
     legend_beside,
     line_count,
     point_labels,
+    set_heading,
     shortened,
     some_of,
 )
@@ -323,13 +324,13 @@ def plot_seeds(rows, ax=None):
             ax.errorbar(place, mean, deviation, color=color, fmt="_", markersize=24, capsize=5)
             label = f"{labels[norm]}\n{mean:.1f}" + (f" ± {deviation:.1f}" if values.count() > 1 else "")
             label_point(ax, (place, min(values.min(), mean - deviation)), label, color)
-    ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions)
+    ax.set_xticks([i * pitch + (len(norms) - 1) / 2 for i in range(len(captions))], captions, parse_math=False)
     ax.grid(axis="x", visible=False)
     ax.margins(x=0.08, y=0.25 + 0.08 * max(label.count("\n") for label in labels.values()))
     left, right = ax.get_xlim()  # and room for the outer labels, which may be as wide as points are apart
     ax.set_xlim(min(left, -0.5), max(right, (len(groups) - 1) * pitch + len(norms) - 0.5))
     percent_axis(ax.yaxis, "test accuracy, %")
-    ax.set_title(f"{data}: {shared}")
+    set_heading(ax, f"{data}: {shared}")
     return ax
 
 
@@ -410,7 +411,7 @@ def draw_norms_over(setting, rows, ax):
     runs = last.groupby("norm", sort=False, observed=True)
     means = {norm: draw_means(ax, each, setting, colors[norm]).tolist() for norm, each in runs}
     percent_axis(ax.yaxis, "test accuracy, %")
-    ax.set_title("\n".join(about(last)))
+    set_heading(ax, "\n".join(about(last)))
     return ax, sorted(last[setting].unique()), means
 
 
@@ -444,5 +445,6 @@ def plot_groups(rows, ax=None):
     names = {"1": "1\n(layer norm)", "channels": "one a channel\n(instance norm)"}
     ax.set_xticks(range(len(sizes)), [names.get(str(size), str(size)) for size in sizes])
     percent_axis(ax.yaxis, "test accuracy, %")
-    ax.set(xlabel="groups", title="\n".join(about(last)))
+    ax.set_xlabel("groups")
+    set_heading(ax, "\n".join(about(last)))
     return ax

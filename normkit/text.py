@@ -76,6 +76,11 @@ def point_labels(ax):
     return [text for text in ax.texts if text.get_label() == POINT]
 
 
+def set_heading(ax, heading):
+    """Sets the heading of axes that may be somebody's: a $ in it begins no formula, one in a later heading may."""
+    ax.set_title(heading, parse_math="$" not in heading)
+
+
 def legend_beside(ax, names):
     """Adds a legend to the right of the axes, of what was drawn last.
 

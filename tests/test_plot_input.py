@@ -252,3 +252,18 @@ def test_dollars_in_names_begin_no_formula(data):
         gradients.canvas.draw()
         ticks = ax.get_yticklabels(which="both")
         assert any(text.get_text() for text in ticks) and all(text.get_parse_math() for text in ticks)
+
+
+def test_dollars_in_names_begin_no_formula_in_a_users_own_axes():
+    plain = study(norm=["group"], batch_size=[2, 4], seed=range(2))
+    plain = plain.assign(num_groups=plain["batch_size"].astype(str), base_lr=plain["batch_size"])
+    named = plain.assign(data="$\\frac{$", recipe="$0 to $50")
+    for plot in (plots.plot_seeds, plots.plot_batch_sizes, plots.plot_learning_rates, plots.plot_groups):
+        figure, (ax, other) = plt.subplots(1, 2)
+        plot(named, ax=ax)
+        plot(plain, ax=other)
+        figure.draw_without_rendering()
+        texts = [text for text in texts_of(figure) if "$" in text.get_text()]
+        assert ax.title in texts and not any(text._preprocess_math(text.get_text())[1] for text in texts)
+        assert other.title.get_parse_math()  # so that a formula may take its place
+    plt.close("all")
