@@ -1,6 +1,8 @@
 """The figure of pictures; a module of its own, as matplotlib's takes a while to import, and training draws nothing."""
 
 import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
@@ -27,3 +29,11 @@ class Picture(Figure):
     def savefig(self, *args, **options):
         with matplotlib.rc_context({"savefig.facecolor": "auto"}):  # its own
             super().savefig(*args, **options)
+
+
+def new_picture(figsize, style):
+    """Returns a picture that pyplot knows nothing of: it is its caller's, and a notebook shows it once."""
+    picture = plt.figure(figsize=figsize, FigureClass=Picture, style=style)
+    plt.close(picture)
+    FigureCanvasAgg(picture)  # for what is closed is left with a canvas that draws nothing
+    return picture

@@ -119,16 +119,10 @@ def axes_or_new(ax, figsize):
 
 
 def new_figure(figsize):
-    """Returns a figure that pyplot knows nothing of: it is its caller's, and a notebook shows it once."""
-    import matplotlib.pyplot as plt  # takes a while to import, and training draws nothing
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Returns a figure of such a size that has the style whenever it is drawn."""
+    from normkit.figure import new_picture  # takes a while to import, and training draws nothing
 
-    from normkit.figure import Picture
-
-    figure = plt.figure(figsize=figsize, FigureClass=Picture, style=in_style)
-    plt.close(figure)
-    FigureCanvasAgg(figure)  # for what is closed is left with a canvas that draws nothing
-    return figure
+    return new_picture(figsize, in_style)
 
 
 def subplots(*shape, figsize, **options):

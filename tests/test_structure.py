@@ -14,8 +14,8 @@ import utils
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "model.py", ROOT / "utils.py", *sorted((ROOT / "normkit").rglob("*.py"))]
 # Slow to import, so only where they are used.
-LATE = {"matplotlib.backends.backend_agg", "matplotlib.font_manager", "matplotlib.pyplot", "normkit.figure"}
-LATE |= {"normkit.gpu.kernels", "normkit.muon", "scipy", "torchvision"}
+LATE = {"matplotlib.font_manager", "normkit.figure", "normkit.gpu.kernels", "normkit.muon"}
+LATE |= {"scipy", "torchvision"}
 
 
 def name_of(path):
