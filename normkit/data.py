@@ -69,9 +69,10 @@ class Data:
         train_images, test_images = len(self.train_labels), len(self.test_labels)
         train_size = whole_number("train_size", train_size, most=train_images)
         test_size = whole_number("test_size", test_images if test_size is None else test_size, most=test_images)
+        tests = f" and {test_size} test images" if test_size < test_images else ""
         return replace(
             self,
-            name=f"{self.name}, first {train_size} training images",
+            name=f"{self.name}, first {train_size} training images{tests}",
             train_images=self.train_images[:train_size],
             train_labels=self.train_labels[:train_size],
             test_images=self.test_images[:test_size],

@@ -91,6 +91,11 @@ def test_the_first_images_are_as_many_as_the_name_says(small, sizes, message):
         small.first(*sizes)
 
 
+def test_the_name_says_also_that_test_images_were_left_out(small):
+    assert small.first(30, 7).name == f"{small.name}, first 30 training images and 7 test images"
+    assert small.first(30, 40).name == small.first(30).name == f"{small.name}, first 30 training images"
+
+
 def test_data_sets_are_equal_where_all_in_them_is(small):
     assert small == dataclasses.replace(small, train_images=small.train_images.clone())
     assert small != dataclasses.replace(small, train_labels=small.train_labels.flip(0)) and small != "data"
