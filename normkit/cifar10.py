@@ -253,7 +253,7 @@ def list_images(folder):
         raise ValueError(
             f"{folder} must hold one folder for each class of CIFAR-10; "
             f"missing: {', '.join(sorted(set(CLASSES) - found)) or 'none'}; "
-            f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}"
+            f"not a class: {', '.join(sorted(found - set(CLASSES))) or 'none'}. Other classes need a normkit.data.Data"
         )
     labels = {name: label for label, name in enumerate(CLASSES)}
     files = set(filter(datasets.folder.is_image_file, walk(folder)))

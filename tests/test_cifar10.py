@@ -267,7 +267,7 @@ def test_missing_and_unknown_class_folders(tmp_path):
     with pytest.raises(ValueError, match="missing: horse; not a class: zebra"):
         utils.load_data("auto", tmp_path)
     (tmp_path / "test" / "horse").mkdir()
-    with pytest.raises(ValueError, match="missing: none; not a class: zebra"):
+    with pytest.raises(ValueError, match="missing: none; not a class: zebra. Other classes need a normkit.data.Data"):
         utils.load_data("auto", tmp_path)
 
 
