@@ -376,7 +376,7 @@ def compare_norms(rows):
     rows: of study.run_many; runs are paired by seed. A difference is significant where its interval leaves out
     zero (Student's t), and no run diverged. Each interval is by itself: of twenty, one leaves out zero by chance.
     Norms are compared within a recipe, and within each value of a setting that was swept as well; one in which they
-    differ is named beside them.
+    differ is named beside them. Raises ValueError where no two can be.
     """
     from scipy import stats  # takes longer to import than all else here
 
@@ -395,6 +395,8 @@ def compare_norms(rows):
             interval = f"{low:+.2f} to {high:+.2f}" if len(gaps) > 1 else "takes two seeds"
             line |= {"95 % interval": interval, "significant": "yes" if low * high > 0 and not diverged else "no"}
             lines.append(line | {"seeds": len(gaps), "diverged": diverged})
+    if not lines:
+        raise ValueError("no two norms have runs with the same settings: there is nothing to compare")
     return pd.DataFrame(lines, columns=columns).set_index([*names, "difference"])
 
 

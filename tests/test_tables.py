@@ -247,6 +247,13 @@ def test_one_seed_has_no_interval_and_no_warning(rows):
     assert apart.loc["best"].loc["batch - layer"].tolist() == ["", "takes two seeds", "no", 0]
 
 
+def test_a_comparison_takes_two_norms_that_were_run_alike(rows):
+    batch = rows["norm"] == "batch"
+    for lonely in (rows[batch], rows[batch == (rows["recipe"] == "best")]):
+        with pytest.raises(ValueError, match="no two norms have runs with the same settings"):
+            tables.compare_norms(lonely)
+
+
 def test_rows_without_the_name_of_a_recipe(rows):
     nameless = rows.drop(columns="recipe")
     best = nameless[rows["recipe"] == "best"]
