@@ -217,7 +217,7 @@ def check_batch(batch):
 def check_images(images, device, dtype):
     """Returns the images on device, in dtype; raises ValueError unless they are floats (N, C, H, W), N at least 1."""
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() != 4 or not len(images):
-        message = f"the loader yields images of {describe(images)}: expected a batch of normalised floats (N, 3, H, W)"
+        message = f"images of {describe(images)}: expected a batch of normalised floats (N, 3, H, W)"
         if isinstance(images, Tensor) and images.dtype == torch.uint8:
             message += (
                 ". For uint8 add the transforms v2.ToDtype(torch.float32, scale=True) and v2.Normalize(MEAN, STD), "

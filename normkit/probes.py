@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 from torchvision.ops import DropBlock2d, StochasticDepth
 
-from normkit.checks import check_choice
+from normkit.checks import check_choice, check_images
 from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, panels, styled
 from normkit.tables import data_of
@@ -23,7 +23,11 @@ DROPPING = _DropoutNd, DropBlock2d, StochasticDepth, nn.MultiheadAttention, nn.R
 
 
 def measure(model, images, labels, rates):
-    """Returns all measures of a network on one batch, as rows {quantity, layer, rate, value}."""
+    """Returns all measures of a network on one batch, as rows {quantity, layer, rate, value}.
+
+    images: normalised floats (N, 3, H, W), N at least 2. labels: int64 (N,). rates: of the steps along the gradient.
+    """
+    images = check_images(images, "cpu", torch.float32)
     rows = [
         {"quantity": "gradient norm", "layer": name, "value": x} for name, x in gradient_norms(model, images, labels)
     ]

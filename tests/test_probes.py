@@ -81,6 +81,12 @@ def test_networks_and_images_of_another_dtype_are_measured_too(batch):
     assert probes.measure(net.double(), batch[0].double(), batch[1], rates=[0.1]) == expected
 
 
+def test_images_that_are_not_normalised_are_not_measured(batch, data):
+    pixels = data.train_images[: len(batch[1])]
+    with pytest.raises(ValueError, match="^images of torch.uint8 .*expected a batch of normalised floats"):
+        probes.measure(model.Net("batch"), pixels, batch[1], rates=[0.1])
+
+
 @pytest.mark.parametrize("wrap", [fuse, Graphed, Compiled, AveragedModel, nn.DataParallel, torch.compile])
 def test_a_network_is_measured_within_its_wrappers(wrap, batch):
     net = model.Net("batch")
