@@ -16,11 +16,15 @@ class Picture(Figure):
         super().__init__(*args, **options)
         self.style = style
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
-        """Returns no data of its own, and what a notebook keeps beside its PNG: words for who cannot see it."""
+    def alternative_text(self):
+        """Returns titles and labels, each once, for who cannot see the picture."""
         axes = [text for ax in self.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel())]
         texts = dict.fromkeys(" ".join(text.split()) for text in (self.get_suptitle(), *axes))
-        return {}, {"image/png": {"alt": "; ".join(filter(None, texts))}}
+        return "; ".join(filter(None, texts))
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        """Returns no data of its own, and what a notebook keeps beside its PNG."""
+        return {}, {"image/png": {"alt": self.alternative_text()}}
 
     def draw(self, renderer):
         with self.style():

@@ -154,7 +154,7 @@ class LiveCurves:
         figure.set_size_inches(11, height_for([*dict.fromkeys([*self.labels, *self.histories])], 4.4))
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=100, bbox_inches=figure.bbox_inches, transparent=False)
-        return Image(png.getvalue(), width=1000)
+        return Image(png.getvalue(), width=1000, alt=figure.alternative_text())
 
 
 @styled
