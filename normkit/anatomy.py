@@ -20,7 +20,7 @@ from torchsummary import summary
 from normkit.checks import check_choice, whole_number
 from normkit.copies import blocks_of, copy_of
 from normkit.style import COLORS, colors_of, panels, styled, subplots
-from normkit.text import legend_below
+from normkit.text import counted, legend_below
 
 
 class Function(nn.Module):
@@ -119,15 +119,9 @@ def draw_block(ax, shared, color):
         end = [(channels, n, p), (channels, n + 1, p), (channels, n + 1, p + 1), (channels, n, p + 1)]
         face(end, shared[n, -1, p], 0.8)
     text = {"fontsize": 9, "color": "#555555"}
-    ax.text(*corner(channels / 2, 0, -0.25), f"{channels} channel{'s' * (channels > 1)}", ha="center", va="top", **text)
+    ax.text(*corner(channels / 2, 0, -0.25), counted(channels, "channel"), ha="center", va="top", **text)
     ax.text(*corner(-0.4, 0, pixels / 2), "pixels", ha="right", va="center", rotation=90, **text)
-    ax.text(
-        *(corner(channels, images / 2, 0) + (0.35, -0.1)),
-        f"{images} image{'s' * (images > 1)}",
-        ha="left",
-        va="top",
-        **text,
-    )
+    ax.text(*(corner(channels, images / 2, 0) + (0.35, -0.1)), counted(images, "image"), ha="left", va="top", **text)
     ax.autoscale_view()
     ax.set_aspect("equal")
     ax.axis("off")

@@ -16,7 +16,7 @@ from normkit.checks import check_choice, check_images
 from normkit.copies import blocks_of, copy_of
 from normkit.style import colors_of, panels, styled
 from normkit.tables import data_of
-from normkit.text import legend_below
+from normkit.text import counted, legend_below
 
 # The modules of PyTorch and torchvision that drop something, the last two within.
 DROPPING = _DropoutNd, DropBlock2d, StochasticDepth, nn.MultiheadAttention, nn.RNNBase
@@ -196,4 +196,4 @@ def name_data(figure, rows):
     """Writes the data and the number of seeds above a figure, if rows have columns of both."""
     if {"data", "seed"} <= {*rows}:
         seeds = rows["seed"].nunique()
-        figure.suptitle(f"{data_of(rows)}: {seeds} seed{'s' * (seeds > 1)}")
+        figure.suptitle(f"{data_of(rows)}: {counted(seeds, 'seed')}")

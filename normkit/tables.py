@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from normkit.checks import by_name, check_choice, check_notes, describe
+from normkit.text import counted
 
 METRICS = ("train_loss", "train_acc", "test_loss", "test_acc")
 WHOLE = ("epoch", "seed", "batch_size", "num_groups")  # columns of whole numbers
@@ -402,14 +403,13 @@ def compare_norms(rows):
 
 def about(last):
     """Names the data of a picture, and says what its runs share: recipe, epochs, and the seeds behind each point."""
-    known = last.dropna(axis="columns", how="all").convert_dtypes()  # epochs stay whole beside rows that lack them
-    recipes, epochs = (list(known[name].unique()) if name in known else [] for name in ("recipe", "epochs"))
+    table = settings_table(last)
+    recipes, epochs = (table[name].unique() if name in table else [] for name in ("recipe", "epochs"))
     shared = [f"{recipes[0]} recipe"] if len(recipes) == 1 else []
-    shared += [f"{epochs[0]} epochs" if epochs != [1] else "1 epoch"] if len(epochs) == 1 else ["last epoch"]
-    settings = last["settings"].str.replace(r" seed=\S+", "", regex=True)
-    fewest, most = settings.value_counts().agg(["min", "max"])
-    seeds = f"{fewest} to {most} seeds each" if fewest < most else f"{most} seed{'s' * (most > 1)} each"
-    return data_of(last), ", ".join([*shared, seeds])
+    shared.append(counted(int(epochs[0]), "epoch") if len(epochs) == 1 else "last epoch")
+    fewest, most = table["settings"].value_counts().agg(["min", "max"])
+    seeds = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    return data_of(last), ", ".join([*shared, f"{seeds} each"])
 
 
 def data_of(rows):

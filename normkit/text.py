@@ -27,6 +27,11 @@ def shortened(text, longest=24):
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
+def counted(number, noun):
+    """Returns a number of things in words: 1 image, or 6 images."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def some_of(classes):
     """Returns at most 25 of the classes, or of their names: as many as a picture has room for, equally far apart."""
     return classes[:: math.ceil(len(classes) / 25)]

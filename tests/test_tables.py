@@ -387,13 +387,15 @@ def test_what_is_no_study_is_refused_with_the_next_step(results, rows):
 
 
 def test_the_heading_of_a_study_says_what_its_runs_share():
-    rows = study(norm=["batch"], seed=range(2))
-    named, older = rows.assign(recipe="best", epochs=20), rows.assign(settings="of old, " + rows["settings"])
-    both = pd.concat([named, older])  # whose epochs are 20.0 and missing
-    for runs, shared in (
-        (named.assign(epochs=1), "best recipe, 1 epoch"),
-        (both[both["recipe"].notna()], "best recipe, 20 epochs"),
-        (both[both["recipe"].isna()], "last epoch"),
-        (both, "last epoch"),
-    ):
-        assert tables.about(tables.last_epochs(runs, "norm")) == ("CIFAR-10", f"{shared}, 2 seeds each")
+    def heading(rows):
+        return tables.about(tables.last_epochs(rows, "norm"))
+
+    def runs(**settings):
+        return study(norm=["batch"], seed=range(2), **settings)
+
+    long, short = runs(epochs=[20]), runs(epochs=[1])
+    assert heading(short.assign(recipe="best")) == ("CIFAR-10", "best recipe, 1 epoch, 2 seeds each")
+    older = runs(num_groups=[4], epochs=[20]).drop(columns="epochs")  # as the line of settings says
+    assert heading(pd.concat([long, older])) == ("CIFAR-10", "20 epochs, 2 seeds each")
+    for several in (pd.concat([long, short]), pd.concat([long, runs()]), runs()):
+        assert heading(several) == ("CIFAR-10", "last epoch, 2 seeds each")
